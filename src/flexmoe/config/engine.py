@@ -1,0 +1,123 @@
+"""EngineConfig: every option of an engine, composed of small frozen parts. Enters: user values. Leaves: checked ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.errors import ConfigError, UnknownOptionError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+EXPERT_BACKENDS = ("auto", "reference", "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """KV cache. block_size in tokens; memory in bytes (None: what max_num_seqs full contexts need, within limits)."""
+
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    num_blocks: int | None = None
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one step: requests that run together, and tokens computed together."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """Where and in which number format the model computes. threads: None means one a physical core."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    expert_backend: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """Which model, and from where. load_format "dummy" makes seeded random weights from config.json alone."""
+
+    model: str | None = None
+    load_format: str = "auto"
+    revision: str | None = None
+    progress: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All options of one engine."""
+
+    load: LoadConfig = field(default_factory=LoadConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelPlan = field(default_factory=ParallelPlan)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    seed: int = 0
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """Build from flat option names (`max_num_seqs=8`, ...), each checked; unknown names are refused."""
+        parts = {"load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig,
+                 "parallel": ParallelPlan, "device": DeviceConfig}  # fmt: skip
+        owner = {f.name: part for part, kind in parts.items() for f in fields(kind)}
+        values: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        seed = 0
+        for name, value in options.items():
+            if name == "seed":
+                seed = value
+            elif name in owner:
+                values[owner[name]][name] = value
+            else:
+                raise UnknownOptionError(name, [*owner, "seed"], "LLM")
+        return cls(**{part: kind(**values[part]) for part, kind in parts.items()}, seed=seed)
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.device.dtype, DTYPES)
+        _check_choice("load_format", self.load.load_format, LOAD_FORMATS)
+        _check_choice("expert_backend", self.device.expert_backend, EXPERT_BACKENDS)
+        self._check_counts()
+        self._check_parallel()
+
+    def _check_counts(self) -> None:
+        counts = {
+            "block_size": self.cache.block_size,
+            "max_num_seqs": self.scheduler.max_num_seqs,
+            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+        }
+        optional = {
+            "kv_cache_memory": self.cache.kv_cache_memory,
+            "num_blocks": self.cache.num_blocks,
+            "max_model_len": self.scheduler.max_model_len,
+            "threads": self.device.threads,
+        }
+        counts |= {name: value for name, value in optional.items() if value is not None}
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name}={value!r} is not a positive integer.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"seed={self.seed!r} is not an integer.")
+
+    def _check_parallel(self) -> None:
+        for f in fields(ParallelPlan):
+            degree = getattr(self.parallel, f.name)
+            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
+                raise ConfigError(f"{f.name}={degree!r} is not a positive integer.")
+            if degree != 1:
+                raise ConfigError(f"{f.name}={degree}: this version runs a model in one process; use 1.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}.")
+
+
