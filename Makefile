@@ -1,0 +1,63 @@
+# Each target sets up what it needs: a virtual environment in .venv, then the package in it. Set-up runs once, and
+# again only after pyproject.toml or constraints.txt changed.
+#   make PYTHON=/path/to/python3.12 ...   another Python (3.11 or newer) for the virtual environment
+#   make test ARGS="-k scheduler -x"      arguments for pytest
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+PROMPT ?= Once upon a time
+
+USER_READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.ready-test
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format cli-docs clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(USER_READY)  ## generate text with the built-in model and print the speed
+	$(BIN)/flexmoe generate "$(PROMPT)"
+
+test: $(TEST_READY)  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(TEST_READY)  ## lint, format, types, import directions, size budget
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/size_budget.py
+
+format: $(TEST_READY)  ## mend what the linter and the formatter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+cli-docs: $(TEST_READY)  ## write docs/cli.md from the command line's own help
+	$(BIN)/python tools/cli_help.py
+
+clean:  ## remove the virtual environment, build outputs and caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(USER_READY): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(TEST_READY): $(USER_READY)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(BIN)/pip:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "FlexMoE needs Python 3.11 or newer, and '$(PYTHON)' is not found." \
+	       "Install it, or name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "FlexMoE needs Python 3.11 or newer, and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1)." \
+	       "Name another: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' lacks the module venv, which makes the virtual environment." \
+	       "On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)

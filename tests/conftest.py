@@ -1,0 +1,29 @@
+"""For all tests: marks by folder, a reason where there is no GPU, and no way to the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# Before any test imports huggingface_hub, which reads it once: a test that needs the network is a wrong test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the name of its folder; skip those in tests/gpu where CUDA is missing."""
+    for item in items:
+        item.add_marker(item.path.relative_to(HERE).parts[0])
+    on_gpu = [item for item in items if "gpu" in item.keywords]
+    if on_gpu and not _cuda():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA, and torch finds none here"))
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
