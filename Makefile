@@ -13,7 +13,7 @@ USER_READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format cli-docs clean
+.PHONY: help demo test check check-style check-types check-imports check-size format cli-docs clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -25,11 +25,19 @@ demo: $(USER_READY)  ## generate text with the built-in model and print the spee
 test: $(TEST_READY)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(TEST_READY)  ## lint, format, types, import directions, size budget
+check: check-style check-types check-imports check-size  ## style, types, import directions, size budget
+
+check-style: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check-types: $(TEST_READY)
 	$(BIN)/mypy
+
+check-imports: $(TEST_READY)
 	$(BIN)/lint-imports
+
+check-size: $(TEST_READY)
 	$(BIN)/python tools/size_budget.py
 
 format: $(TEST_READY)  ## mend what the linter and the formatter can mend

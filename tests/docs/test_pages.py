@@ -1,0 +1,97 @@
+"""What README and docs promise is so: snippets run, commands exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.docs.snippets import ROOT, Snippet, links, pages, snippets
+
+BASH = [(s, command) for s in snippets("bash", "console") for command in s.commands()]
+FLEXMOE = [(s, command) for s, command in BASH if command.startswith("flexmoe ") and s.runs]
+OTHERS = [(s, command) for s, command in BASH if not command.startswith("flexmoe ")]
+PYTHON = snippets("python")
+
+needs_cli = pytest.mark.skipif(importlib.util.find_spec("flexmoe.cli") is None, reason="no command line yet")
+needs_llm = pytest.mark.skipif(importlib.util.find_spec("flexmoe.llm") is None, reason="no LLM yet")
+
+
+def ids(cases: list[tuple[Snippet, str]] | list[Snippet]) -> list[str]:
+    pairs = [case if isinstance(case, tuple) else (case, "") for case in cases]
+    return [f"{snippet.page}:{snippet.line} {command}".rstrip() for snippet, command in pairs]
+
+
+def run(command: list[str] | str, folder: Path) -> None:
+    """Run it as a user in an empty folder would, with this environment's programs first on the path."""
+    programs = Path(sys.executable).parent
+    result = subprocess.run(
+        command,
+        shell=isinstance(command, str),
+        cwd=folder,
+        env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+
+
+@needs_llm
+@pytest.mark.parametrize("snippet", [s for s in PYTHON if s.runs], ids=ids([s for s in PYTHON if s.runs]))
+def test_python_snippet_runs(snippet: Snippet, tmp_path: Path) -> None:
+    run([sys.executable, "-W", "error", "-c", snippet.text], tmp_path)
+
+
+@pytest.mark.parametrize("snippet", PYTHON, ids=ids(PYTHON))
+def test_python_snippet_compiles(snippet: Snippet) -> None:
+    compile(snippet.text, f"{snippet.page}:{snippet.line}", "exec")
+
+
+@needs_cli
+@pytest.mark.parametrize(("snippet", "command"), FLEXMOE, ids=ids(FLEXMOE))
+def test_flexmoe_command_runs(snippet: Snippet, command: str, tmp_path: Path) -> None:
+    run(command, tmp_path)
+
+
+@pytest.mark.parametrize(("snippet", "command"), OTHERS, ids=ids(OTHERS))
+def test_other_command_can_be_run(snippet: Snippet, command: str) -> None:
+    """Not run, but looked at: `make` targets and pip extras are real. A command of another kind needs a check here."""
+    program, *arguments = shlex.split(command, comments=True)
+    if program == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        assert {a for a in arguments if "=" not in a} <= targets
+    else:
+        assert [program, *arguments[:1]] == ["pip", "install"]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        extras = re.findall(r"\[([a-z,]+)\]", command)
+        assert {extra for group in extras for extra in group.split(",")} <= project["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    local = [link.split("#")[0] for link in links(page) if "://" not in link and not link.startswith("#")]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@needs_cli
+def test_the_page_of_the_command_line_is_current() -> None:
+    run([sys.executable, "tools/cli_help.py", "--check"], ROOT)
+
+
+def test_readme_shows_both_faces() -> None:
+    """If the snippets were not found any more, all of the above would pass without a word."""
+    readme = [s for s in PYTHON if s.page == "README.md"]
+    commands = [command for s, command in BASH if s.page == "README.md"]
+    assert any(s.runs and "LLM(" in s.text for s in readme)
+    for promised in ("make demo", "make test", "pip install", "flexmoe generate"):
+        assert any(command.startswith(promised) for command in commands), promised
