@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 PROMPT ?= Once upon a time
 
@@ -51,11 +52,13 @@ clean:  ## remove the virtual environment, build outputs and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(USER_READY): pyproject.toml constraints.txt | $(BIN)/pip
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e .
+	@echo "Installing FlexMoE into $(VENV), once; a minute or several, depending on the network."
+	@$(PIP) -e .
 	@touch $@
 
 $(TEST_READY): $(USER_READY)
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@echo "Adding what the checks and tests need to $(VENV), once."
+	@$(PIP) -e '.[test]'
 	@touch $@
 
 $(BIN)/pip:

@@ -1,4 +1,4 @@
-"""For all tests: marks by folder, a reason where there is no GPU, and no way to the network."""
+"""For all tests: marks by folder, a reason where there is no GPU, no way to the hub, no deadlines for properties."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 HERE = Path(__file__).parent
 
 # Before any test imports huggingface_hub, which reads it once: a test that needs the network is a wrong test.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shared machine is slow at times; pytest-timeout catches what hangs.
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
