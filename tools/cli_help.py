@@ -6,6 +6,7 @@ Enters: the click group flexmoe.cli.main:main. Leaves: the page; or, with --chec
 from __future__ import annotations
 
 import argparse
+import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,11 +44,9 @@ def render(command: click.Command, name: str = "flexmoe") -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write or check the page; return the exit status."""
-    from flexmoe.cli.main import main as flexmoe
-
     parser = argparse.ArgumentParser(description="Write docs/cli.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is stale")
-    page = render(flexmoe)
+    page = render(pkgutil.resolve_name("flexmoe.cli.main:main"))
     if not parser.parse_args(arguments).check:
         PAGE.write_text(page, encoding="utf-8")
         return 0
