@@ -1,0 +1,197 @@
+"""Logits to tokens. Enters: logits [N, V] and the sampling state of each row. Leaves: one token a row.
+
+Order, as in transformers: logit_bias, repetition penalty, frequency and presence penalty, min_tokens; then, unless
+greedy, temperature, top_k, top_p (of what top_k left), min_p. Each filter is a threshold on the logits, so equally
+likely tokens stay or go together. A row's result depends on its own logits and state only, never on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flexmoe.engine.outputs import TokenLogprobs
+from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.errors import EngineError
+
+__all__ = ["SampleOutput", "Sampler", "SamplingState", "filter_logits"]
+
+# Sorting the whole vocabulary to find the most likely tokens is slow; this many are looked at first.
+_SHORTLIST = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    """One token a row, and its log-probability for the rows that asked."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class Sampler:
+    """Chooses the next token of each row. Holds nothing: all memory is in the rows' SamplingState."""
+
+    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> SampleOutput:
+        """logits: [N, V] of any float type, left unchanged. The caller accepts the tokens into the states.
+
+        Raises EngineError if the logits of a row that is drawn at random are not numbers.
+        """
+        chosen = torch.argmax(logits, dim=-1)  # [N]; of equal logits the lower id
+        rows = [row for row, state in enumerate(states) if not state.plain_greedy]
+        if rows:
+            index = torch.tensor(rows, device=logits.device)
+            chosen[index] = _choose(logits[index].float(), [states[row] for row in rows])
+        token_ids: list[int] = chosen.tolist()
+        if -1 in token_ids:
+            raise EngineError(f"the logits of row {token_ids.index(-1)} are not numbers; the weights may be damaged.")
+        return SampleOutput(token_ids, _logprobs(logits, chosen, token_ids, states))
+
+
+def _choose(work: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Tokens [n] of rows that need more than the argmax of the raw logits. work: [n, V] in fp32, changed in place."""
+    _adjust(work, states)
+    chosen = torch.argmax(work, dim=-1)
+    rows = [row for row, state in enumerate(states) if not state.params.greedy]
+    if rows:
+        index = torch.tensor(rows, device=work.device)
+        drawing = [states[row] for row in rows]
+        chosen[index] = _draw(filter_logits(work[index], drawing), drawing)
+    return chosen
+
+
+def _adjust(work: torch.Tensor, states: Sequence[SamplingState]) -> None:
+    """Add biases, apply penalties and forbid early stops, in place. work: [n, V] in fp32."""
+    biases = [(row, token, bias) for row, s in enumerate(states) for token, bias in s.params.logit_bias.items()]
+    if biases:
+        row, token, bias = zip(*biases, strict=True)
+        place = (_tensor(row, work), _tensor(token, work))
+        work[place] += torch.tensor(bias, device=work.device)
+    _penalise(work, states)
+    suppressed = [(row, token) for row, s in enumerate(states) for token in s.suppressed_ids]
+    if suppressed:
+        row, token = zip(*suppressed, strict=True)
+        work[_tensor(row, work), _tensor(token, work)] = -math.inf
+
+
+def _penalise(work: torch.Tensor, states: Sequence[SamplingState]) -> None:
+    """Lower the logits of tokens already seen; one gather and one scatter for all rows together."""
+    sizes = np.array([len(state.seen) for state in states])
+    if not sizes.sum():
+        return
+    params = [(s.params.repetition_penalty, s.params.frequency_penalty, s.params.presence_penalty) for s in states]
+    per_token = np.repeat(np.array(params, np.float32), sizes, axis=0)  # [U, 3], U = tokens seen in all rows
+    repetition, frequency, presence = torch.from_numpy(per_token).to(work.device).unbind(1)
+    place = (
+        torch.from_numpy(np.repeat(np.arange(len(states)), sizes)).to(work.device),
+        torch.from_numpy(np.concatenate([state.seen.ids for state in states])).to(work.device),
+    )
+    counts = torch.from_numpy(np.concatenate([state.seen.counts for state in states])).to(work.device)
+    values = work[place]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    work[place] = values - frequency * counts - presence * (counts > 0)
+
+
+def filter_logits(work: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Logits [n, V] over temperature, with -inf for the tokens that top_k, top_p and min_p drop."""
+    params = [state.params for state in states]
+    work = work / _column([p.temperature for p in params], work)
+    if any(p.top_k > 0 for p in params):
+        work = _mask_below(work, _top_k_threshold(work, [p.top_k for p in params]))
+    if any(p.top_p < 1.0 for p in params):
+        work = _mask_below(work, _top_p_threshold(work, [p.top_p for p in params]))
+    if any(p.min_p > 0.0 for p in params):
+        log_min_p = _column([math.log(p.min_p) if p.min_p else -math.inf for p in params], work)
+        work = _mask_below(work, work.amax(dim=-1, keepdim=True) + log_min_p)
+    return work
+
+
+def _top_k_threshold(work: torch.Tensor, top_k: list[int]) -> torch.Tensor:
+    """The k-th largest logit of each row, -inf for rows without top_k: [n, 1]."""
+    sizes = [min(k, work.shape[1]) for k in top_k]
+    best = torch.topk(work, max(sizes), dim=-1).values  # [n, largest k], falling
+    place = _tensor([max(k, 1) - 1 for k in sizes], work)[:, None]
+    return best.gather(1, place).masked_fill_(_tensor(sizes, work)[:, None] < 1, -math.inf)
+
+
+def _top_p_threshold(work: torch.Tensor, top_p: list[float]) -> torch.Tensor:
+    """The smallest logit of the fewest most likely tokens whose probability reaches top_p: [n, 1].
+
+    Sums are in fp64: they then are the same whatever the length of the shortlist.
+    """
+    wanted = torch.tensor(top_p, device=work.device, dtype=torch.float64)[:, None]
+    total = torch.logsumexp(work, dim=-1, keepdim=True)
+    size = min(_SHORTLIST, work.shape[1])
+    while True:
+        best = torch.topk(work, size, dim=-1).values  # [n, size], falling
+        probabilities = torch.exp(best - total).double()
+        reached = probabilities.cumsum(-1)
+        if size == work.shape[1] or bool(((reached[:, -1:] >= wanted) | (wanted >= 1.0)).all()):
+            break
+        size = min(8 * size, work.shape[1])
+    # A token stays if those more likely than it do not reach top_p yet; so the first always stays.
+    num_kept = ((reached - probabilities) < wanted).sum(-1, keepdim=True)
+    return best.gather(1, num_kept - 1).masked_fill_(wanted >= 1.0, -math.inf)
+
+
+def _mask_below(work: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    return work.masked_fill(work < threshold, -math.inf)
+
+
+def _draw(work: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """One token a row, with probability softmax(work): where the running sum passes a uniform number. [n]
+
+    One random number a row instead of one a token. Sums are in fp64, so that rounding neither favours a token nor
+    depends on the shape of the batch. A row without a finite sum gives -1.
+    """
+    weights = torch.exp(work - work.amax(dim=-1, keepdim=True))
+    running = weights.cumsum(-1, dtype=torch.float64)  # [n, V]
+    total = running[:, -1:]
+    uniform = torch.tensor([state.uniform() for state in states], dtype=torch.float64, device=work.device)[:, None]
+    chosen = torch.searchsorted(running, uniform * total, right=True).clamp_(max=work.shape[1] - 1)
+    return torch.where(torch.isfinite(total), chosen, -1)[:, 0]
+
+
+def _logprobs(
+    logits: torch.Tensor, chosen: torch.Tensor, token_ids: Sequence[int], states: Sequence[SamplingState]
+) -> list[TokenLogprobs | None]:
+    """Log-probabilities under the raw logits, for the rows that asked for them."""
+    found: list[TokenLogprobs | None] = [None] * len(states)
+    wanted = {row: n for row, s in enumerate(states) if (n := s.params.logprobs) is not None}
+    if not wanted:
+        return found
+    index = torch.tensor(list(wanted), device=logits.device)
+    raw = torch.log_softmax(logits[index].float(), dim=-1)  # [n, V]
+    own = raw.gather(1, chosen[index][:, None])  # [n, 1]
+    ranks: list[int] = (1 + (raw > own).sum(-1)).tolist()
+    best = _best(raw, list(wanted.values()))
+    values: list[float] = own[:, 0].tolist()
+    for place, row in enumerate(wanted):
+        found[row] = TokenLogprobs(token_ids[row], values[place], ranks[place], best[place])
+    return found
+
+
+def _best(raw: torch.Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+    """The `counts[i]` largest entries of each row i of raw [n, V] with their ids, of equal ones the lower ids."""
+    sizes = [min(count, raw.shape[1]) for count in counts]
+    best: list[list[tuple[int, float]]] = [[] for _ in sizes]
+    if max(sizes) > 0:
+        # topk breaks ties as it likes, so take all that reach its last value and break them here.
+        candidates = raw >= _top_k_threshold(raw, sizes)
+        candidates &= _tensor(sizes, raw)[:, None] > 0
+        rows, ids = candidates.nonzero(as_tuple=True)
+        for row, token, value in zip(rows.tolist(), ids.tolist(), raw[rows, ids].tolist(), strict=True):
+            best[row].append((token, value))
+    return [tuple(sorted(b, key=lambda pair: -pair[1])[:size]) for b, size in zip(best, sizes, strict=True)]
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    """[n, 1] in the type of `like`."""
+    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+
+
+def _tensor(values: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, device=like.device)
