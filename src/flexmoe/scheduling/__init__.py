@@ -1,0 +1,16 @@
+"""Which tokens are computed when, and where their keys and values live. No tensor is known here."""
+
+from flexmoe.scheduling.block_manager import BlockManager, PrefixStats
+from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
+from flexmoe.scheduling.scheduler import ScheduledChunk, Scheduler, Step
+
+__all__ = [
+    "BlockManager",
+    "FinishReason",
+    "PrefixStats",
+    "Request",
+    "RequestStatus",
+    "ScheduledChunk",
+    "Scheduler",
+    "Step",
+]

@@ -1,0 +1,257 @@
+"""Scheduler: what the next step computes. Enters: requests, sampled tokens. Leaves: steps, finished requests.
+
+Continuous batching: every step takes the next token of each decoding request, then chunks of prompts in order of
+arrival, up to a budget of tokens. First come, first served, without exception: requests start in order of
+arrival, and when blocks run out the latest goes back to waiting, to be recomputed (its tokens are kept). Hence
+
+    arrivals of the running  <  arrivals of the waiting
+
+at any time, which keeps both queues sorted, and the oldest request always advances: nothing starves.
+
+A request gets blocks for all its tokens when it is admitted, and one at a time as it decodes. Nothing counts as
+computed before update() says so, so a step that failed on the way can be scheduled again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from flexmoe.config.engine import SchedulerConfig
+from flexmoe.errors import RequestError
+from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
+
+_RUNNING = RequestStatus.RUNNING  # looked up once a token: an Enum member costs more than a global
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """Compute request.token_ids[start : start + num_tokens].
+
+    samples: the chunk reaches the request's last token, whose logits yield a new one.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """What one forward pass computes.
+
+    chunks: first num_decodes chunks of one token each (all earlier tokens are computed), then prefills.
+    preempted: requests that lost their blocks to others just now.
+    """
+
+    chunks: list[ScheduledChunk]
+    num_decodes: int
+    preempted: list[Request]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens that update() expects."""
+        return sum([chunk.samples for chunk in self.chunks])
+
+
+class Scheduler:
+    """Decides which tokens of which requests are computed together."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self._requests: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._arrivals = count()
+        self._retry_at = 0  # value of blocks.num_gained below which the first waiting request cannot fit
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError if its id is taken or if it could not finish even alone."""
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id={request.request_id!r} is still being served; use another id.")
+        if request.token_limit > self.blocks.num_tokens:
+            raise RequestError(
+                f"request {request.request_id!r} has a prompt of {request.num_prompt_tokens} tokens and may "
+                f"reach {request.token_limit}, but the KV cache holds {self.blocks.num_tokens} "
+                f"({self.blocks.num_blocks} blocks of {self.blocks.block_size}); "
+                "shorten the prompt, lower max_tokens or raise kv_cache_memory."
+            )
+        request.arrival = next(self._arrivals)
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """End a request at any time. None if no request of that id is unfinished.
+
+        Between schedule() and update() its chunk stays in the step: computing it is useless but harmless (its
+        blocks go to nobody before the next schedule()), and update() skips it. But request.blocks is empty from
+        here on, so whoever computes the step reads them before, or leaves out the chunk.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.finish(request, "abort")
+        return request
+
+    def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        """End a request and free its blocks at once. If it has finished already, only the reason changes."""
+        if self._requests.get(request.request_id) is request:  # its id may serve another one by now
+            del self._requests[request.request_id]
+            if request.status is _RUNNING:
+                self._running.remove(request)
+                self.blocks.free(request)
+            else:
+                self._waiting.remove(request)
+                self._retry_at = 0  # another one may be first now
+        request.finish(reason, stop_reason)
+
+    def schedule(self) -> Step:
+        """Choose the next step. Without chunks when nothing can run."""
+        decodes: list[ScheduledChunk] = []
+        prefills: list[ScheduledChunk] = []
+        preempted: list[Request] = []
+        partial = self._schedule_decodes(decodes, preempted)
+        budget = self.config.max_num_batched_tokens - len(decodes)
+        for request in partial:
+            budget -= self._schedule_prefill(request, budget, prefills)
+        if not preempted:  # what was just freed is for those that still run
+            self._admit(budget, decodes, prefills)
+        return Step(decodes + prefills, len(decodes), preempted)
+
+    def update(self, step: Step, sampled: Sequence[int]) -> list[Request]:
+        """Record that a step was computed.
+
+        sampled: one token for each chunk that samples, in their order; those of requests that ended meanwhile are
+        among them, and are dropped. Returns the requests that finished now; their blocks are free.
+        """
+        if len(sampled) != step.num_samples:
+            raise ValueError(f"{len(sampled)} tokens were sampled for a step that samples {step.num_samples}")
+        tokens = iter(sampled)
+        finished = []
+        for chunk in step.chunks:
+            token = next(tokens) if chunk.samples else None
+            request = chunk.request
+            if request.status is not _RUNNING:
+                continue
+            self._record_computed(request, chunk)
+            if token is not None:
+                request.append(token)
+                if request.status is not _RUNNING:
+                    finished.append(request)
+        if finished:
+            self._remove(finished)
+        return finished
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the queues or the blocks contradict each other."""
+        self.blocks.check_integrity()
+        running, waiting = self._running, list(self._waiting)
+        arrivals = [request.arrival for request in running + waiting]
+        _require(arrivals == sorted(set(arrivals)), f"queues are not in order of arrival: {arrivals}")
+        _require(set(running + waiting) == set(self._requests.values()), "a request is in no queue, or in two")
+        for r in running:
+            _require(r.status is _RUNNING and bool(r.blocks), f"runs without blocks: {r}")
+            _require(r.num_computed_tokens < r.num_tokens, f"runs with nothing left to compute: {r}")
+        for r in waiting:
+            _require(r.status is RequestStatus.WAITING, f"waits with another status: {r}")
+            _require(not r.blocks and r.num_computed_tokens == 0, f"waits with blocks: {r}")
+        limit = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        _require(len(running) <= limit, f"{len(running)} requests run, at most {limit} may")
+
+    def _schedule_decodes(self, decodes: list[ScheduledChunk], preempted: list[Request]) -> list[Request]:
+        """Schedule the next token of each decoding request. Returns the running ones with more to compute.
+
+        Decodes never exceed the token budget: a request is only admitted if it leaves each running one a token.
+        """
+        size = self.blocks.block_size
+        partial = []
+        for request in self._running:  # preemption shortens this list from its end while it is walked
+            total = len(request.token_ids)
+            computed = request.num_computed_tokens
+            if total - computed > 1:
+                partial.append(request)
+            elif total <= len(request.blocks) * size or self._make_room(request, preempted):
+                decodes.append(ScheduledChunk(request, computed, 1, True))
+        return partial
+
+    def _make_room(self, request: Request, preempted: list[Request]) -> bool:
+        """Give a request its next block, preempting the latest ones if need be. False if it is the latest itself.
+
+        Requests before this one are never preempted, so no chunk of this step has to be withdrawn.
+        """
+        while not self.blocks.grow(request):
+            victim = self._running.pop()
+            self.blocks.free(victim)
+            victim.status = RequestStatus.WAITING
+            victim.num_computed_tokens = 0
+            victim.num_preemptions += 1
+            self._waiting.appendleft(victim)
+            self._retry_at = 0
+            preempted.append(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _admit(self, budget: int, decodes: list[ScheduledChunk], prefills: list[ScheduledChunk]) -> None:
+        """Start waiting requests in order while budget, seats and blocks last; nobody overtakes the first.
+
+        A block is kept free for each running request, lest the newcomer is thrown out by their next tokens.
+        """
+        while self._waiting and budget > 0 and len(self._running) < self.config.max_num_seqs:
+            if self.blocks.num_gained < self._retry_at:
+                return
+            request = self._waiting[0]
+            shortfall = self.blocks.allocate(request, keep_free=len(self._running))
+            if shortfall:
+                self._retry_at = self.blocks.num_gained + shortfall
+                return
+            self._waiting.popleft()
+            request.status = _RUNNING
+            self._running.append(request)
+            one_left = request.num_computed_tokens == request.num_tokens - 1
+            budget -= self._schedule_prefill(request, budget, decodes if one_left else prefills)
+
+    def _schedule_prefill(self, request: Request, budget: int, chunks: list[ScheduledChunk]) -> int:
+        """Append as much of a request's uncomputed tokens as the budget allows. Returns how many."""
+        start = request.num_computed_tokens
+        missing = request.num_tokens - start
+        num_tokens = min(missing, budget)
+        if num_tokens:
+            chunks.append(ScheduledChunk(request, start, num_tokens, num_tokens == missing))
+        return num_tokens
+
+    def _record_computed(self, request: Request, chunk: ScheduledChunk) -> None:
+        computed = request.num_computed_tokens = chunk.start + chunk.num_tokens
+        if chunk.num_tokens > 1 or computed % self.blocks.block_size == 0:  # a block may have filled
+            self.blocks.register(request)
+
+    def _remove(self, finished: list[Request]) -> None:
+        for request in finished:
+            del self._requests[request.request_id]
+            self.blocks.free(request)
+        self._running = [request for request in self._running if request.status is _RUNNING]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
