@@ -7,6 +7,7 @@ seeded by the case's name; norms and biases are random too, so that a swapped or
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import shutil
@@ -194,7 +195,7 @@ def tiny(
     spelling: Spelling = "new",
 ) -> Path:
     """The checkpoint of `CASES[name]`, made once a test session. Read it, do not change it: see `copy_of`."""
-    folder = Path(_session().name) / f"{name}-{dtype}-{sharded}-{layout}-{spelling}"
+    folder = _session() / f"{name}-{dtype}-{sharded}-{layout}-{spelling}"
     return make(CASES[name], folder, dtype, sharded, layout, spelling)
 
 
@@ -244,8 +245,10 @@ def _tokenizer_json() -> str:
 
 
 @functools.cache
-def _session() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="flexmoe-tiny-")
+def _session() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="flexmoe-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _use_old_spelling(folder: Path) -> None:
@@ -286,9 +289,7 @@ def _fused(tensors: dict[str, Any]) -> dict[str, Any]:
         groups.setdefault(prefix, {}).setdefault(int(expert), {})[part] = tensors[name]
     for prefix, experts in groups.items():
         parts = [experts[i] for i in range(len(experts))]
-        gate, up, down = (
-            ("gate_proj", "up_proj", "down_proj") if "gate_proj" in parts[0] else ("w1", "w3", "w2")
-        )
+        gate, up, down = ("gate_proj", "up_proj", "down_proj") if "gate_proj" in parts[0] else ("w1", "w3", "w2")
         target = prefix.replace(".block_sparse_moe", ".mlp") + ".experts."
         plain[target + "gate_up_proj"] = torch.stack([torch.cat([p[gate], p[up]]) for p in parts])
         plain[target + "down_proj"] = torch.stack([p[down] for p in parts])

@@ -1,0 +1,154 @@
+"""Where a model is: built in, a folder, a preset, or a repository of the Hugging Face hub. Leaves: a ModelSource.
+
+Downloads go through huggingface-hub and its cache (HF_HOME); a repository that is cached opens without a network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexmoe.config.engine import LoadConfig
+from flexmoe.config.model import ModelConfig
+from flexmoe.errors import CheckpointError, ConfigError
+from flexmoe.models import checkpoint, families
+from flexmoe.models.presets import PRESETS
+
+BUILTIN_NAME = "builtin"
+# Everything but weights: configuration, tokenizer, chat template.
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHTS = ("*.safetensors",)
+# Second copies of the weights in the publisher's own format.
+_NEVER = ("consolidated*", "original/*", "onnx/*", "*.index.json.bak")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model found and its configuration read. folder: None for a preset, which has no files."""
+
+    name: str
+    folder: Path | None
+    hf_config: Mapping[str, Any]
+    config: ModelConfig
+
+
+def open_model(load: LoadConfig) -> ModelSource:
+    """Find the model and read its configuration; no weights are read.
+
+    Errors: CheckpointError if there is no such model or its files are incomplete, ConfigError for a malformed
+    config.json, UnsupportedModelError for a decoder or feature that is not there.
+    """
+    name = load.model or BUILTIN_NAME
+    preset = PRESETS.get(name)
+    if preset is not None and not Path(name).is_dir():
+        if load.load_format != "dummy":
+            raise CheckpointError(
+                f"{name!r} is a preset: a configuration without weights. Give load_format='dummy' for random weights, "
+                f"or model={preset.hub_id!r} for the published ones."
+            )
+        return ModelSource(name, None, preset.hf_config, preset.config)
+    folder = resolve(load)
+    hf_config = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    config = families.read_config(hf_config, _read_json(generation) if generation.is_file() else None)
+    if load.load_format != "dummy" and not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
+        config = replace(config, checkpoint_dtype=checkpoint.open_checkpoint(folder).dtype or config.checkpoint_dtype)
+    return ModelSource(name, folder, hf_config, config)
+
+
+def resolve(load: LoadConfig) -> Path:
+    """The folder of the model: built in for None, a local one if it exists, else from the hub.
+
+    Errors: CheckpointError that says what the name was taken for and what to do.
+    """
+    if load.model is None:
+        folder = Path(__file__).parents[1] / "assets" / "builtin"
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"this installation has no built-in model ({folder}); give a model's folder or hub id."
+            )
+        return folder
+    path = Path(load.model).expanduser()
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and *.safetensors.")
+    if path.is_dir():
+        return _checked(path)
+    if _looks_like_path(load.model):
+        raise CheckpointError(f"the folder {path} does not exist (a hub id would look like 'organisation/name').")
+    return _checked(_download(load.model, load))
+
+
+def _checked(folder: Path) -> Path:
+    if (folder / "config.json").is_file():
+        return folder
+    names = sorted(file.name for file in folder.iterdir())
+    if not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(checkpoint.explain_no_safetensors(folder) + f" {folder / 'config.json'} is missing, too.")
+    raise CheckpointError(
+        f"{folder} has no config.json, which says how the weights are put together; copy it from where they came from."
+    )
+
+
+def _looks_like_path(model: str) -> bool:
+    """A hub id is `name` or `organisation/name`."""
+    return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1 or model.endswith("/")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}.") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def _download(model: str, load: LoadConfig) -> Path:
+    """The repository's files in the hub's cache; those alone if the network fails."""
+    # Imported here: it takes a fifth of a second that a local folder need not pay.
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | ({} if load.progress else {"disable": True}))  # type: ignore[no-untyped-call]
+
+    try:
+        folder = snapshot_download(
+            model,
+            revision=load.revision,
+            allow_patterns=[*_SMALL_FILES, *(() if load.load_format == "dummy" else _WEIGHTS)],
+            ignore_patterns=list(_NEVER),
+            tqdm_class=Bar,
+        )
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"no folder {model!r} exists, and it is no hub id either: {error}") from error
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, of whichever version
+        raise CheckpointError(
+            f"no folder {model!r} exists, so it was taken for a Hugging Face hub id; {_why(model, load, error)}"
+        ) from error
+    return Path(folder)
+
+
+def _why(model: str, load: LoadConfig, error: Exception) -> str:
+    """The reason a download failed, and the remedy."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"the model is gated: accept its terms on https://huggingface.co/{model}, then run `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such model, or it is private: then run `hf auth login`."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the model has no revision {load.revision!r}."
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            "the hub cannot be reached and the cache does not hold all of the model. Download it where there is a "
+            f"network (`hf download {model}`) and give that folder, or use the built-in model (no name at all)."
+        )
+    return f"the download failed: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"

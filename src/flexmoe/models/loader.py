@@ -1,0 +1,192 @@
+"""Weights into tensors that exist already. Enters: a ModelSource and the decoder's parameters. Leaves: them, filled.
+
+It streams: shards are opened one at a time (memory-mapped), and of each only the rows that this rank needs are copied,
+at most `_CHUNK_BYTES` at once. So host memory peaks at the parameters' own size plus one shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from flexmoe.config.plan import ExpertPlacement
+from flexmoe.errors import CheckpointError
+from flexmoe.models.checkpoint import ITEM_SIZES, Match, open_checkpoint, validate
+from flexmoe.models.families.layout import Piece
+from flexmoe.models.hub import ModelSource
+
+# Large enough to copy at full speed, small enough that converting on the way to a GPU costs no memory to speak of.
+_CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading took. bytes_read: of tensor data, replicas counted once."""
+
+    seconds: float
+    bytes_read: int
+    num_tensors: int
+    num_files: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Rows to write: `rows` from `start` of a parameter, or of one slot of it. source: expert of a fused tensor."""
+
+    param: str
+    start: int
+    rows: int
+    slot: int | None = None
+    source: int | None = None
+
+    def target(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The rows, as a view."""
+        whole = params[self.param]
+        return (whole if self.slot is None else whole[self.slot])[self.start : self.start + self.rows]
+
+
+Work = tuple[Match, list[Copy]]
+
+
+def load_weights(
+    source: ModelSource,
+    params: Mapping[str, torch.Tensor],
+    placement: ExpertPlacement | None = None,
+    rank: int = 0,
+    progress: bool = False,
+) -> LoadReport:
+    """Fill `params` (the decoder's, by name) from the checkpoint, converting to each one's dtype and device.
+
+    placement: which experts the slots of `rank` hold; None: all, in order. A parameter of the model that is not in
+    `params` is not read. Errors: those of `checkpoint`, all raised before the first tensor is touched.
+    """
+    if source.folder is None:
+        raise CheckpointError(f"{source.name!r} is a preset without weights; use load_format='dummy'.")
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(source.folder)
+    matches = validate(checkpoint, source.config)
+    slots = _local_slots(source, placement, rank)
+    work = _plan([match for match in matches if match.piece.param in params], slots)
+    _check_complete(work, params)
+    with _bar(sum(_bytes_to_read(*item) for item in work), progress) as advance, torch.no_grad():
+        for file in checkpoint.files:
+            _read_file(file, [item for item in work if item[0].tensor.file == file], params, advance)
+    total = sum(_bytes_to_read(*item) for item in work)
+    return LoadReport(time.perf_counter() - start, total, len(work), len(checkpoint.files))
+
+
+def fill_dummy(params: Mapping[str, torch.Tensor], seed: int = 0) -> None:
+    """Random weights, in place. Each parameter's values depend on its name, shape, dtype, device and the seed only.
+
+    Matrices are normal with variance 1 / columns, so that activations keep their size; embeddings are unit normal,
+    norms 1 and biases 0.
+    """
+    with torch.no_grad():
+        for name, param in params.items():
+            if name.endswith("norm.weight"):
+                param.fill_(1.0)
+            elif name.endswith(".bias"):
+                param.zero_()
+            else:
+                std = 1.0 if name == "embed_tokens.weight" else param.shape[-1] ** -0.5
+                generator = torch.Generator(param.device).manual_seed(_seed(name, seed))
+                param.normal_(0.0, std, generator=generator)
+
+
+def _seed(name: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes signed 64 bits
+
+
+def _local_slots(source: ModelSource, placement: ExpertPlacement | None, rank: int) -> tuple[int, ...]:
+    if source.config.moe is None:
+        return ()
+    return (placement or ExpertPlacement.contiguous(source.config.moe.num_experts)).local_slots(rank)
+
+
+def _plan(matches: list[Match], slots: tuple[int, ...]) -> list[Work]:
+    """What to copy from which tensor, in the order of bytes on disk; tensors that this rank does not need drop out."""
+    ordered = sorted(matches, key=lambda match: match.tensor.offset)
+    return [(match, copies) for match in ordered if (copies := _copies(match.piece, slots))]
+
+
+def _copies(piece: Piece, slots: tuple[int, ...]) -> list[Copy]:
+    """Where a stored tensor goes: rows of a parameter, or of every slot that holds its expert (replicas too)."""
+    param, start = piece.param, piece.start
+    if piece.fused:
+        return [Copy(param, start, piece.shape[1], slot, expert) for slot, expert in enumerate(slots)]
+    if piece.expert is None:
+        return [Copy(param, start, piece.shape[0])]
+    return [Copy(param, start, piece.shape[0], slot) for slot, held in enumerate(slots) if held == piece.expert]
+
+
+def _check_complete(work: list[Work], params: Mapping[str, torch.Tensor]) -> None:
+    """Every element of every parameter is written exactly once: our own invariant, the checkpoint is valid by now."""
+    copies = [copy for _, copies in work for copy in copies]
+    filled = dict.fromkeys(params, 0)
+    for copy in copies:
+        filled[copy.param] += copy.rows * math.prod(params[copy.param].shape[1 if copy.slot is None else 2 :])
+    wrong = [name for name, param in params.items() if filled[name] != param.numel()]
+    assert not wrong, f"the checkpoint would not fill exactly: {wrong[:5]}"
+    assert len({(c.param, c.slot, c.start) for c in copies}) == len(copies), "two tensors would fill the same rows"
+
+
+def _bytes_to_read(match: Match, copies: list[Copy]) -> int:
+    """Of the tensor: all, or of a fused one the experts that are asked for."""
+    if not match.piece.fused:
+        return match.tensor.num_bytes
+    return match.tensor.num_bytes // match.piece.shape[0] * len({copy.source for copy in copies})
+
+
+def _read_file(
+    file: Path, work: list[Work], params: Mapping[str, torch.Tensor], advance: Callable[[int, str], None]
+) -> None:
+    """Copy what one file holds. Its memory map goes when this returns, before the next file is opened."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            for match, copies in work:
+                rows = stored.get_slice(match.tensor.name)
+                step = max(1, _CHUNK_BYTES // _row_bytes(match))
+                for copy in copies:
+                    _copy_rows(rows, copy, copy.target(params), step)
+                advance(_bytes_to_read(match, copies), file.name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _row_bytes(match: Match) -> int:
+    tensor = match.tensor
+    return ITEM_SIZES[tensor.dtype] * math.prod(tensor.shape[2 if match.piece.fused else 1 :])
+
+
+def _copy_rows(rows: Any, copy: Copy, target: torch.Tensor, step: int) -> None:
+    """`step` rows at a time: slices of a memory map are views, so only the converted rows are ever a copy."""
+    for begin in range(0, copy.rows, step):
+        end = min(begin + step, copy.rows)
+        part = rows[begin:end] if copy.source is None else rows[copy.source, begin:end]
+        target[begin:end].copy_(part)
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
+    """Yields advance(bytes, file name). The bar goes to stderr: stdout belongs to the program's answer."""
+    if not shown:
+        yield lambda _bytes, _file: None
+        return
+    # Imported here: most loads, in tests and servers, show no bar.
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("Loading {task.fields[file]}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, file="weights")
+        yield lambda count, file: bar.update(task, advance=count, file=file)
