@@ -27,7 +27,9 @@ _WITHOUT_EFFECT = ("original_max_position_embeddings", "finetuned")
 def read_rope(reader: Reader, head_dim: int, max_position: int) -> tuple[RopeConfig, int]:
     """The rotary embedding, and the context length it reaches from config.json's max_position_embeddings.
 
-    linear, dynamic and yarn stretch a context of `max_position` (yarn: of the original length) by their factor.
+    linear and yarn stretch a context of `max_position` (yarn: of the original length) by their factor. dynamic does
+    not: past `max_position` its angles depend on the length of the whole sequence, so that keys already in the cache
+    would have to be rotated anew at each token, which transformers does not do either. Up to there it is exact.
     Errors: UnsupportedModelError for another kind or option, ConfigError for a missing or malformed one.
     """
     rope = _object(reader)
@@ -103,7 +105,7 @@ def _refuse_rest(rope: Reader) -> None:
 
 
 def _reach(rope: RopeConfig, max_position: int) -> int:
-    if rope.kind in ("linear", "dynamic"):
+    if rope.kind == "linear":
         return int(max_position * rope.factor)
     if rope.kind == "yarn" and rope.original_max_position is not None:
         return max(max_position, int(rope.original_max_position * rope.factor))

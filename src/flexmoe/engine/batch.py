@@ -1,0 +1,133 @@
+"""From a Step to a ForwardBatch: positions, cache slots, and which keys each row sees.
+
+Everything here is index arithmetic on the block tables, done once a step and shared by all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan
+from flexmoe.layers.forward_batch import ForwardBatch, Probe
+from flexmoe.scheduling.request import Request
+from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+
+# A row whose slots are consecutive reads them in place. Gathering many short rows together saves calls instead:
+# from about this many keys a row, copying them costs more than a call of its own.
+_ALONE_FROM_KEYS = 256
+# Keys gathered together at most, padding included; bounds the memory of the copies.
+_GATHERED_KEYS = 16384
+
+
+def build_batch(
+    step: Step,
+    block_size: int,
+    windows: Sequence[int | None],
+    device: torch.device,
+    probe: Probe | None = None,
+) -> ForwardBatch:
+    """Lay out the step's chunks, T rows in their order. windows: the distinct attention windows of the model."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    sample_rows: list[int] = []
+    for chunk in step.chunks:
+        stop = chunk.start + chunk.num_tokens
+        token_ids += chunk.request.token_ids[chunk.start : stop]
+        positions += range(chunk.start, stop)
+        slots += _slots(chunk.request, chunk.start, stop, block_size)
+        if chunk.samples:
+            sample_rows.append(len(token_ids) - 1)
+    every_row = len(sample_rows) == len(token_ids)
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        slot_mapping=torch.tensor(slots, device=device),
+        attention={window: _groups(step, block_size, window, device) for window in windows},
+        sample_rows=None if every_row else torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        probe=probe,
+    )
+
+
+def _slots(request: Request, start: int, stop: int, block_size: int) -> Sequence[int]:
+    """Cache slots of the positions start..stop-1."""
+    blocks = request.blocks
+    if request.contiguous:
+        base = blocks[0] * block_size
+        return range(base + start, base + stop)
+    return [blocks[p // block_size] * block_size + p % block_size for p in range(start, stop)]
+
+
+def _groups(step: Step, block_size: int, window: int | None, device: torch.device) -> list[DecodeGroup | PrefillSpan]:
+    groups: list[DecodeGroup | PrefillSpan] = []
+    groups += _decode_groups(step.chunks[: step.num_decodes], block_size, window, device)
+    row = step.num_decodes
+    for chunk in step.chunks[step.num_decodes :]:
+        groups.append(_prefill_span(chunk, row, block_size, window, device))
+        row += chunk.num_tokens
+    return groups
+
+
+def _decode_groups(
+    chunks: Sequence[ScheduledChunk], block_size: int, window: int | None, device: torch.device
+) -> list[DecodeGroup]:
+    """Rows one by one where their keys lie in a row, else gathered in runs of neighbours."""
+    groups: list[DecodeGroup] = []
+    gathered: list[Sequence[int]] = []
+    longest = 0
+    for row, chunk in enumerate(chunks):
+        stop = chunk.start + 1
+        start = 0 if window is None else max(0, stop - window)
+        alone = chunk.request.contiguous and (len(chunks) == 1 or stop - start >= _ALONE_FROM_KEYS)
+        if gathered and (alone or max(longest, stop - start) * (len(gathered) + 1) > _GATHERED_KEYS):
+            groups.append(_gathered_group(gathered, row, device))
+            gathered, longest = [], 0
+        keys = _slots(chunk.request, start, stop, block_size)
+        if alone:
+            groups.append(DecodeGroup(slice(row, row + 1), slice(keys[0], keys[-1] + 1), None))
+        else:
+            gathered.append(keys)
+            longest = max(longest, stop - start)
+    if gathered:
+        groups.append(_gathered_group(gathered, len(chunks), device))
+    return groups
+
+
+def _gathered_group(keys: list[Sequence[int]], end_row: int, device: torch.device) -> DecodeGroup:
+    """The rows before `end_row`, shorter ones padded with slot 0 and masked."""
+    lengths = np.array([len(k) for k in keys])
+    longest = int(lengths.max())
+    table = np.zeros((len(keys), longest), dtype=np.int64)
+    for row, k in enumerate(keys):
+        table[row, : len(k)] = k
+    mask: Tensor | None = None
+    if (lengths != longest).any():
+        seen = np.arange(longest) < lengths[:, None]
+        mask = torch.from_numpy(seen)[:, None, None].to(device)
+    rows = slice(end_row - len(keys), end_row)
+    return DecodeGroup(rows, torch.from_numpy(table).to(device), mask)
+
+
+def _prefill_span(
+    chunk: ScheduledChunk, row: int, block_size: int, window: int | None, device: torch.device
+) -> PrefillSpan:
+    stop = chunk.start + chunk.num_tokens
+    first = 0 if window is None else max(0, chunk.start - window + 1)  # the first key that any row sees
+    slots = _slots(chunk.request, first, stop, block_size)
+    keys: slice | Tensor
+    if chunk.request.contiguous:
+        keys = slice(slots[0], slots[-1] + 1)
+    else:
+        keys = torch.tensor(slots, device=device)
+    mask = None
+    if first < chunk.start or (window is not None and stop > window):
+        query = torch.arange(chunk.start, stop, device=device)[:, None]
+        key = torch.arange(first, stop, device=device)
+        mask = key <= query
+        if window is not None:
+            mask &= key > query - window
+    return PrefillSpan(slice(row, row + chunk.num_tokens), keys, mask)

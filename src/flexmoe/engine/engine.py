@@ -1,0 +1,215 @@
+"""Engine: the heart. add_request() queues, step() computes one forward pass for everything that runs, abort() ends.
+
+    schedule -> run -> update -> read: which tokens, what they are, who finished, what the text says.
+
+One engine is used by one thread at a time. It keeps nothing outside of itself: two can live in one process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from flexmoe.config.engine import EngineConfig
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.chat_template import ChatTemplate
+from flexmoe.engine.detokenizer import Detokenizer
+from flexmoe.engine.model_runner import ModelRunner
+from flexmoe.engine.outputs import RequestOutput
+from flexmoe.engine.sampler import SamplingState
+from flexmoe.engine.startup import start
+from flexmoe.engine.tracking import Sample, Tracked
+from flexmoe.errors import EngineError, RequestError
+from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.request import Request
+from flexmoe.scheduling.scheduler import Scheduler, Step
+
+_SEED_STRIDE = 1_000_003  # keeps the seeds of requests that gave none, and of their samples, apart
+
+
+class Engine:
+    """Runs a model for many requests at once."""
+
+    def __init__(self, options: EngineConfig) -> None:
+        self.options = options
+        self._started = start(options)
+        self.config = self._started.config
+        self.tokenizer = self._started.tokenizer
+        self.runner = ModelRunner(self._started.model, self._started.cache, self._started.device)
+        blocks = BlockManager(self._started.num_blocks, options.cache.block_size, options.cache.enable_prefix_caching)
+        self.scheduler = Scheduler(options.scheduler, blocks)
+        self._tracked: dict[str, Tracked] = {}
+        self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
+        self._ids = itertools.count()
+        self._closed = False
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._tracked)
+
+    @property
+    def max_model_len(self) -> int:
+        return self._started.max_model_len
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """How conversations become prompts. Raises RequestError if the model has no tokenizer."""
+        folder = self._started.source.folder
+        if folder is None or self.tokenizer is None:
+            raise RequestError("this model has no tokenizer, so no chat template; give prompts as lists of token ids.")
+        return ChatTemplate.from_folder(folder, self.tokenizer.special_tokens)
+
+    def add_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+        stream: bool = False,
+    ) -> str:
+        """Queue a prompt and return its id. stream: step() then reports it after every step, not only at its end.
+
+        Raises RequestError for a prompt that is empty, too long or holds unknown ids; nothing is queued then.
+        """
+        self._check_open()
+        number = next(self._ids)
+        request_id = request_id or f"request-{number}"
+        if request_id in self._tracked:
+            raise RequestError(f"request_id={request_id!r} is still being served; use another id.")
+        ids = tuple(prompt_token_ids)
+        self._check_prompt(ids, sampling)
+        samples = [self._make_sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
+        tracked = Tracked(request_id, prompt, ids, sampling, stream, samples)
+        for sample in samples:
+            self.scheduler.add(sample.request)  # all samples are alike: the first is refused, or none
+        self._tracked[request_id] = tracked
+        self._owner |= {sample.request.request_id: (tracked, sample) for sample in samples}
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step. Returns the outputs of the requests that finished, and of those that stream."""
+        self._check_open()
+        step = self.scheduler.schedule()
+        sampling = [self._owner[chunk.request.request_id][1] for chunk in step.chunks if chunk.samples]
+        sampled = self.runner.run(step, [sample.state for sample in sampling])
+        for sample, token, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
+            sample.state.accept(token)
+            if logprobs is not None:
+                sample.logprobs.append(logprobs)
+        self.scheduler.update(step, sampled.token_ids)
+        return self._read(step)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and return what it has so far; None if it is not being served."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return None
+        for sample in tracked.samples:
+            self.scheduler.abort(sample.request.request_id)
+            sample.read()
+        return self._forget(tracked)
+
+    def close(self) -> None:
+        """Abort what runs and let go of model and cache. May be called twice."""
+        if not self._closed:
+            for request_id in list(self._tracked):
+                self.abort(request_id)
+            self._closed = True
+            del self.runner, self._started
+
+    def describe(self) -> dict[str, Any]:
+        """What the engine runs with; printed at start."""
+        self._check_open()
+        s = self._started
+        return {
+            "model": s.source.name,
+            "architecture": self.config.architecture,
+            "parameters": self.config.num_parameters(),
+            "active_parameters": self.config.num_active_parameters(),
+            "device": str(s.device),
+            "dtype": str(s.dtype).removeprefix("torch."),
+            "threads": s.threads,
+            "expert_backend": s.backend,
+            "max_model_len": s.max_model_len,
+            "max_num_seqs": self.options.scheduler.max_num_seqs,
+            "max_num_batched_tokens": self.options.scheduler.max_num_batched_tokens,
+            "kv_cache_blocks": s.num_blocks,
+            "block_size": self.options.cache.block_size,
+            "kv_cache_bytes": s.cache.num_bytes,
+            "prefix_caching": self.options.cache.enable_prefix_caching,
+        }
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed; make a new one.")
+
+    def _check_prompt(self, ids: tuple[int, ...], sampling: SamplingParams) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token.")
+        limit = self.max_model_len
+        if len(ids) >= limit:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens, but the context of max_model_len={limit} must also hold at least "
+                f"one new token; shorten it to {limit - 1} tokens."
+            )
+        vocab = self.config.vocab_size
+        for position, token in enumerate(ids):
+            if type(token) is not int or not 0 <= token < vocab:
+                raise RequestError(
+                    f"token id {token!r} at position {position} of the prompt is outside of the vocabulary; "
+                    f"use integers from 0 to {vocab - 1}."
+                )
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids.")
+
+    def _make_sample(
+        self, request_id: str, number: int, index: int, ids: tuple[int, ...], sampling: SamplingParams
+    ) -> Sample:
+        seed = self.options.seed + number * _SEED_STRIDE if sampling.seed is None else sampling.seed
+        request = Request(
+            request_id if index == 0 else f"{request_id}/{index}",
+            ids,
+            sampling,
+            eos_token_ids=self.config.eos_token_ids,
+            max_total_tokens=min(self.max_model_len, self.scheduler.blocks.num_tokens),
+        )
+        state = SamplingState(
+            sampling,
+            seed + index * _SEED_STRIDE,
+            ids,
+            eos_token_ids=self.config.eos_token_ids,
+            vocab_size=self.config.vocab_size,
+        )
+        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, ids, sampling)
+        return Sample(request, state, detokenizer)
+
+    def _read(self, step: Step) -> list[RequestOutput]:
+        """Bring the texts of the step's requests up to date, end those that met a stop string, collect outputs."""
+        outputs = []
+        for chunk in step.chunks:
+            entry = self._owner.get(chunk.request.request_id) if chunk.samples else None
+            if entry is None:
+                continue
+            tracked, sample = entry
+            now = time.monotonic()
+            tracked.first_token = tracked.first_token or now
+            if tracked.reads_every_step or sample.finished:
+                stop = sample.read()
+                if stop is not None:
+                    self.scheduler.finish(sample.request, "stop", stop)
+            if tracked.finished:
+                outputs.append(self._forget(tracked))
+            elif tracked.stream:
+                outputs.append(tracked.output())
+        return outputs
+
+    def _forget(self, tracked: Tracked) -> RequestOutput:
+        tracked.end = time.monotonic()
+        del self._tracked[tracked.request_id]
+        for sample in tracked.samples:
+            del self._owner[sample.request.request_id]
+        return tracked.output()

@@ -1,0 +1,145 @@
+"""From an EngineConfig to a model ready to run. Enters: options. Leaves: a filled Decoder, its cache, its tokenizer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from flexmoe.config.engine import EngineConfig
+from flexmoe.config.model import ModelConfig
+from flexmoe.engine.device import choose_device, choose_dtype, set_threads
+from flexmoe.engine.tokenizer import Tokenizer
+from flexmoe.errors import ConfigError
+from flexmoe.layers.kv_cache import KVCache, block_bytes
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.hub import ModelSource, open_model
+from flexmoe.models.loader import fill_dummy, load_weights
+from flexmoe.moe.experts import BACKENDS, default_backend
+
+# Of the memory that is free once the weights are in: a CPU's is shared with other programs, a GPU's is ours.
+_CPU_CACHE_SHARE, _GPU_CACHE_SHARE = 0.25, 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Everything the engine runs with. tokenizer is None for a model without one (dummy presets)."""
+
+    source: ModelSource
+    model: Decoder
+    cache: KVCache
+    num_blocks: int
+    tokenizer: Tokenizer | None
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    backend: str
+    max_model_len: int
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+
+def start(options: EngineConfig) -> Started:
+    """Load the model and allocate the KV cache. Every problem is raised before the cache is allocated."""
+    device = choose_device(options.device.device)
+    threads = set_threads(options.device.threads)
+    source = open_model(options.load)
+    config = source.config
+    max_model_len = _max_model_len(options, config)
+    backend = _choose_backend(options.device.expert_backend, device)
+    dtype = choose_dtype(options.device.dtype, config, device)
+    # The KV cache is checked before the weights are read: a refusal should not cost minutes.
+    num_blocks = _num_blocks(options, config, max_model_len, dtype, device)
+    tokenizer = None
+    if source.folder is not None and (options.load.load_format != "dummy" or _has_tokenizer(source)):
+        tokenizer = Tokenizer.from_folder(source.folder)
+    model = _build(options, source, backend, dtype, device)
+    cache = KVCache(config, num_blocks, options.cache.block_size, dtype, device)
+    return Started(source, model, cache, num_blocks, tokenizer, device, dtype, threads, backend, max_model_len)
+
+
+def _has_tokenizer(source: ModelSource) -> bool:
+    return source.folder is not None and (source.folder / "tokenizer.json").is_file()
+
+
+def _build(
+    options: EngineConfig, source: ModelSource, backend: str, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    config = source.config
+    model = Decoder(config, options.parallel, backend, dtype=dtype, device=device).eval()
+    params = {name: param.data for name, param in model.named_parameters()}
+    if options.load.load_format == "dummy":
+        fill_dummy(params, options.seed)
+    else:
+        placement = options.parallel.placement(config.moe.num_experts) if config.moe else None
+        load_weights(source, params, placement, progress=options.load.progress)
+    del params
+    model.pack()
+    return model
+
+
+def _choose_backend(name: str, device: torch.device) -> str:
+    backend = default_backend(device) if name == "auto" else name
+    if backend == "cpu" and device.type != "cpu":
+        raise ConfigError(f"expert_backend='cpu' cannot run on device={str(device)!r}; use one of auto, reference.")
+    if backend not in BACKENDS:
+        raise ConfigError(f"expert_backend={backend!r} is not one of {', '.join(BACKENDS)}.")
+    return backend
+
+
+def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
+    asked = options.scheduler.max_model_len
+    if asked is not None and asked > config.max_position:
+        raise ConfigError(
+            f"max_model_len={asked} is above the model's context of {config.max_position} tokens; "
+            f"use at most {config.max_position}."
+        )
+    return asked or config.max_position
+
+
+def _num_blocks(
+    options: EngineConfig, config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
+    cache = options.cache
+    per_context = -(-max_model_len // cache.block_size)
+    size = block_bytes(config, cache.block_size, dtype)
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    if cache.kv_cache_memory is not None:
+        blocks = cache.kv_cache_memory // size
+        if blocks < 1:
+            raise ConfigError(
+                f"kv_cache_memory={cache.kv_cache_memory} bytes holds no block; one takes {size} bytes, "
+                f"a full context of {max_model_len} tokens {per_context * size}."
+            )
+        return blocks
+    blocks = min(options.scheduler.max_num_seqs * per_context, _cache_budget(config, dtype, device) // size)
+    if blocks < per_context:
+        raise ConfigError(
+            f"a context of max_model_len={max_model_len} tokens needs {per_context * size / 2**30:.2f} GiB of KV "
+            f"cache, but only {blocks * size / 2**30:.2f} GiB are free for it; lower max_model_len."
+        )
+    return blocks
+
+
+def _cache_budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes free for the KV cache once the weights are loaded."""
+    weights = config.num_parameters() * dtype.itemsize
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int((free - weights) * _GPU_CACHE_SHARE)
+    return int((_available_memory() - weights) * _CPU_CACHE_SHARE)
+
+
+def _available_memory() -> int:
+    """Bytes of main memory a new program can take: what Linux estimates, elsewhere all that is free."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - no Path needed for /proc
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,93 @@
+"""Tracked requests: what the engine keeps of a request beside the scheduler's part. Leaves: RequestOutput."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.detokenizer import Detokenizer
+from flexmoe.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
+from flexmoe.engine.sampler import SamplingState
+from flexmoe.scheduling.request import Request, RequestStatus
+
+
+@dataclass(slots=True)
+class Sample:
+    """One of the n samples of a request: a sequence of its own to the scheduler.
+
+    num_read: output tokens already handed to the detokenizer, which is None when the model has no tokenizer.
+    """
+
+    request: Request
+    state: SamplingState
+    detokenizer: Detokenizer | None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_read: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.request.status is RequestStatus.FINISHED
+
+    def read(self) -> str | None:
+        """Bring the text up to date. Returns the stop string that ends it, if one was found."""
+        if self.detokenizer is None:
+            return None
+        request = self.request
+        ids = request.token_ids[request.num_prompt_tokens + self.num_read : self._text_end()]
+        self.num_read += len(ids)
+        self.detokenizer.append(ids)
+        if self.finished:
+            self.detokenizer.flush()
+        return self.detokenizer.stopped_by
+
+    def _text_end(self) -> int:
+        """The token that ended the request, end-of-sequence or a stop id, is not part of the text."""
+        ended_by_token = self.finished and self.request.finish_reason == "stop"
+        return self.request.num_tokens - ended_by_token
+
+    def output(self, index: int, sampling: SamplingParams) -> CompletionOutput:
+        request = self.request
+        return CompletionOutput(
+            index=index,
+            text="" if self.detokenizer is None else self.detokenizer.text,
+            token_ids=tuple(request.output_token_ids),
+            logprobs=None if sampling.logprobs is None else tuple(self.logprobs),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+        )
+
+
+@dataclass(slots=True)
+class Tracked:
+    """A request with all its samples. stream: the caller wants an output after every step, not only at the end."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stream: bool
+    samples: list[Sample]
+    arrival: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    end: float | None = None
+
+    @property
+    def reads_every_step(self) -> bool:
+        """Whether text is needed as it comes; otherwise it is made once, at the end."""
+        return self.stream or bool(self.sampling.stop)
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.finished for sample in self.samples)
+
+    def output(self) -> RequestOutput:
+        metrics = RequestMetrics(self.arrival, self.first_token, self.end, self.samples[0].request.num_cached_tokens)
+        return RequestOutput(
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            tuple(sample.output(i, self.sampling) for i, sample in enumerate(self.samples)),
+            self.finished,
+            metrics,
+        )

@@ -1,0 +1,1 @@
+"""Plain tensor functions, one file an operation. Each public function picks an implementation by device and dtype."""

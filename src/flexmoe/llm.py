@@ -1,0 +1,161 @@
+"""LLM: the plain Python face. Enters: prompts and sampling parameters. Leaves: RequestOutput."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from flexmoe.config.engine import EngineConfig
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.engine import Engine
+from flexmoe.engine.outputs import RequestOutput
+from flexmoe.engine.tokenizer import Tokenizer
+from flexmoe.errors import RequestError
+
+Prompt: TypeAlias = str | Sequence[int]
+Message: TypeAlias = Mapping[str, Any]
+
+
+class LLM:
+    """A model that generates text in this process.
+
+    model: a folder, a Hugging Face hub id, or None for the built-in model. Options are those of `EngineConfig`'s
+    parts by their flat names, e.g. `LLM("folder", dtype="float32", max_num_seqs=8, kv_cache_memory=2**30)`.
+
+    Raises ConfigError for an option or config.json that cannot be served, CheckpointError for damaged files.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self._engine = Engine(EngineConfig.from_options({"model": model, **options}))
+
+    @property
+    def engine(self) -> Engine:
+        """The engine underneath: add_request, step, abort."""
+        return self._engine
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._engine.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises RequestError if the model came without one."""
+        if self._engine.tokenizer is None:
+            raise RequestError("this model has no tokenizer; give prompts as lists of token ids.")
+        return self._engine.tokenizer
+
+    def describe(self) -> dict[str, Any]:
+        """Model, device, dtype, threads, backend and limits in force."""
+        return self._engine.describe()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the model expects."""
+        return self.tokenizer.encode(text)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete one prompt or many, and return the outputs in their order.
+
+        prompts: a string, a list of token ids, or a list of either. sampling_params: one for all, or one for each.
+        Raises RequestError before anything is computed if any of them is refused.
+        """
+        listed = _as_prompts(prompts)
+        params = _as_params(sampling_params, len(listed))
+        return self._run([self._encode(prompt) for prompt in listed], params)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or many; a message is {"role": ..., "content": ...}."""
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        params = _as_params(sampling_params, len(conversations))
+        return self._run([self._encode_chat(c) for c in conversations], params)  # type: ignore[arg-type]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, yielding the whole output so far after each step. Closing the iterator aborts it."""
+        return self._stream(*self._encode(prompt), sampling_params or SamplingParams())
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Answer one conversation like `stream`."""
+        return self._stream(*self._encode_chat(messages), sampling_params or SamplingParams())
+
+    def close(self) -> None:
+        """Free the model. May be called twice."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        if not isinstance(prompt, str):
+            return None, prompt
+        if not prompt:
+            raise RequestError("the prompt is an empty string; give at least one character.")
+        return prompt, self.encode(prompt)
+
+    def _encode_chat(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        text = self._engine.chat_template.render(messages)
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _run(
+        self, prompts: Sequence[tuple[str | None, Sequence[int]]], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        ids: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            for (text, tokens), sampling in zip(prompts, params, strict=True):
+                ids.append(self._engine.add_request(tokens, sampling, prompt=text))
+            while len(done) < len(ids):
+                done |= {output.request_id: output for output in self._engine.step()}
+        except BaseException:
+            for request_id in ids:
+                self._engine.abort(request_id)
+            raise
+        return [done[request_id] for request_id in ids]
+
+    def _stream(self, text: str | None, tokens: Sequence[int], sampling: SamplingParams) -> Iterator[RequestOutput]:
+        request_id = self._engine.add_request(tokens, sampling, prompt=text, stream=True)
+        try:
+            while True:
+                for output in self._engine.step():
+                    if output.request_id == request_id:
+                        yield output
+                        if output.finished:
+                            return
+        finally:
+            self._engine.abort(request_id)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts={prompts!r} is neither a string, a list of token ids, nor a list of these.")
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, (str, Sequence)):
+            raise RequestError(f"prompt {index} is {prompt!r}; use a string or a list of token ids.")
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all or one for each.")
+    return list(params)

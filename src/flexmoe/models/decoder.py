@@ -1,0 +1,112 @@
+"""The one decoder: a pre-norm transformer described by a ModelConfig.
+
+Enters: a ForwardBatch and the KV cache. Leaves: hidden states [T, H], and logits [N, V] for the rows asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.layers.attention import Attention
+from flexmoe.layers.forward_batch import ForwardBatch
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.layers.linear import Linear
+from flexmoe.layers.mlp import GatedMLP
+from flexmoe.layers.norm import RMSNorm
+from flexmoe.layers.rotary import Rotary
+from flexmoe.moe.block import MoEBlock
+from flexmoe.moe.experts.weights import ExpertWeights
+
+
+class DecoderLayer(nn.Module):
+    """norm -> attention -> add, norm -> MoE block or dense MLP -> add."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        plan: ParallelPlan,
+        backend: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        layer = config.layers[index]
+        self.index = index
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.attention = Attention(config, layer.window, dtype=dtype, device=device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.moe: MoEBlock | None = None
+        self.mlp: GatedMLP | None = None
+        if layer.is_moe and config.moe is not None:
+            placement = plan.placement(config.moe.num_experts)
+            self.moe = MoEBlock(config, index, placement, backend, dtype=dtype, device=device)
+        else:
+            self.mlp = GatedMLP(
+                config.hidden_size, config.dense_width, bias=config.dense_bias, dtype=dtype, device=device
+            )
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
+        attended = self.attention(self.input_norm(x), cos, sin, cache, batch)
+        self._record(batch, "attention", attended)
+        x = x + attended
+        normed = self.mlp_norm(x)
+        fed = self.mlp(normed) if self.moe is None else self.moe(normed, batch)  # type: ignore[misc]
+        self._record(batch, "mlp" if self.moe is None else "moe", fed)
+        x = x.add_(fed)
+        self._record(batch, "layer", x)
+        return x
+
+    def _record(self, batch: ForwardBatch, stage: str, tensor: Tensor) -> None:
+        if batch.probe is not None:
+            batch.probe.record(stage, self.index, tensor)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and language-model head."""
+
+    def __init__(
+        self, config: ModelConfig, plan: ParallelPlan, backend: str, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
+        self.embed_tokens.to_empty(device=device).requires_grad_(False)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, plan, backend, dtype=dtype, device=device) for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.lm_head: Linear | None = None
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        self.rotary = Rotary(config.attention.rope, config.max_position, dtype=dtype, device=device)
+
+    def pack(self) -> None:
+        """Let each part lay out its loaded weights for the device; called once, after loading."""
+        for module in list(self.modules()):
+            if isinstance(module, (Linear, ExpertWeights)):
+                module.pack()
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Hidden states [T, H] after the final norm; writes the rows' keys and values into the cache."""
+        x = F.embedding(batch.token_ids, self.embed_tokens.weight)
+        if batch.probe is not None:
+            batch.probe.record("embedding", -1, x)
+        cos, sin = self.rotary(batch.positions)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, cos, sin, layer_cache, batch)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        """Logits [N, V] of the batch's sample rows, in the model's dtype."""
+        if batch.sample_rows is not None:
+            hidden = hidden.index_select(0, batch.sample_rows)
+        logits: Tensor = F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        if batch.probe is not None:
+            batch.probe.record("logits", -1, logits)
+        return logits

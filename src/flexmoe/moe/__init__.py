@@ -1,0 +1,1 @@
+"""The Mixture-of-Experts layer. Start with block.py."""

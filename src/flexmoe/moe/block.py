@@ -1,0 +1,66 @@
+"""The MoE layer: route -> dispatch -> experts -> combine. READ THIS FIRST.
+
+T tokens, H hidden size, E logical experts, K experts a token. The router names K logical experts for each token; the
+dispatcher brings each token to where those experts live and names them as physical slots there (WHERE); the expert
+backend computes the weighted sum of the experts' outputs for the rows it got (HOW); the dispatcher brings the sums
+back and adds those that belong to one token. Any dispatcher works with any backend.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ExpertPlacement
+from flexmoe.layers.forward_batch import ForwardBatch
+from flexmoe.layers.linear import Linear
+from flexmoe.layers.mlp import GatedMLP
+from flexmoe.moe.dispatch import LocalDispatcher
+from flexmoe.moe.experts import make_experts
+from flexmoe.moe.router import Router
+
+
+class MoEBlock(nn.Module):
+    """[T, H] -> [T, H]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        placement: ExpertPlacement,
+        backend: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        moe = config.moe
+        assert moe is not None, f"layer {layer} is not a MoE layer"
+        self.layer = layer
+        self.router = Router(config.hidden_size, moe, device=device)
+        self.dispatcher = LocalDispatcher(placement, device)
+        self.experts = make_experts(
+            backend, len(placement.local_slots(0)), config.hidden_size, moe.expert_width, dtype=dtype, device=device
+        )
+        self.shared: GatedMLP | None = None
+        self.shared_gate: Linear | None = None
+        if moe.shared_width:
+            self.shared = GatedMLP(config.hidden_size, moe.shared_width, dtype=dtype, device=device)
+        if moe.shared_gate:
+            self.shared_gate = Linear(config.hidden_size, 1, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        topk_ids, topk_weights = self.router(x)  # [T, K], [T, K] fp32
+        if batch.probe is not None:
+            batch.probe.record("topk_ids", self.layer, topk_ids)
+            batch.probe.record("topk_weights", self.layer, topk_weights)
+        routed = self.dispatcher.dispatch(x, topk_ids, topk_weights)
+        out = self.experts(routed.x, routed.slot_ids, routed.weights)  # one weighted sum a row
+        out = self.dispatcher.combine(out, routed)  # [T, H]
+        return out if self.shared is None else out + self._shared_output(self.shared, x)
+
+    def _shared_output(self, shared: GatedMLP, x: Tensor) -> Tensor:
+        """The expert that every token takes, scaled by its gate where the model has one."""
+        out: Tensor = shared(x)
+        return out if self.shared_gate is None else out * torch.sigmoid(self.shared_gate(x))
