@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from flexmoe.models.families import FAMILIES
 from tests.docs.snippets import ROOT, Snippet, links, pages, snippets
 
 BASH = [(s, command) for s in snippets("bash", "console") for command in s.commands()]
@@ -86,6 +87,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 @needs_cli
 def test_the_page_of_the_command_line_is_current() -> None:
     run([sys.executable, "tools/cli_help.py", "--check"], ROOT)
+
+
+def test_readme_names_every_family() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in FAMILIES if f"`{name}`" not in readme] == []
 
 
 def test_readme_shows_both_faces() -> None:
