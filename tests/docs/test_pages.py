@@ -22,7 +22,6 @@ OTHERS = [(s, command) for s, command in BASH if not command.startswith("flexmoe
 PYTHON = snippets("python")
 
 needs_cli = pytest.mark.skipif(importlib.util.find_spec("flexmoe.cli") is None, reason="no command line yet")
-needs_llm = pytest.mark.skipif(importlib.util.find_spec("flexmoe.llm") is None, reason="no LLM yet")
 
 
 def ids(cases: list[tuple[Snippet, str]] | list[Snippet]) -> list[str]:
@@ -47,7 +46,6 @@ def run(command: list[str] | str, folder: Path) -> None:
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
 
 
-@needs_llm
 @pytest.mark.parametrize("snippet", [s for s in PYTHON if s.runs], ids=ids([s for s in PYTHON if s.runs]))
 def test_python_snippet_runs(snippet: Snippet, tmp_path: Path) -> None:
     run([sys.executable, "-W", "error", "-c", snippet.text], tmp_path)
