@@ -8,7 +8,7 @@ likely tokens stay or go together. A row's result depends on its own logits and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,15 @@ from flexmoe.engine.outputs import TokenLogprobs
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.errors import EngineError
 
-__all__ = ["SampleOutput", "Sampler", "SamplingState", "filter_logits"]
+__all__ = ["SampleOutput", "Sampler", "SamplingState"]
+
+Rows = Sequence[SamplingState]
+Chooser = Callable[[torch.Tensor, Rows], torch.Tensor]
 
 # Sorting the whole vocabulary to find the most likely tokens is slow; this many are looked at first.
 _SHORTLIST = 128
+# Below this temperature fp32 cannot divide by it; the draw has long been greedy.
+_COLDEST = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +45,49 @@ class Sampler:
 
         Raises EngineError if the logits of a row that is drawn at random are not numbers.
         """
-        chosen = torch.argmax(logits, dim=-1)  # [N]; of equal logits the lower id
-        rows = [row for row, state in enumerate(states) if not state.plain_greedy]
-        if rows:
-            index = torch.tensor(rows, device=logits.device)
-            chosen[index] = _choose(logits[index].float(), [states[row] for row in rows])
+        if all(state.plain_greedy for state in states):
+            return SampleOutput(torch.argmax(logits, dim=-1).tolist(), [None] * len(states))
+        chosen = _by_row(states, _is_plain, logits, _argmax, _choose)
         token_ids: list[int] = chosen.tolist()
         if -1 in token_ids:
             raise EngineError(f"the logits of row {token_ids.index(-1)} are not numbers; the weights may be damaged.")
         return SampleOutput(token_ids, _logprobs(logits, chosen, token_ids, states))
 
 
-def _choose(work: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Tokens [n] of rows that need more than the argmax of the raw logits. work: [n, V] in fp32, changed in place."""
-    _adjust(work, states)
-    chosen = torch.argmax(work, dim=-1)
-    rows = [row for row, state in enumerate(states) if not state.params.greedy]
-    if rows:
-        index = torch.tensor(rows, device=work.device)
-        drawing = [states[row] for row in rows]
-        chosen[index] = _draw(filter_logits(work[index], drawing), drawing)
+def _by_row(
+    states: Rows, test: Callable[[SamplingState], bool], logits: torch.Tensor, yes: Chooser, no: Chooser
+) -> torch.Tensor:
+    """Tokens [n] of logits [n, V]: rows that pass the test by `yes`, on a copy, the others by `no`, on another."""
+    chosen = torch.empty(len(states), dtype=torch.long, device=logits.device)
+    for choose, verdict in ((yes, True), (no, False)):
+        rows = [row for row, state in enumerate(states) if test(state) is verdict]
+        if rows:
+            index = _tensor(rows, logits)
+            chosen[index] = choose(logits[index], [states[row] for row in rows])
     return chosen
 
 
-def _adjust(work: torch.Tensor, states: Sequence[SamplingState]) -> None:
+def _argmax(logits: torch.Tensor, _: Rows) -> torch.Tensor:
+    """The most likely token of each row: [n]. Of equal logits the lower id."""
+    return torch.argmax(logits, dim=-1)
+
+
+def _choose(logits: torch.Tensor, states: Rows) -> torch.Tensor:
+    """Tokens [n] of rows that need more than the argmax of the raw logits; logits may be overwritten."""
+    work = logits.float()
+    _adjust(work, states)
+    return _by_row(states, _is_greedy, work, _argmax, _draw)
+
+
+def _is_plain(state: SamplingState) -> bool:
+    return state.plain_greedy
+
+
+def _is_greedy(state: SamplingState) -> bool:
+    return state.params.greedy
+
+
+def _adjust(work: torch.Tensor, states: Rows) -> None:
     """Add biases, apply penalties and forbid early stops, in place. work: [n, V] in fp32."""
     biases = [(row, token, bias) for row, s in enumerate(states) for token, bias in s.params.logit_bias.items()]
     if biases:
@@ -77,7 +101,7 @@ def _adjust(work: torch.Tensor, states: Sequence[SamplingState]) -> None:
         work[_tensor(row, work), _tensor(token, work)] = -math.inf
 
 
-def _penalise(work: torch.Tensor, states: Sequence[SamplingState]) -> None:
+def _penalise(work: torch.Tensor, states: Rows) -> None:
     """Lower the logits of tokens already seen; one gather and one scatter for all rows together."""
     sizes = np.array([len(state.seen) for state in states])
     if not sizes.sum():
@@ -95,68 +119,68 @@ def _penalise(work: torch.Tensor, states: Sequence[SamplingState]) -> None:
     work[place] = values - frequency * counts - presence * (counts > 0)
 
 
-def filter_logits(work: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Logits [n, V] over temperature, with -inf for the tokens that top_k, top_p and min_p drop."""
+def token_weights(work: torch.Tensor, states: Rows) -> torch.Tensor:
+    """What each token's probability is proportional to: [n, V], 0 for those that top_k, top_p and min_p drop.
+
+    Multiplying by a comparison is several times quicker on a CPU than masked_fill, whose branches go astray.
+    """
     params = [state.params for state in states]
-    work = work / _column([p.temperature for p in params], work)
-    if any(p.top_k > 0 for p in params):
-        work = _mask_below(work, _top_k_threshold(work, [p.top_k for p in params]))
-    if any(p.top_p < 1.0 for p in params):
-        work = _mask_below(work, _top_p_threshold(work, [p.top_p for p in params]))
+    work = work - work.amax(dim=-1, keepdim=True)  # 0 for the most likely token, whatever the temperature
+    work /= _column([max(p.temperature, _COLDEST) for p in params], work)
+    weights = torch.exp(work)
+    top_k = [min(p.top_k, work.shape[1]) for p in params]
+    cuts_mass = any(p.top_p < 1.0 for p in params)
+    size = max(*top_k, min(_SHORTLIST, work.shape[1]) if cuts_mass else 0, 0)
+    best = torch.topk(work, size, dim=-1).values if size else work  # [n, size], falling
+    if max(top_k) > 0:
+        weights *= work >= _kth_largest(best, top_k)
+    if cuts_mass:
+        total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        weights *= work >= _top_p_threshold(work, best, total, [p.top_p for p in params])
     if any(p.min_p > 0.0 for p in params):
-        log_min_p = _column([math.log(p.min_p) if p.min_p else -math.inf for p in params], work)
-        work = _mask_below(work, work.amax(dim=-1, keepdim=True) + log_min_p)
-    return work
+        weights *= weights >= _column([p.min_p for p in params], work)  # the most likely token's weight is 1
+    return weights
 
 
-def _top_k_threshold(work: torch.Tensor, top_k: list[int]) -> torch.Tensor:
-    """The k-th largest logit of each row, -inf for rows without top_k: [n, 1]."""
-    sizes = [min(k, work.shape[1]) for k in top_k]
-    best = torch.topk(work, max(sizes), dim=-1).values  # [n, largest k], falling
-    place = _tensor([max(k, 1) - 1 for k in sizes], work)[:, None]
-    return best.gather(1, place).masked_fill_(_tensor(sizes, work)[:, None] < 1, -math.inf)
+def _kth_largest(best: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Entry k of each row of best [n, size], falling; -inf where k is not positive: [n, 1]."""
+    k = _tensor(sizes, best)[:, None]
+    return best.gather(1, (k - 1).clamp_(min=0)).masked_fill_(k < 1, -math.inf)
 
 
-def _top_p_threshold(work: torch.Tensor, top_p: list[float]) -> torch.Tensor:
+def _top_p_threshold(work: torch.Tensor, best: torch.Tensor, total: torch.Tensor, top_p: list[float]) -> torch.Tensor:
     """The smallest logit of the fewest most likely tokens whose probability reaches top_p: [n, 1].
 
-    Sums are in fp64: they then are the same whatever the length of the shortlist.
+    best: the largest of work [n, V], falling; more are fetched if they do not reach it. total: the sum of all weights
+    [n, 1]. Sums are in fp64, so that they do not depend on how many were fetched.
     """
     wanted = torch.tensor(top_p, device=work.device, dtype=torch.float64)[:, None]
-    total = torch.logsumexp(work, dim=-1, keepdim=True)
-    size = min(_SHORTLIST, work.shape[1])
     while True:
-        best = torch.topk(work, size, dim=-1).values  # [n, size], falling
-        probabilities = torch.exp(best - total).double()
+        probabilities = torch.exp(best) / total
         reached = probabilities.cumsum(-1)
-        if size == work.shape[1] or bool(((reached[:, -1:] >= wanted) | (wanted >= 1.0)).all()):
+        if best.shape[1] == work.shape[1] or bool(((reached[:, -1:] >= wanted) | (wanted >= 1.0)).all()):
             break
-        size = min(8 * size, work.shape[1])
+        best = torch.topk(work, min(8 * best.shape[1], work.shape[1]), dim=-1).values
     # A token stays if those more likely than it do not reach top_p yet; so the first always stays.
     num_kept = ((reached - probabilities) < wanted).sum(-1, keepdim=True)
     return best.gather(1, num_kept - 1).masked_fill_(wanted >= 1.0, -math.inf)
 
 
-def _mask_below(work: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    return work.masked_fill(work < threshold, -math.inf)
-
-
-def _draw(work: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """One token a row, with probability softmax(work): where the running sum passes a uniform number. [n]
+def _draw(work: torch.Tensor, states: Rows) -> torch.Tensor:
+    """One token a row, with probability in proportion to its weight: where the running sum passes a random point. [n]
 
     One random number a row instead of one a token. Sums are in fp64, so that rounding neither favours a token nor
     depends on the shape of the batch. A row without a finite sum gives -1.
     """
-    weights = torch.exp(work - work.amax(dim=-1, keepdim=True))
-    running = weights.cumsum(-1, dtype=torch.float64)  # [n, V]
+    running = token_weights(work, states).double().cumsum(-1)  # [n, V]
     total = running[:, -1:]
-    uniform = torch.tensor([state.uniform() for state in states], dtype=torch.float64, device=work.device)[:, None]
-    chosen = torch.searchsorted(running, uniform * total, right=True).clamp_(max=work.shape[1] - 1)
+    uniform = torch.tensor([state.uniform() for state in states], dtype=torch.float64, device=work.device)
+    chosen = torch.searchsorted(running, uniform[:, None] * total, right=True).clamp_(max=work.shape[1] - 1)
     return torch.where(torch.isfinite(total), chosen, -1)[:, 0]
 
 
 def _logprobs(
-    logits: torch.Tensor, chosen: torch.Tensor, token_ids: Sequence[int], states: Sequence[SamplingState]
+    logits: torch.Tensor, chosen: torch.Tensor, token_ids: Sequence[int], states: Rows
 ) -> list[TokenLogprobs | None]:
     """Log-probabilities under the raw logits, for the rows that asked for them."""
     found: list[TokenLogprobs | None] = [None] * len(states)
@@ -180,7 +204,7 @@ def _best(raw: torch.Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, flo
     best: list[list[tuple[int, float]]] = [[] for _ in sizes]
     if max(sizes) > 0:
         # topk breaks ties as it likes, so take all that reach its last value and break them here.
-        candidates = raw >= _top_k_threshold(raw, sizes)
+        candidates = raw >= _kth_largest(torch.topk(raw, max(sizes), dim=-1).values, sizes)
         candidates &= _tensor(sizes, raw)[:, None] > 0
         rows, ids = candidates.nonzero(as_tuple=True)
         for row, token, value in zip(rows.tolist(), ids.tolist(), raw[rows, ids].tolist(), strict=True):
