@@ -166,12 +166,21 @@ def _find_files(folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         return (folder / SINGLE,), ()
     if (folder / INDEX).is_file():
         return _read_index(folder / INDEX)
-    # consolidated*: Mistral's own names for the same weights; adapter*: LoRA.
-    files = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith(("consolidated", "adapter")))
+    files = _unindexed(folder)
     if not files:
         raise CheckpointError(explain_no_safetensors(folder))
     _require_all([_shards_by_name(file) for file in files], folder)
     return tuple(files), ()
+
+
+def _unindexed(folder: Path) -> list[Path]:
+    """Every safetensors file but Mistral's own form of the same weights (consolidated*) and LoRA adapters."""
+    return sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith(("consolidated", "adapter")))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds safetensors to load, complete or not."""
+    return (folder / INDEX).is_file() or bool(_unindexed(folder))
 
 
 def _read_index(index: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:

@@ -15,9 +15,11 @@ from flexmoe.config.engine import LoadConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.errors import CheckpointError, ConfigError
 from flexmoe.models import checkpoint, families
+from flexmoe.models.checkpoint import Match
 from flexmoe.models.presets import PRESETS
 
 BUILTIN_NAME = "builtin"
+_BUILTIN = Path(__file__).parents[1] / "assets" / "builtin"
 # Everything but weights: configuration, tokenizer, chat template.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("*.safetensors",)
@@ -27,19 +29,24 @@ _NEVER = ("consolidated*", "original/*", "onnx/*", "*.index.json.bak")
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model found and its configuration read. folder: None for a preset, which has no files."""
+    """A model found, its configuration read and its weights' headers checked.
+
+    folder: None for a preset, which has no files. matches: each stored tensor and its place; empty for dummy weights.
+    """
 
     name: str
     folder: Path | None
     hf_config: Mapping[str, Any]
     config: ModelConfig
+    matches: tuple[Match, ...] = ()
 
 
 def open_model(load: LoadConfig) -> ModelSource:
-    """Find the model and read its configuration; no weights are read.
+    """Find the model, read its configuration and, unless the weights are to be dummies, check its files.
 
-    Errors: CheckpointError if there is no such model or its files are incomplete, ConfigError for a malformed
-    config.json, UnsupportedModelError for a decoder or feature that is not there.
+    Only headers are read, so that a bad checkpoint is refused before memory is taken for it. Errors: CheckpointError
+    if there is no such model or its files do not fill it, ConfigError for a malformed config.json,
+    UnsupportedModelError for a decoder or feature that is not there.
     """
     name = load.model or BUILTIN_NAME
     preset = PRESETS.get(name)
@@ -54,9 +61,13 @@ def open_model(load: LoadConfig) -> ModelSource:
     hf_config = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     config = families.read_config(hf_config, _read_json(generation) if generation.is_file() else None)
-    if load.load_format != "dummy" and not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
-        config = replace(config, checkpoint_dtype=checkpoint.open_checkpoint(folder).dtype or config.checkpoint_dtype)
-    return ModelSource(name, folder, hf_config, config)
+    if load.load_format == "dummy":
+        return ModelSource(name, folder, hf_config, config)
+    stored = checkpoint.open_checkpoint(folder)
+    matches = checkpoint.validate(stored, config)
+    if stored.dtype is not None and not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
+        config = replace(config, checkpoint_dtype=stored.dtype)
+    return ModelSource(name, folder, hf_config, config, matches)
 
 
 def resolve(load: LoadConfig) -> Path:
@@ -65,12 +76,11 @@ def resolve(load: LoadConfig) -> Path:
     Errors: CheckpointError that says what the name was taken for and what to do.
     """
     if load.model is None:
-        folder = Path(__file__).parents[1] / "assets" / "builtin"
-        if not (folder / "config.json").is_file():
+        if not (_BUILTIN / "config.json").is_file():
             raise CheckpointError(
-                f"this installation has no built-in model ({folder}); give a model's folder or hub id."
+                f"this installation lacks its built-in model ({_BUILTIN}); give a folder or a hub id."
             )
-        return folder
+        return _BUILTIN
     path = Path(load.model).expanduser()
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and *.safetensors.")
@@ -84,9 +94,8 @@ def resolve(load: LoadConfig) -> Path:
 def _checked(folder: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
-    names = sorted(file.name for file in folder.iterdir())
-    if not any(name.endswith(".safetensors") for name in names):
-        raise CheckpointError(checkpoint.explain_no_safetensors(folder) + f" {folder / 'config.json'} is missing, too.")
+    if not checkpoint.has_weights(folder):
+        raise CheckpointError(f"{folder} has no config.json, and {checkpoint.explain_no_safetensors(folder)}")
     raise CheckpointError(
         f"{folder} has no config.json, which says how the weights are put together; copy it from where they came from."
     )

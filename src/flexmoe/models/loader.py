@@ -10,6 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,21 +68,21 @@ def load_weights(
     """Fill `params` (the decoder's, by name) from the checkpoint, converting to each one's dtype and device.
 
     placement: which experts the slots of `rank` hold; None: all, in order. A parameter of the model that is not in
-    `params` is not read. Errors: those of `checkpoint`, all raised before the first tensor is touched.
+    `params` is not read. Errors: CheckpointError, for a file that cannot be read; `open_model` has checked the rest.
     """
     if source.folder is None:
         raise CheckpointError(f"{source.name!r} is a preset without weights; use load_format='dummy'.")
     start = time.perf_counter()
-    checkpoint = open_checkpoint(source.folder)
-    matches = validate(checkpoint, source.config)
+    matches = source.matches or validate(open_checkpoint(source.folder), source.config)
     slots = _local_slots(source, placement, rank)
     work = _plan([match for match in matches if match.piece.param in params], slots)
+    files = sorted({match.tensor.file for match, _ in work})
     _check_complete(work, params)
     with _bar(sum(_bytes_to_read(*item) for item in work), progress) as advance, torch.no_grad():
-        for file in checkpoint.files:
+        for file in files:
             _read_file(file, [item for item in work if item[0].tensor.file == file], params, advance)
     total = sum(_bytes_to_read(*item) for item in work)
-    return LoadReport(time.perf_counter() - start, total, len(work), len(checkpoint.files))
+    return LoadReport(time.perf_counter() - start, total, len(work), len(files))
 
 
 def fill_dummy(params: Mapping[str, torch.Tensor], seed: int = 0) -> None:
@@ -90,16 +91,21 @@ def fill_dummy(params: Mapping[str, torch.Tensor], seed: int = 0) -> None:
     Matrices are normal with variance 1 / columns, so that activations keep their size; embeddings are unit normal,
     norms 1 and biases 0.
     """
-    with torch.no_grad():
-        for name, param in params.items():
-            if name.endswith("norm.weight"):
-                param.fill_(1.0)
-            elif name.endswith(".bias"):
-                param.zero_()
-            else:
-                std = 1.0 if name == "embed_tokens.weight" else param.shape[-1] ** -0.5
-                generator = torch.Generator(param.device).manual_seed(_seed(name, seed))
-                param.normal_(0.0, std, generator=generator)
+    # Each parameter has its own generator, so threads change the time only: a generator runs on one core.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda item: _fill_one(item[0], item[1], seed), params.items()))
+
+
+@torch.no_grad()
+def _fill_one(name: str, param: torch.Tensor, seed: int) -> None:
+    if name.endswith("norm.weight"):
+        param.fill_(1.0)
+    elif name.endswith(".bias"):
+        param.zero_()
+    else:
+        std = 1.0 if name == "embed_tokens.weight" else param.shape[-1] ** -0.5
+        generator = torch.Generator(param.device).manual_seed(_seed(name, seed))
+        param.normal_(0.0, std, generator=generator)
 
 
 def _seed(name: str, seed: int) -> int:
