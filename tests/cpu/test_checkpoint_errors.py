@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import struct
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flexmoe.config.engine import LoadConfig
@@ -99,6 +102,9 @@ def test_damaged_shard(sharded: Path) -> None:
         (None, "entry for x is malformed"),
         ({"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, r"x is F32 of shape \[3\] but has 8 bytes"),
         ({"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}, "x is F32"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "x is F32"),
+        ({"dtype": "F32", "shape": [math.inf], "data_offsets": [0, 8]}, "entry for x is malformed"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "x does not begin where"),
     ],
 )
 def test_lying_header(tmp_path: Path, entry: Any, message: str) -> None:
@@ -107,6 +113,32 @@ def test_lying_header(tmp_path: Path, entry: Any, message: str) -> None:
     file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(CheckpointError, match=message):
         checkpoint.read_header(file)
+
+
+@given(place=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 300))
+def test_any_damage_is_found_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, place: int, byte: int, cut: int
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16)}, file)
+    data = bytearray(file.read_bytes())
+    data[place % len(data)] = byte
+    file.write_bytes(data[: len(data) - cut])
+    try:
+        tensors = checkpoint.read_header(file)
+    except CheckpointError as error:
+        assert str(file) in str(error)  # noqa: PT017 (the error is one of two right outcomes)
+    else:
+        assert sum(tensor.num_bytes for tensor in tensors) <= len(data)
+
+
+def test_unreadable_file(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Permission denied"):
+        checkpoint.open_checkpoint(single)
 
 
 def test_damaged_index(sharded: Path) -> None:
@@ -270,6 +302,8 @@ def test_names_that_are_no_folder(single: Path) -> None:
     for name in ("./nowhere", "/nowhere", "~/nowhere", "a/b/c", "models/"):
         with pytest.raises(CheckpointError, match=r"the folder .* does not exist"):
             open_model(LoadConfig(model=name))
+    with pytest.raises(CheckpointError, match="model is an empty name"):
+        open_model(LoadConfig(model=" "))
     with pytest.raises(CheckpointError, match="is a file; give the folder"):
         open_model(LoadConfig(model=str(single / "config.json")))
     with pytest.raises(CheckpointError, match="no folder 'not an id!' exists, and it is no hub id either"):
@@ -297,6 +331,8 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_hub_id_that_is_not_cached_offline(hub_cache: Path) -> None:
     with pytest.raises(CheckpointError, match=r"taken for a Hugging Face hub id; .*`hf download some/model`"):
         open_model(LoadConfig(model="some/model"))
+    with pytest.raises(CheckpointError, match=r"hub id; .*Presets: mixtral-8x7b, .*tinymistral-6x248m\."):
+        open_model(LoadConfig(model="mixtral-8x7", load_format="dummy"))
 
 
 def test_hub_id_that_is_cached_opens_offline(hub_cache: Path) -> None:

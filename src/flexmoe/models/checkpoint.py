@@ -108,26 +108,36 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Match, ...]:
 
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in the order of their bytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if start == b"version ":
-            raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
-        if length > _MAX_HEADER:
-            raise CheckpointError(f"{file} is not a safetensors file: its header would be {length:,} bytes long.")
-        if size < 8 + length or length == 0:
-            raise _truncated(file, 8 + max(length, 2), size)
-        header = _parse_header(file, stream.read(length))
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = _header_length(file, stream.read(8), size)
+            header = _parse_header(file, stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
     tensors = [_stored(file, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"]
-    expected = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=8 + length)
-    if size < expected:
-        raise _truncated(file, expected, size)
-    if size > expected:
-        raise CheckpointError(
-            f"{file} is damaged: {expected:,} bytes by its header, {size:,} in fact; download it again."
-        )
-    return sorted(tensors, key=lambda tensor: tensor.offset)
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise CheckpointError(f"{file} is damaged: {tensor.name} does not begin where the tensor before it ends.")
+        end += tensor.num_bytes
+    if size < end:
+        raise _truncated(file, end, size)
+    if size > end:
+        raise CheckpointError(f"{file} is damaged: {end:,} bytes by its header, {size:,} in fact; download it again.")
+    return tensors
+
+
+def _header_length(file: Path, start: bytes, size: int) -> int:
+    length: int = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if start == b"version ":
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
+    if length > _MAX_HEADER:
+        raise CheckpointError(f"{file} is not a safetensors file: its header would be {length:,} bytes long.")
+    if length == 0 or size < 8 + length:
+        raise _truncated(file, 8 + max(length, 2), size)
+    return length
 
 
 def _truncated(file: Path, expected: int, size: int) -> CheckpointError:
@@ -139,7 +149,7 @@ def _truncated(file: Path, expected: int, size: int) -> CheckpointError:
 def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a safetensors file, or damaged: its header is not JSON.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file, or damaged: its header is not an object.")
@@ -150,7 +160,7 @@ def _stored(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         begin, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file} is damaged: its header's entry for {name} is malformed.") from error
     item = ITEM_SIZES.get(dtype)
     if begin < 0 or end < begin or (item is not None and end - begin != item * math.prod(shape)):

@@ -48,7 +48,7 @@ def open_model(load: LoadConfig) -> ModelSource:
     if there is no such model or its files do not fill it, ConfigError for a malformed config.json,
     UnsupportedModelError for a decoder or feature that is not there.
     """
-    name = load.model or BUILTIN_NAME
+    name = BUILTIN_NAME if load.model is None else load.model
     preset = PRESETS.get(name)
     if preset is not None and not Path(name).is_dir():
         if load.load_format != "dummy":
@@ -81,6 +81,8 @@ def resolve(load: LoadConfig) -> Path:
                 f"this installation lacks its built-in model ({_BUILTIN}); give a folder or a hub id."
             )
         return _BUILTIN
+    if not load.model.strip():
+        raise CheckpointError("model is an empty name; give a folder or a hub id, or None for the built-in model.")
     path = Path(load.model).expanduser()
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and *.safetensors.")
@@ -109,8 +111,12 @@ def _looks_like_path(model: str) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not a configuration: it is nested too deeply.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}.") from error
     if not isinstance(value, dict):
@@ -139,8 +145,10 @@ def _download(model: str, load: LoadConfig) -> Path:
     except errors.HFValidationError as error:
         raise CheckpointError(f"no folder {model!r} exists, and it is no hub id either: {error}") from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, of whichever version
+        presets = f" Presets: {', '.join(PRESETS)}." if load.load_format == "dummy" else ""
         raise CheckpointError(
-            f"no folder {model!r} exists, so it was taken for a Hugging Face hub id; {_why(model, load, error)}"
+            f"no folder {model!r} exists, so it was taken for a Hugging Face hub id; "
+            f"{_why(model, load, error)}{presets}"
         ) from error
     return Path(folder)
 
