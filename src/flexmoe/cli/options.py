@@ -1,0 +1,168 @@
+"""Options that several commands share. Enters: words of the command line. Leaves: options of `LLM`, SamplingParams."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from flexmoe.config.engine import (
+    DTYPES,
+    EXPERT_BACKENDS,
+    LOAD_FORMATS,
+    CacheConfig,
+    DeviceConfig,
+    LoadConfig,
+    SchedulerConfig,
+)
+from flexmoe.config.sampling import SamplingParams
+
+Function = Callable[..., Any]
+
+DEBUG = "flexmoe.debug"  # key in the context's meta, which all commands share
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes, with a unit if wanted: 1073741824, 1GiB, 500M."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", value.upper())
+    if match is None or match[2] not in _UNITS:
+        raise click.BadParameter(f"{value!r} is not a number of bytes; use 1073741824, 1GiB or 500MB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _default(part: type, name: str) -> Any:
+    return next(field.default for field in fields(part) if field.name == name)
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    """Accepted before and after the command's name."""
+    if value:
+        ctx.meta[DEBUG] = True
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_set_debug, help="Print logs, and the traceback of an error."
+)
+
+_positive = click.IntRange(min=1)
+
+# Shown defaults are the engine's own; an option that is not given is not passed on.
+_MODEL_OPTIONS = (
+    click.option("-m", "--model", help="A model's folder or its name on the Hugging Face Hub.  [default: built-in]"),
+    click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
+    click.option(
+        "--load-format",
+        type=click.Choice(LOAD_FORMATS),
+        help=f"`dummy`: random weights from config.json alone.  [default: {_default(LoadConfig, 'load_format')}]",
+    ),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), help=f"Number format.  [default: {_default(DeviceConfig, 'dtype')}]"
+    ),
+    click.option("--device", help=f"cpu, cuda or cuda:N.  [default: {_default(DeviceConfig, 'device')}]"),
+    click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]"),
+    click.option(
+        "--expert-backend",
+        type=click.Choice(EXPERT_BACKENDS),
+        help=f"How experts are computed.  [default: {_default(DeviceConfig, 'expert_backend')}]",
+    ),
+    click.option(
+        "--max-model-len", type=_positive, help="Prompt and answer together, in tokens.  [default: the model's]"
+    ),
+    click.option(
+        "--max-num-seqs",
+        type=_positive,
+        help=f"Requests that run together.  [default: {_default(SchedulerConfig, 'max_num_seqs')}]",
+    ),
+    click.option(
+        "--max-num-batched-tokens",
+        type=_positive,
+        help=f"Tokens computed together.  [default: {_default(SchedulerConfig, 'max_num_batched_tokens')}]",
+    ),
+    click.option(
+        "--kv-cache-memory",
+        metavar="BYTES",
+        callback=_bytes,
+        help="Memory for keys and values, e.g. 2GiB.  [default: as needed]",
+    ),
+    click.option(
+        "--block-size",
+        type=_positive,
+        help=f"Tokens in a block of that memory.  [default: {_default(CacheConfig, 'block_size')}]",
+    ),
+    click.option("--seed", type=int, help="Seed of the samples, and of dummy weights.  [default: 0]"),
+    debug_option,
+)
+
+_MODEL_NAMES = (
+    "model",
+    "revision",
+    "load_format",
+    "dtype",
+    "device",
+    "threads",
+    "expert_backend",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_memory",
+    "block_size",
+    "seed",
+)
+
+
+def model_options(function: Function) -> Function:
+    """Give a command the options of a model; it gets those that were used as one mapping, `llm_options`."""
+    return _collected(function, "llm_options", _MODEL_NAMES, _MODEL_OPTIONS)
+
+
+def sampling_options(*, temperature: float, max_tokens: int) -> Callable[[Function], Function]:
+    """Give a command the options of sampling with its own defaults; it gets them as `sampling`, SamplingParams."""
+    options = (
+        click.option("--max-tokens", type=_positive, default=max_tokens, show_default=True, help="New tokens at most."),
+        click.option(
+            "-t",
+            "--temperature",
+            type=float,
+            default=temperature,
+            show_default=True,
+            help="0: always the most likely token; the higher, the more surprising.",
+        ),
+        click.option("--top-p", type=float, help="Choose among the likeliest tokens that reach this probability."),
+        click.option("--top-k", type=int, help="Choose among this many tokens at most."),
+        click.option("--min-p", type=float, help="Leave out tokens this much less likely than the likeliest."),
+        click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens seen before."),
+        click.option("--stop", multiple=True, help="End before this text; may be given several times."),
+    )
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop")
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def wrapper(*args: Any, sampling: dict[str, Any], **kwargs: Any) -> Any:
+            return function(*args, sampling=SamplingParams.from_options(sampling), **kwargs)
+
+        return _collected(wrapper, "sampling", names, options)
+
+    return decorate
+
+
+def _collected(function: Function, target: str, names: tuple[str, ...], options: tuple[Function, ...]) -> Function:
+    """Add click options to a function, which gets the values given as one mapping called `target`."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        values = {name: kwargs.pop(name) for name in names}
+        return function(*args, **{target: {n: v for n, v in values.items() if v is not None}}, **kwargs)
+
+    for option in reversed(options):
+        wrapper = option(wrapper)
+    return wrapper
