@@ -109,8 +109,8 @@ def _stream(llm: LLM, prompt: Prompt, sampling: SamplingParams, echo: Prompt | N
     for output in pieces:
         write(output.text[shown:])
         shown = len(output.text)
-    click.echo()
     assert output is not None, "a stream ends with a finished output"
+    click.echo("" if llm.engine.tokenizer else " ".join(map(str, output.token_ids)))
     return output
 
 

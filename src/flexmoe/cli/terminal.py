@@ -25,7 +25,8 @@ def open_llm(llm_options: Mapping[str, Any], *, quiet: bool = False) -> LLM:
     try:
         from flexmoe.llm import LLM
 
-        llm = LLM(**{"progress": show, **llm_options})
+        # A bar for what takes a while to read; the built-in model does not.
+        llm = LLM(**{"progress": show and "model" in llm_options, **llm_options})
     finally:
         if show:
             click.echo("\r" + " " * len(notice) + "\r", err=True, nl=False)
