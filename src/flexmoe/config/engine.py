@@ -1,4 +1,4 @@
-"""EngineConfig: every option of an engine, composed of small frozen parts. Enters: user values. Leaves: checked ones."""
+"""EngineConfig: every option of an engine, in small frozen parts. Enters: user values. Leaves: checked ones."""
 
 from __future__ import annotations
 
@@ -119,5 +119,3 @@ class EngineConfig:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is not one of {', '.join(choices)}.")
-
-

@@ -6,6 +6,7 @@ logical expert, or of one replica of it, on a rank; every index that reaches an 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from flexmoe.errors import ConfigError
@@ -37,7 +38,7 @@ class ExpertPlacement:
         """Experts in order, spread as evenly as the numbers allow; the first ranks take the remainder."""
         base, extra = divmod(num_experts, ranks)
         starts = [r * base + min(r, extra) for r in range(ranks + 1)]
-        return cls(num_experts, tuple(tuple(range(a, b)) for a, b in zip(starts, starts[1:], strict=False)))
+        return cls(num_experts, tuple(tuple(range(a, b)) for a, b in itertools.pairwise(starts)))
 
     def local_slots(self, rank: int) -> tuple[int, ...]:
         """The logical expert of each slot on `rank`."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexmoe.kernels.cpu.decode import PagedRows
 from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan
 from flexmoe.layers.forward_batch import ForwardBatch, Probe
 from flexmoe.scheduling.request import Request
@@ -50,6 +51,20 @@ def build_batch(
         attention={window: _groups(step, block_size, window, device) for window in windows},
         sample_rows=None if every_row else torch.tensor(sample_rows, dtype=torch.int64, device=device),
         probe=probe,
+    )
+
+
+def build_paged_rows(step: Step, block_size: int) -> PagedRows:
+    """Lay out a step of decodes for the C kernels, which read the block tables themselves."""
+    requests = [chunk.request for chunk in step.chunks]
+    tables = np.zeros((len(requests), max(len(request.blocks) for request in requests)), dtype=np.int32)
+    for row, request in enumerate(requests):
+        tables[row, : len(request.blocks)] = request.blocks
+    return PagedRows(
+        np.array([request.token_ids[-1] for request in requests], dtype=np.int64),
+        tables,
+        np.array([len(request.token_ids) for request in requests], dtype=np.int32),
+        block_size,
     )
 
 

@@ -134,6 +134,7 @@ class Engine:
             "dtype": str(s.dtype).removeprefix("torch."),
             "threads": s.threads,
             "expert_backend": s.backend,
+            "decode_kernels": f"torch ({s.native_reason})" if s.native_reason else "C",
             "max_model_len": s.max_model_len,
             "max_num_seqs": self.options.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.options.scheduler.max_num_batched_tokens,

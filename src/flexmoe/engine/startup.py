@@ -16,6 +16,7 @@ from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
+from flexmoe.models.native import why_not_native
 from flexmoe.moe.experts import BACKENDS, default_backend
 
 # Of the memory that is free once the weights are in: a CPU's is shared with other programs, a GPU's is ours.
@@ -35,6 +36,7 @@ class Started:
     dtype: torch.dtype
     threads: int
     backend: str
+    native_reason: str  # why the C kernels do not decode, "" if they do
     max_model_len: int
 
     @property
@@ -56,9 +58,13 @@ def start(options: EngineConfig) -> Started:
     tokenizer = None
     if source.folder is not None and (options.load.load_format != "dummy" or _has_tokenizer(source)):
         tokenizer = Tokenizer.from_folder(source.folder)
+    native_reason = why_not_native(config, dtype, device, backend)
     model = _build(options, source, backend, dtype, device)
+    model.pack(None if native_reason else threads)
     cache = KVCache(config, num_blocks, options.cache.block_size, dtype, device)
-    return Started(source, model, cache, num_blocks, tokenizer, device, dtype, threads, backend, max_model_len)
+    return Started(
+        source, model, cache, num_blocks, tokenizer, device, dtype, threads, backend, native_reason, max_model_len
+    )
 
 
 def _has_tokenizer(source: ModelSource) -> bool:
@@ -76,8 +82,6 @@ def _build(
     else:
         placement = options.parallel.placement(config.moe.num_experts) if config.moe else None
         load_weights(source, params, placement, progress=options.load.progress)
-    del params
-    model.pack()
     return model
 
 

@@ -13,17 +13,19 @@ class Linear(nn.Module):
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype, device=device), requires_grad=False)
-        self.bias = (
-            nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
+        weight = torch.empty(out_size, in_size, dtype=dtype, device=device)
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False)
         self._packed: PackedLinear | None = None
 
-    def pack(self) -> None:
-        """Hand the weight to the packed form and forget it here, so that it exists once in memory."""
-        bias = None if self.bias is None else self.bias.data
-        self._packed = PackedLinear(self.weight.data, bias)
-        del self.weight, self.bias
+    def pack(self, *, prepack: bool) -> None:
+        """Make the layer ready. prepack: hand the weight to a layout of its own and forget it here."""
+        assert self.weight is not None
+        self._packed = PackedLinear(self.weight.data, None if self.bias is None else self.bias.data, prepack=prepack)
+        if prepack:
+            self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         assert self._packed is not None, "Linear.pack() was not called after loading"

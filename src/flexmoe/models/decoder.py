@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.kernels.cpu.decode import LayerWeights, OuterWeights
 from flexmoe.layers.attention import Attention
 from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
-from flexmoe.layers.rotary import Rotary
+from flexmoe.layers.rotary import Rotary, inverse_frequencies
+from flexmoe.models.native import NativeDecoder, layer_weights
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts.weights import ExpertWeights
 
@@ -62,6 +64,10 @@ class DecoderLayer(nn.Module):
         self._record(batch, "layer", x)
         return x
 
+    def native(self) -> LayerWeights:
+        """This layer's loaded weights for the C kernels."""
+        return layer_weights(self.input_norm, self.attention, self.mlp_norm, self.moe, self.mlp)
+
     def _record(self, batch: ForwardBatch, stage: str, tensor: Tensor) -> None:
         if batch.probe is not None:
             batch.probe.record(stage, self.index, tensor)
@@ -77,20 +83,36 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
         self.embed_tokens.to_empty(device=device).requires_grad_(False)
-        self.layers = nn.ModuleList(
+        self._layers = [
             DecoderLayer(config, i, plan, backend, dtype=dtype, device=device) for i in range(config.num_layers)
-        )
+        ]
+        self.layers = nn.ModuleList(self._layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.lm_head: Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        self.native: NativeDecoder | None = None
         self.rotary = Rotary(config.attention.rope, config.max_position, dtype=dtype, device=device)
 
-    def pack(self) -> None:
-        """Let each part lay out its loaded weights for the device; called once, after loading."""
+    def pack(self, native_threads: int | None = None) -> None:
+        """Make the loaded weights ready for use; called once.
+
+        native_threads: decode in the C kernels with so many threads. They read the weights as they were loaded;
+        without them each part may choose a layout of its own.
+        """
         for module in list(self.modules()):
             if isinstance(module, (Linear, ExpertWeights)):
-                module.pack()
+                module.pack(prepack=native_threads is None)
+        if native_threads is not None:
+            layers = [layer.native() for layer in self._layers]
+            self.native = NativeDecoder(layers, self._outer_weights(), native_threads)
+
+    def _outer_weights(self) -> OuterWeights:
+        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        assert head is not None
+        frequencies, scale = inverse_frequencies(self.config.attention.rope)
+        embedding, norm = self.embed_tokens.weight.data, self.norm.weight.data
+        return OuterWeights(embedding, head.data, norm, self.norm.eps, frequencies, scale)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, H] after the final norm; writes the rows' keys and values into the cache."""

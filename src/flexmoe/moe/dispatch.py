@@ -39,11 +39,11 @@ class LocalDispatcher:
 
     def __init__(self, placement: ExpertPlacement, device: torch.device) -> None:
         slots = [placement.slots_of(expert, rank=0)[0] for expert in range(placement.num_experts)]
-        in_order = slots == list(range(placement.num_experts))
-        self._slot_of: Tensor | None = None if in_order else torch.tensor(slots, device=device)
+        self.slot_of = torch.tensor(slots, device=device)  # [E] physical slot of each logical expert
+        self._in_order = slots == list(range(placement.num_experts))
 
     def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Routed:
-        slot_ids = topk_ids if self._slot_of is None else self._slot_of[topk_ids]
+        slot_ids = topk_ids if self._in_order else self.slot_of[topk_ids]
         return Routed(x, slot_ids, topk_weights)
 
     def combine(self, out: Tensor, routed: Routed) -> Tensor:

@@ -7,12 +7,12 @@ Leaves: [R, H], for each row the weighted sum of the experts it found here.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from flexmoe.moe.experts.cpu import CPUExperts
 from flexmoe.moe.experts.reference import ReferenceExperts
+from flexmoe.moe.experts.weights import ExpertWeights
 
-BACKENDS: dict[str, type[ReferenceExperts] | type[CPUExperts]] = {
+BACKENDS: dict[str, type[ExpertWeights]] = {
     "reference": ReferenceExperts,
     "cpu": CPUExperts,
 }
@@ -20,7 +20,7 @@ BACKENDS: dict[str, type[ReferenceExperts] | type[CPUExperts]] = {
 
 def make_experts(
     backend: str, num_slots: int, hidden_size: int, width: int, *, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
+) -> ExpertWeights:
     """The experts of one layer for `backend`, with unfilled weights gate_up [S, 2F, H] and down [S, H, F]."""
     return BACKENDS[backend](num_slots, hidden_size, width, dtype=dtype, device=device)
 

@@ -1,9 +1,7 @@
-"""The CPU backend: three ways to the same sum, chosen by the experts' size and the number of rows.
+"""The CPU backend in torch: two ways to the same sum, chosen by the number of rows. Both skip experts no row chose.
 
-*all at once*: small experts stacked into one matrix, so a layer is two products and no index arithmetic; the rows of
-    experts that a token did not choose get weight 0. It reads all weights, and computes E/K times what is needed.
 *row by row*: the K experts of each of a few rows, with no sorting.
-*grouped*: rows sorted by expert, one product for each expert that any row chose; the others are skipped.
+*grouped*: rows sorted by expert, one product for each expert that any row chose.
 """
 
 from __future__ import annotations
@@ -20,12 +18,13 @@ _ROW_BY_ROW = 2  # rows up to which sorting costs more than it saves
 
 
 class CPUExperts(ExpertWeights):
-    """Packed experts; see the module's text for the three paths."""
+    """Packed experts; see the module's text for the two paths."""
 
-    def pack(self) -> None:
-        self._gate_up = [PackedLinear(w) for w in self.gate_up.data]
-        self._down = [PackedLinear(w) for w in self.down.data]
-        del self.gate_up, self.down
+    def pack(self, *, prepack: bool) -> None:
+        self._gate_up = [PackedLinear(w, prepack=prepack) for w in self.gate_up.data]
+        self._down = [PackedLinear(w, prepack=prepack) for w in self.down.data]
+        if prepack:
+            del self.gate_up, self.down
 
     def forward(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Tensor:
         if x.shape[0] <= _ROW_BY_ROW:

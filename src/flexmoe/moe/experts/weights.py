@@ -22,5 +22,5 @@ class ExpertWeights(nn.Module):
         self.gate_up = nn.Parameter(gate_up, requires_grad=False)
         self.down = nn.Parameter(down, requires_grad=False)
 
-    def pack(self) -> None:
-        """Rearrange the loaded weights for the backend's arithmetic; called once."""
+    def pack(self, *, prepack: bool) -> None:
+        """Make the loaded weights ready for the backend's arithmetic; prepack: in layouts of their own."""

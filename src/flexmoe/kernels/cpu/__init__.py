@@ -1,0 +1,1 @@
+"""Native CPU kernels: C compiled for this machine, loaded through ctypes. Without a C compiler torch does the work."""

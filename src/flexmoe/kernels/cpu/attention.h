@@ -1,0 +1,159 @@
+/* Attention of one layer: norm, projections, rotation, cache write, softmax over the keys, projection back. */
+#ifndef FLEXMOE_ATTENTION_H
+#define FLEXMOE_ATTENTION_H
+#include "vector.h"
+
+/* Rotate `size` leading values of a head. angles: cos of the first half of the dimensions, then sin. */
+static void rotate(float *head, const float *angles, int64_t size, float *copy) {
+    int64_t middle = size / 2;
+    const float *cos = angles, *sin = angles + middle;
+    memcpy(copy, head, size * sizeof *head);
+    for (int64_t i = 0; i < middle; i++) {
+        head[i] = copy[i] * cos[i] - copy[i + middle] * sin[i];
+        head[i + middle] = copy[i + middle] * cos[i] + copy[i] * sin[i];
+    }
+}
+
+static void clip_values(float *x, int64_t size, float limit) {
+    for (int64_t i = 0; i < size; i++) x[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
+}
+
+/* Norm, clip and rotate the heads of one row in place; `copy` holds a head. */
+static void prepare_heads(const Layer *l, const Buffers *b, int64_t t, float *row, int64_t from, int64_t to,
+                          float *copy) {
+    int64_t d = l->head_dim;
+    for (int64_t h = from; h < to; h++) {
+        float *head = row + h * d;
+        const void *weight = h < l->num_heads ? l->q_norm : l->k_norm;
+        if (l->qk_norm == 1) rms_norm(head, weight, d, l->eps, (int)l->half, head);
+        if (l->clip > 0) clip_values(head, d, l->clip);
+        if (h < l->num_heads + l->num_kv_heads)
+            rotate(head, b->angles + t * l->rotary_dim, l->rotary_dim, copy);
+    }
+}
+
+/* Keys [from, to) of one sequence, block by block: `first` is the cache slot of the run's first key. */
+typedef struct {
+    int64_t key, stop, slot;
+} Run;
+
+INLINE Run next_run(const Step *s, const int32_t *table, int64_t key, int64_t to) {
+    int64_t block = key / s->block_size, start = block * s->block_size, stop = start + s->block_size;
+    return (Run){key, stop < to ? stop : to, (int64_t)table[block] * s->block_size + key - start};
+}
+
+/* Scores of `count` keys, `stride` bytes apart, for one query. */
+INLINE void score_block(const char *key, int64_t stride, const float *query, int64_t d, int count, int half, float scale,
+                        float *scores) {
+    v16 sums[4] = {{0}};
+    for (int64_t i = 0; i < d; i += LANES) {
+        v16 q = load16(query, i, 0);
+        for (int c = 0; c < count; c++) sums[c] += load16(key + c * stride, i, half) * q;
+    }
+    v16 totals = sum_lanes4(sums) * scale;
+    memcpy(scores, &totals, count * sizeof *scores);
+}
+
+/* Scores of keys [from, to) for one query. */
+INLINE void score_keys(const Layer *l, const Step *s, int64_t t, int64_t g, const float *query, int64_t from,
+                       int64_t to, int half, float *scores) {
+    int64_t d = l->head_dim, size = half ? 2 : 4, stride = 2 * l->num_kv_heads * d * size;
+    float scale = 1.0f / sqrtf((float)d);
+    for (Run run = {0, from, 0}; run.stop < to;) {
+        run = next_run(s, s->tables + t * s->table_width, run.stop, to);
+        const char *key = (const char *)l->cache + run.slot * stride + g * d * size;
+        int64_t j = run.key;
+        for (; j + 4 <= run.stop; j += 4, key += 4 * stride)
+            score_block(key, stride, query, d, 4, half, scale, scores + j);
+        for (; j < run.stop; j++, key += stride) score_block(key, stride, query, d, 1, half, scale, scores + j);
+    }
+}
+
+/* scores = exp(scores - largest), over [from, to); returns their sum. There is room for LANES more. */
+static float soften(float *scores, int64_t from, int64_t to) {
+    float best = -INFINITY;
+    for (int64_t j = from; j < to; j++) best = scores[j] > best ? scores[j] : best;
+    for (int64_t j = to; j < to + LANES; j++) scores[j] = -INFINITY;
+    v16 total = {0};
+    for (int64_t j = from; j < to; j += LANES) {
+        v16 y = exp16(load16(scores, j, 0) - best);
+        memcpy(scores + j, &y, sizeof y);
+        total += y;
+    }
+    return sum16(total);
+}
+
+/* out [16 * blocks] += weights times values of one run. */
+INLINE void sum_run(const char *value, int64_t stride, const float *weights, int64_t count, int blocks, int half,
+                    float *out) {
+    v16 sums[8];
+    for (int i = 0; i < blocks; i++) sums[i] = load16(out, i * LANES, 0);
+    for (int64_t j = 0; j < count; j++, value += stride)
+        for (int i = 0; i < blocks; i++) sums[i] += load16(value, i * LANES, half) * weights[j];
+    memcpy(out, sums, blocks * sizeof *sums);
+}
+
+/* out [D] = weights times values over keys [from, to), over `total`. */
+INLINE void sum_values(const Layer *l, const Step *s, int64_t t, int64_t g, const float *weights, float total,
+                       int64_t from, int64_t to, int half, float *out) {
+    int64_t d = l->head_dim, size = half ? 2 : 4, stride = 2 * l->num_kv_heads * d * size;
+    memset(out, 0, d * sizeof *out);
+    for (Run run = {0, from, 0}; run.stop < to;) {
+        run = next_run(s, s->tables + t * s->table_width, run.stop, to);
+        const char *value = (const char *)l->cache + run.slot * stride + (l->num_kv_heads + g) * d * size;
+        const float *w = weights + run.key;
+        int64_t count = run.stop - run.key, i = 0;
+        for (; i + 64 <= d; i += 64) sum_run(value + i * size, stride, w, count, 4, half, out + i);
+        for (; i < d; i += LANES) sum_run(value + i * size, stride, w, count, 1, half, out + i);
+    }
+    for (int64_t i = 0; i < d; i++) out[i] /= total;
+}
+
+/* One row and one key head: write the new key and value, then attend with the query heads that share it. */
+INLINE void attend(const Layer *l, const Step *s, const Buffers *b, int64_t t, int64_t g, int half, float *own) {
+    int64_t d = l->head_dim, group = l->num_heads / l->num_kv_heads, heads = l->num_heads, kv = l->num_kv_heads;
+    float *row = b->qkv + t * (heads + 2 * kv) * d;
+    float *scores = own + b->scores;
+    prepare_heads(l, b, t, row, g * group, (g + 1) * group, own);
+    prepare_heads(l, b, t, row, heads + g, heads + g + 1, own);
+    float *key = row + (heads + g) * d, *value = row + (heads + kv + g) * d;
+    if (l->clip > 0) clip_values(value, d, l->clip);
+    int64_t to = s->lengths[t], slot = next_run(s, s->tables + t * s->table_width, to - 1, to).slot;
+    for (int64_t i = 0; i < d; i++) {
+        store1(l->cache, (slot * 2 * kv + g) * d + i, key[i], half);
+        store1(l->cache, ((slot * 2 + 1) * kv + g) * d + i, value[i], half);
+    }
+    int64_t from = l->window > 0 && to > l->window ? to - l->window : 0;
+    for (int64_t h = g * group; h < (g + 1) * group; h++) {
+        score_keys(l, s, t, g, row + h * d, from, to, half, scores);
+        float total = soften(scores, from, to);
+        sum_values(l, s, t, g, scores, total, from, to, half, b->attended + (t * heads + h) * d);
+    }
+}
+
+static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *seat) {
+    int64_t from, to, q = l->num_heads * l->head_dim, kv = l->num_kv_heads * l->head_dim;
+    float *own = b->own + seat->id * b->own_size;
+    norm_rows(l, s, l->input_norm, own);
+    linear(l->qkv, own, b->qkv, s->rows, 0, (int)l->half, seat);
+    barrier(seat);
+    if (l->qk_norm == 2) { /* over the whole projection, so before the heads are shared out */
+        share(seat, s->rows, 1, &from, &to);
+        for (int64_t t = from; t < to; t++) {
+            float *row = b->qkv + t * l->qkv.n;
+            rms_norm(row, l->q_norm, q, l->eps, (int)l->half, row);
+            rms_norm(row + q, l->k_norm, kv, l->eps, (int)l->half, row + q);
+        }
+        barrier(seat);
+    }
+    share(seat, s->rows * l->num_kv_heads, 1, &from, &to);
+    for (int64_t item = from; item < to; item++) {
+        int64_t t = item / l->num_kv_heads, g = item % l->num_kv_heads;
+        if (l->half) attend(l, s, b, t, g, 1, own);
+        else attend(l, s, b, t, g, 0, own);
+    }
+    barrier(seat);
+    linear(l->out, b->attended, s->x, s->rows, 1, (int)l->half, seat);
+    barrier(seat);
+}
+#endif

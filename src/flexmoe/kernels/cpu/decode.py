@@ -1,0 +1,204 @@
+"""DecodeModel: a model in the C kernels' terms. Enters: weights by address, rows by token. Leaves: logits.
+
+Only addresses cross the border, so the tensors behind them are held here. The structures are those of model.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntFlag
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flexmoe.kernels.cpu import library
+
+_I64, _F32, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_LANES = 16  # head sizes must be a multiple of the vectors of vector.h
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("n", _I64), ("k", _I64))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("half", "hidden", "num_heads", "num_kv_heads", "head_dim", "rotary_dim")),
+        *((name, _I64) for name in ("window", "qk_norm", "num_experts", "top_k", "expert_width", "renormalize")),
+        ("dense_width", _I64),
+        *((name, _F32) for name in ("eps", "clip")),
+        *((name, _POINTER) for name in ("input_norm", "q_norm", "k_norm", "mlp_norm")),
+        ("qkv", _Linear),
+        ("out", _Linear),
+        *((name, _POINTER) for name in ("router", "slot_of", "gate_up", "down")),
+        *((name, _Linear) for name in ("dense_gate_up", "dense_down", "dense_gate")),
+        ("cache", _POINTER),
+    )
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("half", "hidden", "num_layers")),
+        *((name, _POINTER) for name in ("embedding", "norm")),
+        ("head", _Linear),
+        ("frequencies", _POINTER),
+        *((name, _F32) for name in ("rotary_scale", "eps")),
+        ("layers", ctypes.POINTER(_Layer)),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _I64) for name in ("rows", "block_size", "table_width")),
+        *((name, _POINTER) for name in ("token_ids", "tables", "lengths")),
+        *((name, _POINTER) for name in ("x", "logits", "topk_ids", "topk_weights")),
+        *((name, _I64) for name in ("first", "last", "parts")),
+    )
+
+
+class Part(IntFlag):
+    """What a call of `DecodeModel.run` computes, in this order."""
+
+    EMBED = 1
+    ATTEND = 2
+    FEED = 4
+    HEAD = 8
+    ALL = 15
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer: plain numbers by the names of `_Layer`, tensors by the same, and its projections.
+
+    linears: name -> (weight [n, k], bias [n] or None). All tensors are contiguous; router and slot_of are fp32 and
+    int64, the rest share one dtype, fp32 or bf16.
+    """
+
+    numbers: dict[str, float]
+    tensors: dict[str, Tensor]
+    linears: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OuterWeights:
+    """What stands around the layers: embedding and head [V, H], the last norm [H], rotary frequencies fp32 [R / 2]."""
+
+    embedding: Tensor
+    head: Tensor
+    norm: Tensor
+    eps: float
+    frequencies: Tensor
+    rotary_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """T rows that are each the latest token of a sequence.
+
+    token_ids: int64 [T]; tables: int32 [T, M] blocks of each sequence; lengths: int32 [T] keys of each, this token
+    included.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    tables: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
+    block_size: int
+
+
+class Activations:
+    """Tensors of one step of T rows: x fp32 [T, H], logits fp32 [T, V], topk_ids and topk_weights [T, K]."""
+
+    __slots__ = ("logits", "topk_ids", "topk_weights", "x")
+
+    def __init__(self, rows: int, hidden: int, vocab: int, top_k: int) -> None:
+        self.x = torch.empty(rows, hidden)
+        self.logits = torch.empty(rows, vocab)
+        self.topk_ids = torch.empty(rows, top_k, dtype=torch.int64)
+        self.topk_weights = torch.empty(rows, top_k)
+
+
+def supports(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the C kernels cover this dtype and head size; others are left to torch."""
+    return dtype in (torch.float32, torch.bfloat16) and head_dim % _LANES == 0
+
+
+@functools.cache
+def _pool(threads: int) -> int:
+    """The address of a pool of threads, shared by all engines of this process that use as many."""
+    native = library.load().library
+    assert native is not None
+    native.fm_pool.restype = _POINTER
+    pool = native.fm_pool(ctypes.c_int(threads))
+    if not pool:
+        raise RuntimeError(f"no {threads} threads could be started for the CPU kernels")
+    return int(pool)
+
+
+class DecodeModel:
+    """A whole model that computes rows of one query each in one call, with the caller and `threads` - 1 others."""
+
+    def __init__(self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int) -> None:
+        native = library.load().library
+        assert native is not None, "ask library.load() first"
+        self._pool = _POINTER(_pool(threads))
+        self._call = native.fm_step
+        self._held = (list(layers), outer)
+        half = int(outer.head.dtype is torch.bfloat16)
+        self._layers = (_Layer * len(layers))(*(_as_struct(layer, half) for layer in layers))
+        self._vocab, self._hidden = outer.head.shape
+        self._top_k = max((int(layer.numbers.get("top_k", 0)) for layer in layers), default=0)
+        self._model = _Model(
+            half, self._hidden, len(layers), _address(outer.embedding), _address(outer.norm),
+            _Linear(_address(outer.head), None, self._vocab, self._hidden), _address(outer.frequencies),
+            outer.rotary_scale, outer.eps, self._layers,
+        )  # fmt: skip
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def bind_cache(self, caches: Sequence[Tensor]) -> None:
+        """Tell each layer its KV cache [slots, 2, Hkv, D]."""
+        for layer, cache in zip(self._layers, caches, strict=True):
+            layer.cache = _address(cache)
+
+    def activations(self, rows: int) -> Activations:
+        """Tensors for a step of so many rows, unfilled."""
+        return Activations(rows, self._hidden, self._vocab, self._top_k)
+
+    def run(self, rows: PagedRows, out: Activations, parts: Part = Part.ALL, layer: int | None = None) -> None:
+        """Compute `parts` of a step, of all layers or of one, into `out`; writes the rows' keys and values."""
+        count, width = rows.tables.shape
+        first, last = (0, self.num_layers) if layer is None else (layer, layer + 1)
+        step = _Step(
+            count, rows.block_size, width, _start(rows.token_ids), _start(rows.tables), _start(rows.lengths),
+            out.x.data_ptr(), out.logits.data_ptr(), out.topk_ids.data_ptr(), out.topk_weights.data_ptr(),
+            first, last, int(parts),
+        )  # fmt: skip
+        if self._call(self._pool, ctypes.byref(self._model), ctypes.byref(step)):
+            raise MemoryError("no memory for the buffers of a decode step")
+
+
+def _start(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous(), "the C kernels read contiguous tensors"
+    return tensor.data_ptr()
+
+
+def _as_struct(layer: LayerWeights, half: int) -> _Layer:
+    struct = _Layer(half=half, **layer.numbers)
+    for name, tensor in layer.tensors.items():
+        setattr(struct, name, _address(tensor))
+    for name, (weight, bias) in layer.linears.items():
+        address = None if bias is None else _address(bias)
+        setattr(struct, name, _Linear(_address(weight), address, weight.shape[0], weight.shape[1]))
+    return struct

@@ -1,0 +1,61 @@
+/* What the caller describes: a model and one step of it. kernels/cpu/decode.py has the same structures. */
+#ifndef FLEXMOE_MODEL_H
+#define FLEXMOE_MODEL_H
+#include <stdint.h>
+
+/* One projection: weight [n, k] row by row, bias [n] or NULL. */
+typedef struct {
+    const void *weight, *bias;
+    int64_t n, k;
+} Linear;
+
+/* One layer. Pointers are NULL where the model lacks the part. `half`: weights and cache are bf16, else fp32. */
+typedef struct {
+    int64_t half, hidden, num_heads, num_kv_heads, head_dim, rotary_dim, window, qk_norm;
+    int64_t num_experts, top_k, expert_width, renormalize, dense_width;
+    float eps, clip;
+    const void *input_norm, *q_norm, *k_norm, *mlp_norm;
+    Linear qkv, out;
+    const float *router;         /* [E, H] */
+    const int64_t *slot_of;      /* [E] physical slot of each logical expert */
+    const void *gate_up, *down;  /* experts: [S, 2F, H], [S, H, F] */
+    Linear dense_gate_up, dense_down, dense_gate; /* dense layer, or shared expert with its gate [1, H] */
+    void *cache;                 /* [slots, 2, Hkv, D] */
+} Layer;
+
+/* What stands around the layers. */
+typedef struct {
+    int64_t half, hidden, num_layers;
+    const void *embedding;    /* [V, H] */
+    const void *norm;         /* [H] */
+    Linear head;              /* [V, H] */
+    const float *frequencies; /* [R / 2] radians a position */
+    float rotary_scale, eps;
+    const Layer *layers;
+} Model;
+
+/* The rows of one step: each is the latest token of a sequence of its own, at position length - 1. */
+typedef struct {
+    int64_t rows, block_size, table_width;
+    const int64_t *token_ids;      /* [T] */
+    const int32_t *tables;         /* [T, table_width] blocks of each sequence */
+    const int32_t *lengths;        /* [T] keys of each sequence, this token included */
+    float *x;                      /* [T, H] residual stream */
+    float *logits;                 /* [T, V] out */
+    int64_t *topk_ids;             /* [T, K] out: logical experts of the last layer run */
+    float *topk_weights;           /* [T, K] out */
+    int64_t first, last;           /* layers to run */
+    int64_t parts;                 /* sum of EMBED, ATTEND, FEED, HEAD */
+} Step;
+
+enum { EMBED = 1, ATTEND = 2, FEED = 4, HEAD = 8 };
+
+/* Buffers of one call, laid out in the pool's scratch memory. */
+typedef struct {
+    float *angles, *qkv, *attended, *logits, *weights, *hidden, *dense_hidden, *gate;
+    int64_t *slots;              /* [T, K] */
+    int32_t *first, *assignment; /* [S + 1], [T * K]: assignments sorted by slot, ties by token */
+    float *own;                  /* per thread: normed rows [T, H], a head, scores */
+    int64_t own_size, scores;    /* floats per thread; offset of the scores in them */
+} Buffers;
+#endif

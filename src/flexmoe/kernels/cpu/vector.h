@@ -1,0 +1,195 @@
+/* Sums of products on vectors of 16 floats, from weights in fp32 or bf16. */
+#ifndef FLEXMOE_VECTOR_H
+#define FLEXMOE_VECTOR_H
+#include <math.h>
+#include <string.h>
+
+#include "model.h"
+#include "threads.h"
+
+#define LANES 16
+#define ROWS 4    /* weight rows that share the loads of one activation */
+#define TOKENS 4  /* activations that share the loads of those weight rows */
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef uint32_t v16u __attribute__((vector_size(64)));
+typedef uint16_t v16h __attribute__((vector_size(32)));
+
+INLINE v16 load16(const void *p, int64_t i, int half) {
+    v16 f;
+    if (half) {
+        v16h h;
+        memcpy(&h, (const uint16_t *)p + i, sizeof h);
+        v16u wide = __builtin_convertvector(h, v16u) << 16;
+        memcpy(&f, &wide, sizeof f);
+    } else {
+        memcpy(&f, (const float *)p + i, sizeof f);
+    }
+    return f;
+}
+
+INLINE float load1(const void *p, int64_t i, int half) {
+    if (!half) return ((const float *)p)[i];
+    uint32_t wide = (uint32_t)((const uint16_t *)p)[i] << 16;
+    float f;
+    memcpy(&f, &wide, sizeof f);
+    return f;
+}
+
+/* Round to nearest, ties to even, as torch does; NaN stays NaN. */
+INLINE void store1(void *p, int64_t i, float value, int half) {
+    if (!half) {
+        ((float *)p)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    int nan = (bits & 0x7fffffff) > 0x7f800000;
+    ((uint16_t *)p)[i] = nan ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* Lanes i + 8, then i + 4, i + 2, i + 1: every sum over lanes in this file adds in this order, alone or beside others. */
+#define HALVES_LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HALVES_HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define FOURS_LOW 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define FOURS_HIGH 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#define TWOS_LOW 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
+#define TWOS_HIGH 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
+#define ONES_LOW 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ONES_HIGH 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t v16i __attribute__((vector_size(64)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (v16i){__VA_ARGS__})
+#endif
+#define FOLD_HALVES(a, b) (SHUFFLE(a, b, HALVES_LOW) + SHUFFLE(a, b, HALVES_HIGH))
+#define FOLD_FOURS(a, b) (SHUFFLE(a, b, FOURS_LOW) + SHUFFLE(a, b, FOURS_HIGH))
+#define FOLD_TWOS(a, b) (SHUFFLE(a, b, TWOS_LOW) + SHUFFLE(a, b, TWOS_HIGH))
+#define FOLD_ONES(a, b) (SHUFFLE(a, b, ONES_LOW) + SHUFFLE(a, b, ONES_HIGH))
+
+/* The sums over the lanes of v[0..3], in the first four lanes. */
+INLINE v16 sum_lanes4(const v16 *v) {
+    v16 all = FOLD_FOURS(FOLD_HALVES(v[0], v[1]), FOLD_HALVES(v[2], v[3]));
+    v16 twos = FOLD_TWOS(all, all);
+    return FOLD_ONES(twos, twos);
+}
+
+/* The sums over the lanes of v[0..15], one a lane. */
+INLINE v16 sum_lanes16(const v16 *v) {
+    v16 fours[4];
+    for (int i = 0; i < 4; i++)
+        fours[i] = FOLD_FOURS(FOLD_HALVES(v[4 * i], v[4 * i + 1]), FOLD_HALVES(v[4 * i + 2], v[4 * i + 3]));
+    return FOLD_ONES(FOLD_TWOS(fours[0], fours[1]), FOLD_TWOS(fours[2], fours[3]));
+}
+
+INLINE float sum16(v16 v) {
+    v16 four[4] = {v, v, v, v};
+    return sum_lanes4(four)[0];
+}
+
+/* out[t * ROWS + r] = dot(row r of w, x[t]) for `rows` x `tokens` pairs. One chain of sums a pair: its result does
+ * not depend on what else is computed beside it. */
+INLINE void dot_block(const void *w, int64_t k, const float *const *x, int rows, int tokens, int half, float *out) {
+    v16 sum[TOKENS * ROWS];
+    for (int i = 0; i < TOKENS * ROWS; i++) sum[i] = (v16){0};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        v16 wide[ROWS];
+        for (int r = 0; r < rows; r++) wide[r] = load16(w, r * k + i, half);
+        for (int t = 0; t < tokens; t++) {
+            v16 value = load16(x[t], i, 0);
+            for (int r = 0; r < rows; r++) sum[t * ROWS + r] += wide[r] * value;
+        }
+    }
+    v16 totals = tokens == 1 ? sum_lanes4(sum) : sum_lanes16(sum);
+    memcpy(out, &totals, (tokens == 1 ? ROWS : TOKENS * ROWS) * sizeof *out);
+    if (__builtin_expect(i < k, 0))
+        for (int t = 0; t < tokens; t++)
+            for (int r = 0; r < rows; r++)
+                for (int64_t j = i; j < k; j++) out[t * ROWS + r] += load1(w, r * k + j, half) * x[t][j];
+}
+
+/* The same with `rows` and `tokens` as constants, so that the sums stay in registers. */
+INLINE void dots(const void *w, int64_t k, const float *const *x, int rows, int tokens, int half, float *out) {
+    if (rows == ROWS && tokens == TOKENS) dot_block(w, k, x, ROWS, TOKENS, half, out);
+    else if (rows == ROWS && tokens == 1) dot_block(w, k, x, ROWS, 1, half, out);
+    else if (rows == ROWS && tokens == 2) dot_block(w, k, x, ROWS, 2, half, out);
+    else if (rows == ROWS && tokens == 3) dot_block(w, k, x, ROWS, 3, half, out);
+    else
+        for (int r = 0; r < rows; r++)
+            for (int t = 0; t < tokens; t++) {
+                float one[ROWS];
+                dot_block((const char *)w + r * k * (half ? 2 : 4), k, x + t, 1, 1, half, one);
+                out[t * ROWS + r] = one[0];
+            }
+}
+
+/* For weight rows [from, to): y[t][n] = dot + bias, or y[t][n] += dot + bias. x, y: [T, k], [T, n]. */
+INLINE void linear_rows(Linear l, const float *x, float *y, int64_t rows, int add, int half, int64_t from,
+                        int64_t to) {
+    float out[ROWS * TOKENS];
+    const float *block[TOKENS];
+    for (int64_t n = from; n < to; n += ROWS) {
+        int count = to - n < ROWS ? (int)(to - n) : ROWS;
+        const char *w = (const char *)l.weight + n * l.k * (half ? 2 : 4);
+        for (int64_t t = 0; t < rows; t += TOKENS) {
+            int tokens = rows - t < TOKENS ? (int)(rows - t) : TOKENS;
+            for (int i = 0; i < tokens; i++) block[i] = x + (t + i) * l.k;
+            dots(w, l.k, block, count, tokens, half, out);
+            for (int i = 0; i < tokens; i++)
+                for (int r = 0; r < count; r++) {
+                    float value = out[i * ROWS + r] + (l.bias ? load1(l.bias, n + r, half) : 0.0f);
+                    float *target = y + (t + i) * l.n + n + r;
+                    *target = add ? *target + value : value;
+                }
+        }
+    }
+}
+
+static void linear(Linear l, const float *x, float *y, int64_t rows, int add, int half, Seat *seat) {
+    int64_t from, to;
+    share(seat, l.n, ROWS, &from, &to);
+    if (half) linear_rows(l, x, y, rows, add, 1, from, to);
+    else linear_rows(l, x, y, rows, add, 0, from, to);
+}
+
+static void rms_norm(const float *x, const void *weight, int64_t size, float eps, int half, float *y) {
+    v16 squares = {0};
+    float tail = 0.0f;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        v16 value = load16(x, i, 0);
+        squares += value * value;
+    }
+    for (; i < size; i++) tail += x[i] * x[i];
+    float scale = 1.0f / sqrtf((sum16(squares) + tail) / (float)size + eps);
+    for (i = 0; i < size; i++) y[i] = x[i] * scale * load1(weight, i, half);
+}
+
+static void norm_rows(const Layer *l, const Step *s, const void *weight, float *out) {
+    for (int64_t t = 0; t < s->rows; t++)
+        rms_norm(s->x + t * l->hidden, weight, l->hidden, l->eps, (int)l->half, out + t * l->hidden);
+}
+
+/* exp of each lane for x <= 0; 0 below -87. The range is reduced to |r| <= ln(2) / 2, where the series of degree 6
+ * is exact to the last bit or two. */
+INLINE v16 exp16(v16 x) {
+    v16 power = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the rounded integer */
+    v16 n = power - 12582912.0f;
+    v16 r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    v16 y = ((((((1.0f / 720 * r) + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1.0f) * r + 1.0f;
+    v16u bits;
+    memcpy(&bits, &power, sizeof bits);
+    v16u scale = (bits << 23) + 0x3f800000u, result;
+    v16 factor;
+    memcpy(&factor, &scale, sizeof factor);
+    y *= factor;
+    memcpy(&result, &y, sizeof result);
+    result &= (v16u)(x > -87.0f);
+    memcpy(&y, &result, sizeof y);
+    return y;
+}
+
+INLINE float silu(float x) { return x / (1.0f + expf(-x)); }
+#endif

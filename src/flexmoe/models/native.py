@@ -1,0 +1,129 @@
+"""NativeDecoder: the decoder in the C kernels, for steps of a few rows with one query each.
+
+Enters: a loaded Decoder, whose weights it reads where they are. Leaves: the same numbers, without Python between the
+operations. `kernels/cpu/decode.c` says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flexmoe.config.model import ModelConfig
+from flexmoe.kernels.cpu import library
+from flexmoe.kernels.cpu.decode import Activations, DecodeModel, LayerWeights, OuterWeights, PagedRows, Part, supports
+from flexmoe.layers.attention import Attention
+from flexmoe.layers.forward_batch import Probe
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.layers.linear import Linear
+from flexmoe.layers.mlp import GatedMLP
+from flexmoe.layers.norm import RMSNorm
+from flexmoe.moe.block import MoEBlock
+
+# From here on torch's matrix products, which use the processor's tile units in bf16, are faster.
+MAX_ROWS = 16
+_QK_NORM = {"none": 0, "head": 1, "full": 2}
+
+
+def why_not_native(config: ModelConfig, dtype: torch.dtype, device: torch.device, backend: str) -> str:
+    """Why the C kernels cannot decode this model, or "" if they can."""
+    if device.type != "cpu" or backend != "cpu":
+        return f"device {device.type} with expert backend {backend}"
+    if not supports(dtype, config.attention.head_dim):
+        return f"dtype {dtype} with head_dim {config.attention.head_dim}"
+    return library.load().reason
+
+
+class NativeDecoder:
+    """A whole decoder in C, from token ids to logits; its weights live as long as this does."""
+
+    def __init__(self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int) -> None:
+        self._model = DecodeModel(layers, outer, threads)
+        self._moe_layers = ["router" in layer.tensors for layer in layers]
+        self._cache: KVCache | None = None
+
+    def __call__(self, rows: PagedRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
+        """Logits fp32 [T, V] of T rows; writes their keys and values into the cache."""
+        if self._cache is not cache:
+            self._model.bind_cache(cache.layers)
+            self._cache = cache
+        out = self._model.activations(len(rows.token_ids))
+        if probe is None:
+            self._model.run(rows, out)
+        else:
+            self._run_probed(rows, out, probe)
+        return out.logits
+
+    def _run_probed(self, rows: PagedRows, out: Activations, probe: Probe) -> None:
+        """Part by part, so that the probe sees what each adds to the residual stream."""
+        self._run_part(rows, out, Part.EMBED, 0)
+        probe.record("embedding", -1, out.x.clone())
+        for layer, is_moe in enumerate(self._moe_layers):
+            probe.record("attention", layer, self._run_part(rows, out, Part.ATTEND, layer))
+            fed = self._run_part(rows, out, Part.FEED, layer)
+            if is_moe:
+                probe.record("topk_ids", layer, out.topk_ids.clone())
+                probe.record("topk_weights", layer, out.topk_weights.clone())
+            probe.record("moe" if is_moe else "mlp", layer, fed)
+            probe.record("layer", layer, out.x.clone())
+        self._run_part(rows, out, Part.HEAD, 0)
+        probe.record("logits", -1, out.logits)
+
+    def _run_part(self, rows: PagedRows, out: Activations, part: Part, layer: int) -> Tensor:
+        """Run one part of one layer and return what it added, [T, H]."""
+        before = out.x.clone()
+        self._model.run(rows, out, part, layer)
+        return out.x - before
+
+
+def layer_weights(
+    input_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, moe: MoEBlock | None, mlp: GatedMLP | None
+) -> LayerWeights:
+    """A loaded layer as the C kernels read it."""
+    weights = LayerWeights({}, {"input_norm": input_norm.weight.data, "mlp_norm": mlp_norm.weight.data})
+    weights.numbers.update(eps=input_norm.eps, hidden=input_norm.weight.shape[0])
+    _add_attention(weights, attention)
+    if moe is not None:
+        _add_experts(weights, moe)
+    if mlp is not None:
+        _add_dense(weights, mlp)
+    return weights
+
+
+def _add_attention(weights: LayerWeights, attention: Attention) -> None:
+    a = attention.config
+    weights.numbers.update(
+        num_heads=a.num_heads, num_kv_heads=a.num_kv_heads, head_dim=a.head_dim, rotary_dim=a.rope.rotary_dim,
+        window=attention.window or 0, qk_norm=_QK_NORM[a.qk_norm], clip=a.clip_qkv or 0.0,
+    )  # fmt: skip
+    if a.qk_norm != "none":
+        weights.tensors.update(q_norm=attention.q_norm.weight.data, k_norm=attention.k_norm.weight.data)
+    weights.linears.update(qkv=_linear(attention.qkv), out=_linear(attention.out))
+
+
+def _add_experts(weights: LayerWeights, moe: MoEBlock) -> None:
+    experts, router = moe.experts, moe.router
+    weights.numbers.update(
+        num_experts=router.weight.shape[0], top_k=router.top_k, renormalize=int(router.renormalize),
+        expert_width=experts.width,
+    )  # fmt: skip
+    weights.tensors.update(
+        router=router.weight.data, slot_of=moe.dispatcher.slot_of, gate_up=experts.gate_up.data, down=experts.down.data
+    )
+    if moe.shared is not None:
+        _add_dense(weights, moe.shared)
+    if moe.shared_gate is not None:
+        weights.linears["dense_gate"] = _linear(moe.shared_gate)
+
+
+def _add_dense(weights: LayerWeights, mlp: GatedMLP) -> None:
+    weights.linears.update(dense_gate_up=_linear(mlp.gate_up), dense_down=_linear(mlp.down))
+    weights.numbers["dense_width"] = weights.linears["dense_down"][0].shape[1]
+
+
+def _linear(linear: Linear | nn.Module) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(linear, Linear)
+    assert linear.weight is not None
+    return linear.weight.data, None if linear.bias is None else linear.bias.data
