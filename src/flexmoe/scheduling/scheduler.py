@@ -134,7 +134,7 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens - len(decodes)
         for request in partial:
             budget -= self._schedule_prefill(request, budget, prefills)
-        if not preempted:  # what was just freed is for those that still run
+        if not preempted:  # with a prefix to share one of them might fit again at once: not in the same step
             self._admit(budget, decodes, prefills)
         return Step(decodes + prefills, len(decodes), preempted)
 
@@ -169,12 +169,10 @@ class Scheduler:
         arrivals = [request.arrival for request in running + waiting]
         _require(arrivals == sorted(set(arrivals)), f"queues are not in order of arrival: {arrivals}")
         _require(set(running + waiting) == set(self._requests.values()), "a request is in no queue, or in two")
-        for r in running:
-            _require(r.status is _RUNNING and bool(r.blocks), f"runs without blocks: {r}")
-            _require(r.num_computed_tokens < r.num_tokens, f"runs with nothing left to compute: {r}")
-        for r in waiting:
-            _require(r.status is RequestStatus.WAITING, f"waits with another status: {r}")
-            _require(not r.blocks and r.num_computed_tokens == 0, f"waits with blocks: {r}")
+        bad = [r for r in running if r.status is not _RUNNING or not r.blocks or r.num_computed_tokens >= r.num_tokens]
+        _require(not bad, f"requests run without blocks, or with nothing left to compute: {bad}")
+        bad = [r for r in waiting if r.status is not RequestStatus.WAITING or r.blocks or r.num_computed_tokens]
+        _require(not bad, f"requests wait with blocks, or with another status: {bad}")
         limit = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
         _require(len(running) <= limit, f"{len(running)} requests run, at most {limit} may")
 
