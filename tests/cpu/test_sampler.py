@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 from transformers import generation as hf
 
 from flexmoe.config.sampling import SamplingParams
-from flexmoe.engine.sampler import Sampler, _adjust, token_weights
+from flexmoe.engine.sampler import Sampler, adjust, token_weights
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.errors import EngineError
 
@@ -91,9 +91,7 @@ def hf_scores(options: dict[str, Any], logits: torch.Tensor) -> torch.Tensor:
 def test_same_tokens_and_probabilities(options: dict[str, Any], seed: int) -> None:
     logits = logits_of(seed)
     states = [state_of(options, output=OUTPUT) for _ in logits]
-    work = logits.clone()
-    _adjust(work, states)
-    weights = token_weights(work, states)
+    weights = token_weights(adjust(logits, states), states)
     expected = torch.softmax(hf_scores(options, logits), dim=-1)
     assert torch.equal(weights > 0, expected > 0)
     torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected, rtol=1e-4, atol=1e-7)
@@ -105,8 +103,7 @@ def test_same_tokens_and_probabilities(options: dict[str, Any], seed: int) -> No
 def test_presence_and_frequency(options: dict[str, Any]) -> None:
     """OpenAI's formula: only the output counts, not the prompt."""
     logits = logits_of(1)
-    work = logits.clone()
-    _adjust(work, [state_of(options, output=OUTPUT) for _ in logits])
+    work = adjust(logits, [state_of(options, output=OUTPUT) for _ in logits])
     for token, count in ((7, 1), (9, 3)):
         logits[:, token] -= options.get("presence_penalty", 0) + count * options.get("frequency_penalty", 0)
     torch.testing.assert_close(work, logits)
@@ -123,9 +120,7 @@ def test_rows_with_different_parameters() -> None:
     ]
     logits = logits_of(2, rows=len(mixed))
     states = [state_of(options, output=OUTPUT) for options in mixed]
-    work = logits.clone()
-    _adjust(work, states)
-    weights = token_weights(work, states)
+    weights = token_weights(adjust(logits, states), states)
     for row, options in enumerate(mixed):
         expected = torch.softmax(hf_scores(options, logits[row : row + 1]), dim=-1)[0]
         torch.testing.assert_close(weights[row] / weights[row].sum(), expected, rtol=1e-4, atol=1e-7)
