@@ -14,8 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmoe.engine import model_runner
 from flexmoe.engine.engine import Engine
 from flexmoe.moe.block import MoEBlock
+
+# What the model's probe and the engine's functions are called, where the stage is called otherwise.
+_STAGE_OF = {
+    "build_batch": "batch",
+    "build_paged_rows": "batch",
+    "topk_ids": "router",
+    "moe": "combine",
+    "layer": "add",
+    "run": "sampler",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +55,9 @@ class Timeline:
 
     def mark(self, stage: str, layer: int = -1, tensor: object = None) -> None:
         """The stage has ended."""
-        now = self._now()
+        seconds = self._now() - self._since
         shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
-        self.marks.append(Mark(stage, layer, now - self._since, shape))
+        self.marks.append(Mark(_STAGE_OF.get(stage, stage), layer, seconds, shape))
         self._since = self._now()  # what the mark itself takes is nobody's
 
     def record(self, stage: str, layer: int, tensor: Tensor) -> None:
@@ -55,7 +66,7 @@ class Timeline:
             assert self._ids is not None, "the experts come before their weights"
             self.topk[layer] = (self._ids.cpu(), tensor.float().cpu())
             return
-        self.mark({"topk_ids": "router", "moe": "combine", "layer": "add"}.get(stage, stage), layer, tensor)
+        self.mark(stage, layer, tensor)
         if stage == "topk_ids":
             self._ids = tensor
 
@@ -83,10 +94,9 @@ def _attached(engine: Engine, timeline: Timeline) -> Iterator[None]:
         stack.enter_context(_marked(engine.scheduler, "schedule", timeline))
         stack.enter_context(_marked(engine.scheduler, "update", timeline))
         stack.enter_context(_marked(runner, "run", timeline))
-        hooks = [
-            runner.model.register_forward_pre_hook(lambda _, __: timeline.mark("batch")),
-            runner.model.register_forward_hook(lambda _, __, out: timeline.mark("norm", -1, out)),
-        ]
+        for name in ("build_batch", "build_paged_rows"):
+            stack.enter_context(_marked(model_runner, name, timeline))
+        hooks = [runner.model.register_forward_hook(lambda _, __, out: timeline.mark("norm", -1, out))]
         for module in runner.model.modules():
             if isinstance(module, MoEBlock):
                 hooks += _expert_hooks(module, timeline)
@@ -109,11 +119,12 @@ def _expert_hooks(block: MoEBlock, timeline: Timeline) -> list[Any]:
 
 @contextlib.contextmanager
 def _marked(owner: object, name: str, timeline: Timeline) -> Iterator[None]:
-    """Within, `owner.name` leaves a mark when it returns."""
-    method: Callable[..., Any] = getattr(owner, name)
+    """Within, `owner.name`, a method or a module's function, leaves a mark when it returns."""
+    function: Callable[..., Any] = getattr(owner, name)
+    own = name in vars(owner)  # a method is its class's: then the wrapper is removed, not replaced
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
+        result = function(*args, **kwargs)
         timeline.mark(name)
         return result
 
@@ -121,4 +132,7 @@ def _marked(owner: object, name: str, timeline: Timeline) -> Iterator[None]:
     try:
         yield
     finally:
-        delattr(owner, name)
+        if own:
+            setattr(owner, name, function)
+        else:
+            delattr(owner, name)

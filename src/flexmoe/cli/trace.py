@@ -35,8 +35,8 @@ _STAGES = (
     ("mlp", "mlp", "add, norm, dense feed-forward", "layers/mlp.py"),
     ("add", "residual", "add", "models/decoder.py"),
     ("norm", "norm", "the final norm", "layers/norm.py"),
-    ("logits", "logits", "a score for each word of the vocabulary", "models/decoder.py"),
-    ("run", "sampler", "choose the next token", "engine/sampler.py"),
+    ("logits", "logits", "a score for each token there is", "models/decoder.py"),
+    ("sampler", "sampler", "choose the next token", "engine/sampler.py"),
     ("update", "scheduler.update", "append it, see who is done", "scheduling/scheduler.py"),
     ("detokenizer", "detokenizer", "token ids to text", "engine/detokenizer.py"),
 )
