@@ -46,9 +46,9 @@ def test_one_prompt(llm: LLM) -> None:
     result = run("generate", "Once upon a time", "-t", "0", "--max-tokens", "12", *FP32)
     assert result.exit_code == 0, result.output
     assert result.stdout == greedy(llm, "Once upon a time") + "\n"
-    about, speed = result.stderr.splitlines()
-    assert about.startswith("builtin: MixtralForCausalLM, 18.4M parameters")
-    assert "cpu float32, 1 threads, experts: cpu | context 1024 tokens, KV cache 63.94 MiB" in about
+    model, machine, speed = result.stderr.splitlines()
+    assert model.startswith("builtin: MixtralForCausalLM, 18.4M parameters")
+    assert machine.startswith("cpu float32, 1 threads, experts: cpu, decode: ")
     assert speed.startswith("5 + 12 tokens, first after ")
     assert speed.endswith(" tok/s")
 
@@ -56,7 +56,7 @@ def test_one_prompt(llm: LLM) -> None:
 def test_several_prompts(llm: LLM) -> None:
     result = run("generate", "One", "Two", "-t", "0", "--max-tokens", "12", *FP32)
     assert result.stdout == f"[1] One\n{greedy(llm, 'One')}\n\n[2] Two\n{greedy(llm, 'Two')}\n"
-    assert result.stderr.splitlines()[1].startswith("2 prompts, ")
+    assert result.stderr.splitlines()[-1].startswith("2 prompts, ")
 
 
 def test_json(llm: LLM) -> None:
@@ -223,7 +223,7 @@ def test_interrupt_is_quiet(seconds: float) -> None:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode in (130, 0 if seconds > 1 else 130), stderr
-    assert len(stderr.splitlines()) <= (1 if process.returncode else 2), stderr
+    assert len(stderr.splitlines()) <= (2 if process.returncode else 3), stderr
 
 
 def test_a_closed_pipe_is_quiet() -> None:

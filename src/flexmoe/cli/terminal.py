@@ -41,13 +41,13 @@ def note(text: str) -> None:
 
 
 def summary(about: Mapping[str, Any]) -> str:
-    """One line of what `LLM.describe` tells."""
+    """Two lines of what `LLM.describe` tells: the model, and what computes it."""
     threads = f", {about['threads']} threads" if about["device"] == "cpu" else ""
     return (
         f"{about['model']}: {about['architecture']}, {count(about['parameters'])} parameters "
-        f"({count(about['active_parameters'])} active) | {about['device']} {about['dtype']}{threads}, "
-        f"experts: {about['expert_backend']} | context {about['max_model_len']} tokens, "
-        f"KV cache {size(about['kv_cache_bytes'])}"
+        f"({count(about['active_parameters'])} active), context {about['max_model_len']} tokens\n"
+        f"{about['device']} {about['dtype']}{threads}, experts: {about['expert_backend']}, "
+        f"decode: {about['decode_kernels']}, KV cache {size(about['kv_cache_bytes'])}"
     )
 
 
