@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from flexmoe.kernels.linear import PackedLinear
 
 _log = logging.getLogger(__name__)
 _PROBE_BYTES = 32 * 2**20  # weights rotated through, so that a large cache does not hide the memory
-_PROBE_SECONDS = 0.03
+_PROBE_SECONDS = 0.02
+_MANY_ROWS = 64
+_CLEARLY = 1.25  # fp32 takes twice the memory, so it must win by more than the noise of a short measurement
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,36 +59,38 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def choose_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The named dtype; "auto" is the checkpoint's own, or fp32 on a CPU that computes faster in it.
+def choose_dtype(name: str, config: ModelConfig, device: torch.device, *, few_rows_in_c: bool) -> torch.dtype:
+    """The named dtype; "auto" is the checkpoint's own, or fp32 on a CPU that is clearly faster in it.
 
     Widening keeps every weight exact, narrowing would not: so bf16 and fp16 may become fp32, never the reverse.
+    few_rows_in_c: steps of few rows do not go through torch, but through the C kernels, which read half the bytes in
+    a 16-bit dtype; only products of many rows need measuring then.
     """
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     native: torch.dtype = getattr(torch, config.checkpoint_dtype)
     if device.type != "cpu" or native is torch.float32:
         return native
-    seconds = {dtype: _probe(config, dtype) for dtype in (native, torch.float32)}
-    best = min(seconds, key=lambda dtype: seconds[dtype])
-    _log.info("dtype probe: %s; using %s.", {str(d): f"{s * 1e6:.0f} us" for d, s in seconds.items()}, best)
-    return best
+    rows = (_MANY_ROWS,) if few_rows_in_c and native is torch.bfloat16 else (1, _MANY_ROWS)
+    own, wide = (_probe(config, dtype, rows) for dtype in (native, torch.float32))
+    chosen = torch.float32 if wide * _CLEARLY < own else native
+    _log.info("dtype probe: %s %.0f us, float32 %.0f us; using %s.", native, own * 1e6, wide * 1e6, chosen)
+    return chosen
 
 
 @torch.inference_mode()
-def _probe(config: ModelConfig, dtype: torch.dtype) -> float:
-    """Seconds for a small mix of what serving does: a projection of 1 row (decode) and of 32 rows (prefill)."""
-    rows_in, rows_out = config.hidden_size, config.qkv_size
-    size = rows_in * rows_out * dtype.itemsize
-    weights = [torch.randn(rows_out, rows_in, dtype=dtype) for _ in range(max(1, min(16, _PROBE_BYTES // size)))]
-    layers = [PackedLinear(weight) for weight in weights]
-    few, many = torch.randn(1, rows_in, dtype=dtype), torch.randn(32, rows_in, dtype=dtype)
+def _probe(config: ModelConfig, dtype: torch.dtype, rows: Sequence[int]) -> float:
+    """Seconds for projections of the model's size on so many rows each, with weights that come from memory."""
+    size_in, size_out = config.hidden_size, config.qkv_size
+    count = max(1, min(16, _PROBE_BYTES // (size_in * size_out * dtype.itemsize)))
+    layers = [PackedLinear(torch.randn(size_out, size_in).to(dtype)) for _ in range(count)]
+    inputs = [torch.randn(n, size_in).to(dtype) for n in rows]
     best = float("inf")
     deadline = time.perf_counter() + _PROBE_SECONDS
     while time.perf_counter() < deadline:
         start = time.perf_counter()
         for layer in layers:
-            layer(few)
-        layers[0](many)
-        best = min(best, (time.perf_counter() - start) / len(layers))
+            for x in inputs:
+                layer(x)
+        best = min(best, (time.perf_counter() - start) / count)
     return best

@@ -52,14 +52,15 @@ def start(options: EngineConfig) -> Started:
     config = source.config
     max_model_len = _max_model_len(options, config)
     backend = _choose_backend(options.device.expert_backend, device)
-    dtype = choose_dtype(options.device.dtype, config, device)
+    in_c = not why_not_native(config, torch.bfloat16, device, backend)
+    dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c)
     # The KV cache is checked before the weights are read: a refusal should not cost minutes.
     num_blocks = _num_blocks(options, config, max_model_len, dtype, device)
     tokenizer = None
     if source.folder is not None and (options.load.load_format != "dummy" or _has_tokenizer(source)):
         tokenizer = Tokenizer.from_folder(source.folder)
     native_reason = why_not_native(config, dtype, device, backend)
-    model = _build(options, source, backend, dtype, device)
+    model = _build(options, source, max_model_len, backend, dtype, device)
     model.pack(None if native_reason else threads)
     cache = KVCache(config, num_blocks, options.cache.block_size, dtype, device)
     return Started(
@@ -72,10 +73,15 @@ def _has_tokenizer(source: ModelSource) -> bool:
 
 
 def _build(
-    options: EngineConfig, source: ModelSource, backend: str, dtype: torch.dtype, device: torch.device
+    options: EngineConfig,
+    source: ModelSource,
+    max_model_len: int,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Decoder:
     config = source.config
-    model = Decoder(config, options.parallel, backend, dtype=dtype, device=device).eval()
+    model = Decoder(config, options.parallel, backend, max_model_len, dtype=dtype, device=device).eval()
     params = {name: param.data for name, param in model.named_parameters()}
     if options.load.load_format == "dummy":
         fill_dummy(params, options.seed)

@@ -77,8 +77,16 @@ class Decoder(nn.Module):
     """Embedding, layers, final norm and language-model head."""
 
     def __init__(
-        self, config: ModelConfig, plan: ParallelPlan, backend: str, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        plan: ParallelPlan,
+        backend: str,
+        max_position: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
+        """max_position: how many positions the rotary tables cover; the rest describes the parts."""
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
@@ -92,7 +100,7 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
         self.native: NativeDecoder | None = None
-        self.rotary = Rotary(config.attention.rope, config.max_position, dtype=dtype, device=device)
+        self.rotary = Rotary(config.attention.rope, max_position, dtype=dtype, device=device)
 
     def pack(self, native_threads: int | None = None) -> None:
         """Make the loaded weights ready for use; called once.
