@@ -16,10 +16,10 @@ from flexmoe.scheduling.free_space import FreeSpace
 from flexmoe.scheduling.prefix_cache import PrefixCache, PrefixNode
 from flexmoe.scheduling.request import Request
 
-# A request that finds no run of blank blocks may evict so many idle ones before it must, at most 1/32 of all, to
-# lie side by side with room to grow by half as many: without, a cache that was once full scatters every request.
-# With 8192 blocks, 64 requests at a time, prompts of 20-200 tokens and up to 128 new ones, 94% of the decoded
-# tokens then see contiguous blocks instead of 3%, at the same hit rate.
+# A request that finds no run of blank blocks may evict so many idle ones before it must (at most 1/32 of all), to
+# lie side by side with room to grow by half as many. Without, a cache that was once full scatters every request: in
+# a simulation (8192 blocks, 64 requests at a time, up to 128 new tokens each) 3% of the decoded tokens see
+# contiguous blocks, with it 94%; where half of the prompts continue an earlier answer 2% and 41%, at the same hit rate.
 _EVICT_AHEAD = 32
 
 
