@@ -15,7 +15,7 @@ from flexmoe.errors import ConfigError
 from flexmoe.kernels.linear import PackedLinear
 
 _log = logging.getLogger(__name__)
-_PROBE_BYTES = 32 * 2**20  # weights rotated through, so that a large cache does not hide the memory
+_PROBE_BYTES = 8 * 2**20  # weights rotated through, so that a large cache does not hide the memory
 _PROBE_SECONDS = 0.02
 _MANY_ROWS = 64
 _CLEARLY = 1.25  # fp32 takes twice the memory, so it must win by more than the noise of a short measurement
@@ -83,8 +83,8 @@ def _probe(config: ModelConfig, dtype: torch.dtype, rows: Sequence[int]) -> floa
     """Seconds for projections of the model's size on so many rows each, with weights that come from memory."""
     size_in, size_out = config.hidden_size, config.qkv_size
     count = max(1, min(16, _PROBE_BYTES // (size_in * size_out * dtype.itemsize)))
-    layers = [PackedLinear(torch.randn(size_out, size_in).to(dtype)) for _ in range(count)]
-    inputs = [torch.randn(n, size_in).to(dtype) for n in rows]
+    layers = [PackedLinear(torch.full((size_out, size_in), 0.5, dtype=dtype)) for _ in range(count)]
+    inputs = [torch.full((n, size_in), 0.5, dtype=dtype) for n in rows]
     best = float("inf")
     deadline = time.perf_counter() + _PROBE_SECONDS
     while time.perf_counter() < deadline:

@@ -13,6 +13,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.cpu.decode import LayerWeights, OuterWeights
 from flexmoe.layers.attention import Attention
+from flexmoe.layers.embedding import Embedding
 from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.layers.linear import Linear
@@ -89,8 +90,7 @@ class Decoder(nn.Module):
         """max_position: how many positions the rotary tables cover; the rest describes the parts."""
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
-        self.embed_tokens.to_empty(device=device).requires_grad_(False)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self._layers = [
             DecoderLayer(config, i, plan, backend, dtype=dtype, device=device) for i in range(config.num_layers)
         ]
@@ -124,7 +124,7 @@ class Decoder(nn.Module):
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, H] after the final norm; writes the rows' keys and values into the cache."""
-        x = F.embedding(batch.token_ids, self.embed_tokens.weight)
+        x: Tensor = self.embed_tokens(batch.token_ids)
         if batch.probe is not None:
             batch.probe.record("embedding", -1, x)
         cos, sin = self.rotary(batch.positions)
