@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from typing import Any
 
 from flexmoe.config.plan import ParallelPlan
@@ -52,6 +53,10 @@ class LoadConfig:
     revision: str | None = None
     progress: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.model, PathLike):
+            object.__setattr__(self, "model", str(self.model))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -85,8 +90,19 @@ class EngineConfig:
         _check_choice("dtype", self.device.dtype, DTYPES)
         _check_choice("load_format", self.load.load_format, LOAD_FORMATS)
         _check_choice("expert_backend", self.device.expert_backend, EXPERT_BACKENDS)
+        self._check_names_and_flags()
         self._check_counts()
         self._check_parallel()
+
+    def _check_names_and_flags(self) -> None:
+        names = {"device": self.device.device, "model": self.load.model, "revision": self.load.revision}
+        for name, value in names.items():
+            if not isinstance(value, str) and (value is not None or name == "device"):
+                raise ConfigError(f"{name}={value!r} is not a string.")
+        flags = {"enable_prefix_caching": self.cache.enable_prefix_caching, "progress": self.load.progress}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r} is neither True nor False.")
 
     def _check_counts(self) -> None:
         counts = {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from flexmoe.errors import RequestError, UnknownOptionError
@@ -13,10 +12,22 @@ _MAX_LOGPROBS = 20
 
 
 def _as_tuple(value: object, item: type, name: str) -> tuple[Any, ...]:
-    items = (value,) if isinstance(value, item) else value
+    items = () if value is None else (value,) if isinstance(value, item) else value
     if not isinstance(items, (list, tuple)) or not all(type(i) is item for i in items):
         raise RequestError(f"{name}={value!r} is not a {item.__name__} or a list of {item.__name__}.")
     return tuple(items)
+
+
+def _as_bias(value: object) -> dict[int, float]:
+    """Token ids may come as strings, as JSON has no other keys."""
+    items = {} if value is None else value
+    refusal = RequestError(f"logit_bias={value!r} is not a mapping from token id to a number.")
+    if not isinstance(items, Mapping) or any(isinstance(token, float) for token in items):
+        raise refusal
+    try:
+        return {int(token): float(bias) for token, bias in items.items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise refusal from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +42,7 @@ class SamplingParams:
     seed: makes this request's samples reproducible whatever else runs beside it.
     n: samples per prompt. max_tokens: None means up to the model's context. min_tokens: no stop before that many.
     stop: strings that end the text (left out unless include_stop_str_in_output). stop_token_ids: the same by id.
+    Of both, one or a list; None is an empty list.
     ignore_eos: go on after the end-of-sequence token. logprobs: log-probabilities of that many best tokens a step.
     logit_bias: added to the logits of the given token ids.
     """
@@ -57,11 +69,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, item in (("stop", str), ("stop_token_ids", int)):
             object.__setattr__(self, name, _as_tuple(getattr(self, name), item, name))
-        if not isinstance(self.logit_bias, Mapping):
-            raise RequestError(f"logit_bias={self.logit_bias!r} is not a mapping from token id to a number.")
-        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in self.logit_bias.items()})
+        object.__setattr__(self, "logit_bias", _as_bias(self.logit_bias))
         self._check_numbers()
-        self._check_lengths()
+        self._check_integers_and_flags()
         self._check_together()
 
     @classmethod
@@ -87,9 +97,6 @@ class SamplingParams:
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
         return penalties or bool(self.logit_bias) or self.min_tokens > 0
 
-    def with_seed(self, seed: int) -> SamplingParams:
-        return replace(self, seed=seed)
-
     def _check_numbers(self) -> None:
         ranges = {
             "temperature": (0.0, 100.0),
@@ -108,7 +115,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check_number(f"logit_bias[{token}]", bias, -1e9, 1e9)
 
-    def _check_lengths(self) -> None:
+    def _check_integers_and_flags(self) -> None:
         _check_integer("n", self.n, 1, 128)
         _check_integer("top_k", self.top_k, -1, None)
         _check_integer("min_tokens", self.min_tokens, 0, None)
@@ -118,6 +125,9 @@ class SamplingParams:
             _check_integer("logprobs", self.logprobs, 0, _MAX_LOGPROBS)
         if self.seed is not None:
             _check_integer("seed", self.seed, -(2**63), 2**63 - 1)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name}={getattr(self, name)!r} is neither True nor False.")
         if "" in self.stop:
             raise RequestError("stop holds an empty string, which would stop at once; remove it.")
 
@@ -134,8 +144,7 @@ class SamplingParams:
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(float(value)) or not low <= float(value) <= high:  # type: ignore[arg-type]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(f"{name}={value!r} is not a number from {low:g} to {high:g}.")
 
 

@@ -1,0 +1,136 @@
+"""EngineConfig: flat option names find their part; ranges, choices and flags are checked, unknown names refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexmoe.config.engine import CacheConfig, DeviceConfig, EngineConfig, LoadConfig, SchedulerConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.errors import ConfigError, UnknownOptionError
+
+# For each part, every option of it with a value that is not its default.
+PARTS: dict[str, tuple[type, dict[str, Any]]] = {
+    "cache": (
+        CacheConfig,
+        {"block_size": 8, "kv_cache_memory": 2**20, "num_blocks": 7, "enable_prefix_caching": False},
+    ),
+    "scheduler": (SchedulerConfig, {"max_num_seqs": 3, "max_num_batched_tokens": 99, "max_model_len": 50}),
+    "device": (DeviceConfig, {"device": "cpu", "dtype": "float32", "threads": 1, "expert_backend": "reference"}),
+    "load": (LoadConfig, {"model": "folder", "load_format": "dummy", "revision": "v2", "progress": True}),
+    "parallel": (ParallelPlan, {}),  # this version accepts their defaults only
+}
+COUNTS = ["block_size", "max_num_seqs", "max_num_batched_tokens"]
+OPTIONAL_COUNTS = ["kv_cache_memory", "num_blocks", "max_model_len", "threads"]
+DEGREES = ["tensor_parallel_size", "expert_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
+FLAGS = ["enable_prefix_caching", "progress"]
+TEXTS = ["device", "model", "revision"]
+
+
+def refusal(**options: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        EngineConfig.from_options(options)
+    return str(error.value)
+
+
+def test_no_options_give_the_defaults() -> None:
+    assert EngineConfig.from_options({}) == EngineConfig()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_option_reaches_its_part(part: str) -> None:
+    kind, values = PARTS[part]
+    assert values.keys() == {f.name for f in fields(kind)} or part == "parallel"
+    for name, value in values.items():
+        assert getattr(kind(), name) != value
+        config = EngineConfig.from_options({name: value})
+        assert getattr(config, part) == kind(**{name: value})
+        assert [p for p in PARTS if getattr(config, p) != PARTS[p][0]()] == [part]
+    assert getattr(EngineConfig.from_options({**values, "seed": 5}), part) == kind(**values)
+
+
+def test_option_names_are_unique_among_the_parts() -> None:
+    names = [f.name for kind, _ in PARTS.values() for f in fields(kind)]
+    assert sorted(names) == sorted({*names} - {"seed"})
+
+
+def test_an_unknown_option_names_the_nearest_known_one() -> None:
+    with pytest.raises(UnknownOptionError) as error:
+        EngineConfig.from_options({"max_num_seq": 4})
+    assert str(error.value) == "LLM has no option 'max_num_seq'; did you mean 'max_num_seqs'?"
+    assert "did you mean 'seed'" in refusal(seeds=1)
+    everything = refusal(zzz=1)
+    assert all(f.name in everything for kind, _ in PARTS.values() for f in fields(kind))
+    assert "seed" in everything
+
+
+@pytest.mark.parametrize("name", COUNTS + OPTIONAL_COUNTS + DEGREES)
+@pytest.mark.parametrize("value", [0, -1, 1.0, "8", True])
+def test_a_count_is_a_positive_integer(name: str, value: object) -> None:
+    assert refusal(**{name: value}) == f"{name}={value!r} is not a positive integer."
+
+
+@pytest.mark.parametrize("name", COUNTS + OPTIONAL_COUNTS + DEGREES)
+def test_a_count_may_be_1(name: str) -> None:
+    EngineConfig.from_options({name: 1})
+
+
+@pytest.mark.parametrize("name", COUNTS + DEGREES)
+def test_none_is_no_count(name: str) -> None:
+    assert refusal(**{name: None}) == f"{name}=None is not a positive integer."
+
+
+@pytest.mark.parametrize("name", OPTIONAL_COUNTS)
+def test_none_leaves_a_count_to_the_engine(name: str) -> None:
+    assert EngineConfig.from_options({name: None}) == EngineConfig()
+
+
+@pytest.mark.parametrize("name", DEGREES)
+def test_one_process_is_all_there_is(name: str) -> None:
+    assert refusal(**{name: 2}) == f"{name}=2: this version runs a model in one process; use 1."
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("dtype", "auto, float32, bfloat16, float16"),
+        ("load_format", "auto, safetensors, dummy"),
+        ("expert_backend", "auto, reference, cpu"),
+    ],
+)
+def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:
+    for value in choices.split(", "):
+        EngineConfig.from_options({name: value})
+    assert refusal(**{name: "best"}) == f"{name}='best' is not one of {choices}."
+    assert refusal(**{name: None}) == f"{name}=None is not one of {choices}."
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_a_flag_is_true_or_false(name: str, value: object) -> None:
+    assert refusal(**{name: value}) == f"{name}={value!r} is neither True nor False."
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_name_is_a_string(name: str) -> None:
+    assert refusal(**{name: 3}) == f"{name}=3 is not a string."
+
+
+def test_a_device_has_a_name_always() -> None:
+    assert refusal(device=None) == "device=None is not a string."
+
+
+def test_the_model_may_be_a_path(tmp_path: Path) -> None:
+    assert EngineConfig.from_options({"model": tmp_path}) == EngineConfig.from_options({"model": str(tmp_path)})
+
+
+@pytest.mark.parametrize("value", [1.0, "0", True, None])
+def test_the_seed_is_an_integer(value: object) -> None:
+    assert refusal(seed=value) == f"seed={value!r} is not an integer."
+
+
+def test_any_integer_is_a_seed() -> None:
+    assert [EngineConfig.from_options({"seed": seed}).seed for seed in (-1, 0, 2**70)] == [-1, 0, 2**70]
