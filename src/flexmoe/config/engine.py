@@ -54,8 +54,9 @@ class LoadConfig:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.model, PathLike):
-            object.__setattr__(self, "model", str(self.model))
+        model: object = self.model
+        if isinstance(model, PathLike):
+            object.__setattr__(self, "model", str(model))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +96,14 @@ class EngineConfig:
         self._check_parallel()
 
     def _check_names_and_flags(self) -> None:
-        names = {"device": self.device.device, "model": self.load.model, "revision": self.load.revision}
+        names: dict[str, object] = {"device": self.device.device, "model": self.load.model, "revision": self.load.revision}
         for name, value in names.items():
             if not isinstance(value, str) and (value is not None or name == "device"):
                 raise ConfigError(f"{name}={value!r} is not a string.")
-        flags = {"enable_prefix_caching": self.cache.enable_prefix_caching, "progress": self.load.progress}
-        for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise ConfigError(f"{name}={value!r} is neither True nor False.")
+        flags: dict[str, object] = {"enable_prefix_caching": self.cache.enable_prefix_caching, "progress": self.load.progress}
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):
+                raise ConfigError(f"{name}={flag!r} is neither True nor False.")
 
     def _check_counts(self) -> None:
         counts = {
