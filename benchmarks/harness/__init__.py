@@ -1,0 +1,1 @@
+"""What the benchmarks share: engines behind one interface, workers, prompts, statistics, records."""
