@@ -12,7 +12,7 @@ from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.native import MAX_ROWS
+from flexmoe.models.native import NativeDecoder
 from flexmoe.scheduling.scheduler import Step
 
 
@@ -29,11 +29,24 @@ class ModelRunner:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.
 
         states: one for each chunk that samples, in order.
+
+        Decodes go through the C kernels even beside prefills, in a pass of their own: otherwise a request's rounding,
+        in bf16 its tokens too, would depend on whether another one's prompt is computed in the same step. Measured, the
+        two passes take as long as one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of
+        torch's products; in fp32 that has not been seen to change a token.
         """
-        native = self.model.native
-        if native is None or step.num_decodes != len(step.chunks) or len(step.chunks) > MAX_ROWS:
+        decodes, native = step.num_decodes, self.model.native
+        if native is None or not 0 < decodes <= native.max_rows:
             return self._run(step, states)
-        with _one_torch_thread(), torch.inference_mode():
+        sampled = self._decode(native, Step(step.chunks[:decodes], decodes, []), states[:decodes])
+        if decodes == len(step.chunks):
+            return sampled
+        others = self._run(Step(step.chunks[decodes:], 0, []), states[decodes:])
+        return SampleOutput(sampled.token_ids + others.token_ids, sampled.logprobs + others.logprobs)
+
+    @torch.inference_mode()
+    def _decode(self, native: NativeDecoder, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+        with _one_torch_thread():
             logits = native(build_paged_rows(step, self.cache.block_size), self.cache, self.probe)
             return self._sampler.sample(logits, states)
 

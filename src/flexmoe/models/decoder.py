@@ -20,7 +20,7 @@ from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import Rotary, inverse_frequencies
-from flexmoe.models.native import NativeDecoder, layer_weights
+from flexmoe.models.native import NativeDecoder, layer_weights, most_rows
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts.weights import ExpertWeights
 
@@ -113,7 +113,8 @@ class Decoder(nn.Module):
                 module.pack(prepack=native_threads is None)
         if native_threads is not None:
             layers = [layer.native() for layer in self._layers]
-            self.native = NativeDecoder(layers, self._outer_weights(), native_threads)
+            max_rows = most_rows(self.config, self.embed_tokens.weight.dtype)
+            self.native = NativeDecoder(layers, self._outer_weights(), native_threads, max_rows)
 
     def _outer_weights(self) -> OuterWeights:
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
