@@ -51,7 +51,7 @@ def _yarn(plain: Tensor, c: RopeConfig) -> tuple[Tensor, float]:
     if c.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, c.rotary_dim - 1)
-    ramp = (torch.arange(c.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(c.rotary_dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
     kept = 1 - ramp.clamp(0, 1)
     return plain / c.factor * (1 - kept) + plain * kept, _yarn_attention_factor(c)
 
