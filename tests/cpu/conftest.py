@@ -1,11 +1,15 @@
-"""Torch starts each test with one thread: what is tested is small, and threads that wait spin beside other tests."""
+"""Torch starts each test with one thread, since what is tested is small and threads that wait spin beside other tests,
+and with a seed of the test's own, so that a failure comes again when the test runs alone."""
 
 from __future__ import annotations
+
+import zlib
 
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread_and_a_seed(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

@@ -38,8 +38,7 @@ def weights_of(num_experts: int, dtype: torch.dtype, hidden: int = H, width: int
 def loaded(backend: str, gate_up: Tensor, down: Tensor, placement: ExpertPlacement, *, prepack: bool) -> ExpertWeights:
     """The backend with its physical slots filled as `placement` says."""
     held = list(placement.local_slots(0))
-    num_experts, hidden, width = down.shape
-    experts = make_experts(backend, len(held), hidden, width, dtype=gate_up.dtype, device=CPU)
+    experts = make_experts(backend, len(held), *down.shape[1:], dtype=gate_up.dtype, device=CPU)
     experts.gate_up.data.copy_(gate_up[held])
     experts.down.data.copy_(down[held])
     experts.pack(prepack=prepack)
@@ -133,7 +132,8 @@ def test_odd_sizes(backend: str, prepack: bool, hidden: int, width: int, num_exp
         x, weights = torch.randn(tokens, hidden).to(dtype), torch.rand(tokens, 1)
         ids = torch.randint(num_experts, (tokens, 1))
         with torch.inference_mode():
-            assert_near(experts(x, ids, weights), naive(x, ids, weights, gate_up, down))
+            limit = 3e-2 if hidden == 1 and dtype is torch.bfloat16 else None  # roundings of one number, not of many
+            assert_near(experts(x, ids, weights), naive(x, ids, weights, gate_up, down), limit)
 
 
 @kinds
