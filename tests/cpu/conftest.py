@@ -1,5 +1,6 @@
-"""Torch starts each test with one thread, since what is tested is small and threads that wait spin beside other tests,
-and with a seed of the test's own, so that a failure comes again when the test runs alone."""
+"""How torch starts each test: with one thread, since what is tested is small and idle threads spin beside other tests,
+and with a seed of the test's own, so that a failure comes again when the test runs alone.
+"""
 
 from __future__ import annotations
 
