@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.sampling import SamplingParams
-from flexmoe.engine.engine import Engine
+from flexmoe.engine.engine import Engine, is_list
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.tokenizer import Tokenizer
-from flexmoe.errors import RequestError
+from flexmoe.errors import EngineError, RequestError
 
 Prompt: TypeAlias = str | Sequence[int]
 Message: TypeAlias = Mapping[str, Any]
 
 
 class LLM:
-    """A model that generates text in this process.
+    """A model that generates text in this process, for one thread at a time.
 
     model: a folder, a Hugging Face hub id, or None for the built-in model. Options are those of `EngineConfig`'s
     parts by their flat names, e.g. `LLM("folder", dtype="float32", max_num_seqs=8, kv_cache_memory=2**30)`.
@@ -27,8 +29,9 @@ class LLM:
     Raises ConfigError for an option or config.json that cannot be served, CheckpointError for damaged files.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | PathLike[str] | None = None, **options: Any) -> None:
         self._engine = Engine(EngineConfig.from_options({"model": model, **options}))
+        self._unseen: dict[str, RequestOutput | None] = {}  # by request: its latest output, until its caller has it
 
     @property
     def engine(self) -> Engine:
@@ -74,19 +77,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or many; a message is {"role": ..., "content": ...}."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        conversations = messages if _holds_lists(messages) else [messages]
         params = _as_params(sampling_params, len(conversations))
         return self._run([self._encode_chat(c) for c in conversations], params)  # type: ignore[arg-type]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Complete one prompt, yielding the whole output so far after each step. Closing the iterator aborts it."""
-        return self._stream(*self._encode(prompt), sampling_params or SamplingParams())
+        """Complete one prompt, yielding the whole output so far after each step. Closing the iterator aborts it.
+
+        The request starts with the first `next`. Several streams may be read in turns.
+        """
+        return self._stream(*self._encode(prompt), sampling_params)
 
     def stream_chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one conversation like `stream`."""
-        return self._stream(*self._encode_chat(messages), sampling_params or SamplingParams())
+        return self._stream(*self._encode_chat(messages), sampling_params)
 
     def close(self) -> None:
         """Free the model. May be called twice."""
@@ -114,41 +120,58 @@ class LLM:
     def _run(
         self, prompts: Sequence[tuple[str | None, Sequence[int]]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
-        ids: list[str] = []
-        done: dict[str, RequestOutput] = {}
-        try:
-            for (text, tokens), sampling in zip(prompts, params, strict=True):
-                ids.append(self._engine.add_request(tokens, sampling, prompt=text))
-            while len(done) < len(ids):
-                done |= {output.request_id: output for output in self._engine.step()}
-        except BaseException:
-            for request_id in ids:
-                self._engine.abort(request_id)
-            raise
-        return [done[request_id] for request_id in ids]
+        with contextlib.ExitStack() as requests:
+            ids = [
+                requests.enter_context(self._request(text, tokens, sampling))
+                for (text, tokens), sampling in zip(prompts, params, strict=True)
+            ]
+            return [self._next(request_id) for request_id in ids]
 
-    def _stream(self, text: str | None, tokens: Sequence[int], sampling: SamplingParams) -> Iterator[RequestOutput]:
-        request_id = self._engine.add_request(tokens, sampling, prompt=text, stream=True)
+    def _stream(
+        self, text: str | None, tokens: Sequence[int], sampling: SamplingParams | None
+    ) -> Iterator[RequestOutput]:
+        params = SamplingParams() if sampling is None else sampling
+        with self._request(text, tokens, params, stream=True) as request_id:
+            finished = False
+            while not finished:
+                output = self._next(request_id)
+                finished = output.finished
+                yield output
+
+    @contextlib.contextmanager
+    def _request(
+        self, text: str | None, tokens: Sequence[int], sampling: SamplingParams, *, stream: bool = False
+    ) -> Iterator[str]:
+        """A request, queued on entry and aborted on exit if it has not finished by then."""
+        request_id = self._engine.add_request(tokens, sampling, prompt=text, stream=stream)
+        self._unseen[request_id] = None
         try:
-            while True:
-                for output in self._engine.step():
-                    if output.request_id == request_id:
-                        yield output
-                        if output.finished:
-                            return
+            yield request_id
         finally:
+            del self._unseen[request_id]
             self._engine.abort(request_id)
+
+    def _next(self, request_id: str) -> RequestOutput:
+        """Step until this request has something new. What others in progress get meanwhile is kept for them."""
+        while (output := self._unseen[request_id]) is None:
+            for new in self._engine.step():
+                if new.request_id in self._unseen:
+                    self._unseen[new.request_id] = new
+            if self._unseen[request_id] is None and not self._engine.serves(request_id):
+                raise EngineError(f"request {request_id!r} was aborted while its output was awaited.")
+        self._unseen[request_id] = None
+        return output
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if not is_list(prompts):
         raise RequestError(f"prompts={prompts!r} is neither a string, a list of token ids, nor a list of these.")
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, (str, Sequence)):
+        if not isinstance(prompt, str) and not is_list(prompt):
             raise RequestError(f"prompt {index} is {prompt!r}; use a string or a list of token ids.")
     return list(prompts)  # type: ignore[arg-type]
 
@@ -156,6 +179,13 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not is_list(params):
+        raise RequestError(f"sampling_params={params!r} is neither SamplingParams nor a list of them.")
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one for all or one for each.")
     return list(params)
+
+
+def _holds_lists(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> TypeGuard[Sequence[Sequence[Message]]]:
+    """Whether these are several conversations, not the messages of one."""
+    return is_list(messages) and len(messages) > 0 and is_list(messages[0])

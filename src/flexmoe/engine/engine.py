@@ -27,7 +27,10 @@ from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
-_SEED_STRIDE = 1_000_003  # keeps the seeds of requests that gave none, and of their samples, apart
+# Keep apart the seeds of requests that gave none, and of the samples of one request; the second is the golden ratio in
+# 64 bits, no small multiple of the first, so that no sample of one request equals one of a neighbour.
+_REQUEST_STRIDE = 1_000_003
+_SAMPLE_STRIDE = 0x9E3779B97F4A7C15
 
 
 class Engine:
@@ -52,11 +55,14 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        return self._started.max_model_len
+        """Tokens that prompt and output may have together: the model's context, or less if the KV cache is smaller."""
+        self._check_open()
+        return min(self._started.max_model_len, self.scheduler.blocks.num_tokens)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """How conversations become prompts. Raises RequestError if the model has no tokenizer."""
+        self._check_open()
         folder = self._started.source.folder
         if folder is None or self.tokenizer is None:
             raise RequestError("this model has no tokenizer, so no chat template; give prompts as lists of token ids.")
@@ -76,13 +82,13 @@ class Engine:
         Raises RequestError for a prompt that is empty, too long or holds unknown ids; nothing is queued then.
         """
         self._check_open()
+        ids = self._check_request(prompt_token_ids, sampling)
         number = next(self._ids)
         request_id = request_id or f"request-{number}"
-        if request_id in self._tracked:
-            raise RequestError(f"request_id={request_id!r} is still being served; use another id.")
-        ids = tuple(prompt_token_ids)
-        self._check_prompt(ids, sampling)
         samples = [self._make_sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
+        for sample in samples:
+            if sample.request.request_id in self._owner:
+                raise RequestError(f"request_id={sample.request.request_id!r} is still being served; use another id.")
         tracked = Tracked(request_id, prompt, ids, sampling, stream, samples)
         for sample in samples:
             self.scheduler.add(sample.request)  # all samples are alike: the first is refused, or none
@@ -91,9 +97,14 @@ class Engine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step. Returns the outputs of the requests that finished, and of those that stream."""
+        """Compute one step. Returns the outputs of the requests that finished, and of those that stream.
+
+        If it raises, nothing of the step counts: the next one computes it again, or abort() ends its requests.
+        """
         self._check_open()
         step = self.scheduler.schedule()
+        if not step.chunks:
+            return []
         sampling = [self._owner[chunk.request.request_id][1] for chunk in step.chunks if chunk.samples]
         sampled = self.runner.run(step, [sample.state for sample in sampling])
         for sample, token, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
@@ -110,8 +121,14 @@ class Engine:
             return None
         for sample in tracked.samples:
             self.scheduler.abort(sample.request.request_id)
+        self._forget(tracked)
+        for sample in tracked.samples:
             sample.read()
-        return self._forget(tracked)
+        return tracked.output()
+
+    def serves(self, request_id: str) -> bool:
+        """Whether this request is waiting or running."""
+        return request_id in self._tracked
 
     def close(self) -> None:
         """Abort what runs and let go of model and cache. May be called twice."""
@@ -148,39 +165,59 @@ class Engine:
         if self._closed:
             raise EngineError("the engine is closed; make a new one.")
 
-    def _check_prompt(self, ids: tuple[int, ...], sampling: SamplingParams) -> None:
-        if not ids:
+    def _check_request(self, prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...]:
+        """The prompt's token ids. Raises RequestError for what cannot be served."""
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(f"sampling_params={sampling!r} is not SamplingParams.")
+        if not is_list(prompt):
+            raise RequestError(f"the prompt is of type {type(prompt).__name__}; use a string or a list of token ids.")
+        if not prompt:
             raise RequestError("the prompt is empty; give at least one token.")
-        limit = self.max_model_len
-        if len(ids) >= limit:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens, but the context of max_model_len={limit} must also hold at least "
-                f"one new token; shorten it to {limit - 1} tokens."
-            )
+        self._check_length(len(prompt))
         vocab = self.config.vocab_size
-        for position, token in enumerate(ids):
-            if type(token) is not int or not 0 <= token < vocab:
+        for position, token in enumerate(prompt):
+            if type(token) is not int:
                 raise RequestError(
-                    f"token id {token!r} at position {position} of the prompt is outside of the vocabulary; "
-                    f"use integers from 0 to {vocab - 1}."
+                    f"token id {token!r} at position {position} of the prompt is of type {type(token).__name__}; "
+                    "use Python's int."
+                )
+            if not 0 <= token < vocab:
+                raise RequestError(
+                    f"token id {token} at position {position} of the prompt is outside of the vocabulary; "
+                    f"use 0 to {vocab - 1}."
                 )
         if sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids.")
+        return tuple(prompt)
+
+    def _check_length(self, length: int) -> None:
+        limit = self.max_model_len
+        if length < limit:
+            return
+        if limit < self._started.max_model_len:
+            holder = f"the KV cache of {limit} tokens"
+            remedy = "raise kv_cache_memory" if limit > 1 else "raise block_size"
+        else:
+            holder, remedy = f"the context of max_model_len={limit}", ""
+        raise RequestError(
+            f"the prompt has {length} tokens, but {holder} must also hold at least one new token; "
+            f"shorten it to {limit - 1} tokens{remedy and ' or ' + remedy}."
+        )
 
     def _make_sample(
         self, request_id: str, number: int, index: int, ids: tuple[int, ...], sampling: SamplingParams
     ) -> Sample:
-        seed = self.options.seed + number * _SEED_STRIDE if sampling.seed is None else sampling.seed
+        seed = self.options.seed + number * _REQUEST_STRIDE if sampling.seed is None else sampling.seed
         request = Request(
             request_id if index == 0 else f"{request_id}/{index}",
             ids,
             sampling,
             eos_token_ids=self.config.eos_token_ids,
-            max_total_tokens=min(self.max_model_len, self.scheduler.blocks.num_tokens),
+            max_total_tokens=self.max_model_len,
         )
         state = SamplingState(
             sampling,
-            seed + index * _SEED_STRIDE,
+            seed + index * _SAMPLE_STRIDE,
             ids,
             eos_token_ids=self.config.eos_token_ids,
             vocab_size=self.config.vocab_size,
@@ -190,27 +227,34 @@ class Engine:
 
     def _read(self, step: Step) -> list[RequestOutput]:
         """Bring the texts of the step's requests up to date, end those that met a stop string, collect outputs."""
-        outputs = []
+        now = time.monotonic()
+        advanced: dict[str, Tracked] = {}  # each once, though several of its samples may be in the step
         for chunk in step.chunks:
             entry = self._owner.get(chunk.request.request_id) if chunk.samples else None
             if entry is None:
                 continue
             tracked, sample = entry
-            now = time.monotonic()
             tracked.first_token = tracked.first_token or now
             if tracked.reads_every_step or sample.finished:
                 stop = sample.read()
                 if stop is not None:
                     self.scheduler.finish(sample.request, "stop", stop)
+            advanced[tracked.request_id] = tracked
+        outputs = []
+        for tracked in advanced.values():
             if tracked.finished:
-                outputs.append(self._forget(tracked))
-            elif tracked.stream:
+                tracked.end = time.monotonic()
+                self._forget(tracked)
+            if tracked.finished or tracked.stream:
                 outputs.append(tracked.output())
         return outputs
 
-    def _forget(self, tracked: Tracked) -> RequestOutput:
-        tracked.end = time.monotonic()
+    def _forget(self, tracked: Tracked) -> None:
         del self._tracked[tracked.request_id]
         for sample in tracked.samples:
             del self._owner[sample.request.request_id]
-        return tracked.output()
+
+
+def is_list(value: object) -> bool:
+    """Whether this is a sequence of things of its own: a text or bytes is not, though Python calls it one."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
