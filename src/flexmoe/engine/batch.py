@@ -113,12 +113,16 @@ def _decode_groups(
 
 
 def _gathered_group(keys: list[Sequence[int]], end_row: int, device: torch.device) -> DecodeGroup:
-    """The rows before `end_row`, shorter ones padded with slot 0 and masked."""
+    """The rows before `end_row`, shorter ones padded and masked.
+
+    Padding repeats a key of the row's own: a masked one is multiplied by 0, and another request's may be NaN.
+    """
     lengths = np.array([len(k) for k in keys])
     longest = int(lengths.max())
-    table = np.zeros((len(keys), longest), dtype=np.int64)
+    table = np.empty((len(keys), longest), dtype=np.int64)
     for row, k in enumerate(keys):
         table[row, : len(k)] = k
+        table[row, len(k) :] = k[-1]
     mask: Tensor | None = None
     if (lengths != longest).any():
         seen = np.arange(longest) < lengths[:, None]
