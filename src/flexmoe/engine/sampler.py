@@ -45,14 +45,15 @@ class Sampler:
     def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> SampleOutput:
         """logits: [N, V] of any float type, left unchanged. The caller accepts the tokens into the states.
 
-        Raises EngineError if the logits of a row that is drawn at random are not numbers.
+        Raises EngineError if the logits of a row are not numbers.
         """
         if all(state.plain_greedy for state in states):
-            return SampleOutput(_argmax(logits, states).tolist(), [None] * len(states))
-        size = max(1, _CPU_CHUNK // logits.shape[1]) if logits.is_cpu else len(states)
-        starts = range(0, len(states), size)
-        parts = [_by_row(states[i : i + size], _is_plain, logits[i : i + size], _argmax, _choose) for i in starts]
-        chosen = torch.cat(parts)  # [N]
+            chosen = _argmax(logits, states)
+        else:
+            size = max(1, _CPU_CHUNK // logits.shape[1]) if logits.is_cpu else len(states)
+            starts = range(0, len(states), size)
+            parts = [_by_row(states[i : i + size], _is_plain, logits[i : i + size], _argmax, _choose) for i in starts]
+            chosen = torch.cat(parts)  # [N]
         token_ids: list[int] = chosen.tolist()
         if -1 in token_ids:
             raise EngineError(f"the logits of row {token_ids.index(-1)} are not numbers; the weights may be damaged.")
@@ -75,13 +76,17 @@ def _by_row(
 
 
 def _argmax(logits: torch.Tensor, _: Rows) -> torch.Tensor:
-    """The most likely token of each row: [n]. Of equal logits the lower id.
+    """The most likely token of each row: [n]. Of equal logits the lower id; -1 if one is NaN, which counts as largest.
 
     numpy's is ten times quicker on a CPU than torch's, and leaves torch's threads alone.
     """
     if logits.is_cpu:
-        return torch.from_numpy(logits.float().numpy().argmax(-1))
-    return torch.argmax(logits, dim=-1)
+        values = logits.float().numpy()
+        best = values.argmax(-1)
+        best[np.isnan(values[np.arange(len(best)), best])] = -1
+        return torch.from_numpy(best)
+    chosen = torch.argmax(logits, dim=-1)
+    return chosen.masked_fill_(logits.gather(1, chosen[:, None])[:, 0].isnan(), -1)
 
 
 def _largest(work: torch.Tensor, size: int) -> torch.Tensor:
@@ -184,9 +189,9 @@ def _top_p_threshold(work: torch.Tensor, best: torch.Tensor, total: torch.Tensor
         if best.shape[1] == work.shape[1] or bool(((reached[:, -1:] >= wanted) | (wanted >= 1.0)).all()):
             break
         best = _largest(work, min(8 * best.shape[1], work.shape[1]))
-    # A token stays if those more likely than it do not reach top_p yet; so the first always stays.
+    # A token stays if those more likely than it do not reach top_p yet; so the first always stays, unless it is NaN.
     num_kept = ((reached - probabilities) < wanted).sum(-1, keepdim=True)
-    return best.gather(1, num_kept - 1).masked_fill_(wanted >= 1.0, -math.inf)
+    return best.gather(1, (num_kept - 1).clamp_(min=0)).masked_fill_(wanted >= 1.0, -math.inf)
 
 
 def _draw(work: torch.Tensor, states: Rows) -> torch.Tensor:
