@@ -44,7 +44,7 @@ def draw(curves: dict[str, Points], ends: list[int], output: Path) -> None:
         axes.plot(*zip(*points, strict=True), label=name, **style)
     for end in ends[:-1]:
         axes.axvline(end, color="0.4", linestyle=":", linewidth=1)
-    axes.set(xlabel="step (131,072 tokens each)", ylabel="nats a token", ylim=(1.2, 5))
+    axes.set(xlabel="step (131,072 tokens each)", ylabel="nats a token", ylim=(1, 5))
     axes.legend(frameon=False)
     axes.grid(alpha=0.2)
     figure.tight_layout()
