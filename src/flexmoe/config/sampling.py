@@ -66,6 +66,14 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
 
+    def __new__(cls, **options: Any) -> SamplingParams:
+        """Refuses unknown names with the nearest known one; __init__ would only say that it is unexpected."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise UnknownOptionError(name, known, "SamplingParams")
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for name, item in (("stop", str), ("stop_token_ids", int)):
             object.__setattr__(self, name, _as_tuple(getattr(self, name), item, name))
@@ -76,11 +84,7 @@ class SamplingParams:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> SamplingParams:
-        """Build from a mapping; an unknown name is an error that names the nearest known one."""
-        known = {f.name for f in fields(cls)}
-        for name in options:
-            if name not in known:
-                raise UnknownOptionError(name, known, "SamplingParams")
+        """Build from a mapping."""
         return cls(**options)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -39,7 +39,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int | None) -> int:
-    """Set torch's threads: as given, else one for each physical core this process may use."""
+    """Set torch's threads: as given, else one for each physical core this process may use.
+
+    More threads than processors are refused: those of the C kernels wait for each other without sleeping.
+    """
+    usable = len(_usable_processors())
+    if threads is not None and threads > usable:
+        raise ConfigError(f"threads={threads} is above the {usable} processors that this process may use.")
     count = threads or physical_cores()
     if count != torch.get_num_threads():
         torch.set_num_threads(count)
@@ -48,8 +54,11 @@ def set_threads(threads: int | None) -> int:
 
 def physical_cores() -> int:
     """Physical cores among those the process may run on; a second hardware thread adds no arithmetic."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return max(1, len({_siblings(cpu) for cpu in allowed}))
+    return max(1, len({_siblings(cpu) for cpu in _usable_processors()}))
+
+
+def _usable_processors() -> Collection[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _siblings(cpu: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flexmoe.config.engine import EngineConfig
+from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.engine.device import choose_device, choose_dtype, set_threads
 from flexmoe.engine.tokenizer import Tokenizer
@@ -47,11 +47,11 @@ class Started:
 def start(options: EngineConfig) -> Started:
     """Load the model and allocate the KV cache. Every problem is raised before the cache is allocated."""
     device = choose_device(options.device.device)
-    threads = set_threads(options.device.threads)
     source = open_model(options.load)
     config = source.config
     max_model_len = _max_model_len(options, config)
     backend = _choose_backend(options.device.expert_backend, device)
+    threads = set_threads(options.device.threads)
     in_c = not why_not_native(config, torch.bfloat16, device, backend)
     dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c)
     # The KV cache is checked before the weights are read: a refusal should not cost minutes.
@@ -114,35 +114,59 @@ def _num_blocks(
     options: EngineConfig, config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
-    cache = options.cache
-    per_context = -(-max_model_len // cache.block_size)
-    size = block_bytes(config, cache.block_size, dtype)
-    if cache.num_blocks is not None:
-        return cache.num_blocks
-    if cache.kv_cache_memory is not None:
-        blocks = cache.kv_cache_memory // size
-        if blocks < 1:
+    free = _free_beside_weights(config, dtype, device)
+    per_context = -(-max_model_len // options.cache.block_size)
+    size = block_bytes(config, options.cache.block_size, dtype)
+    blocks = _given_blocks(options.cache, size, per_context * size)
+    if blocks is not None:
+        if blocks * size > free:
             raise ConfigError(
-                f"kv_cache_memory={cache.kv_cache_memory} bytes holds no block; one takes {size} bytes, "
-                f"a full context of {max_model_len} tokens {per_context * size}."
+                f"the KV cache would take {_gib(blocks * size)}, but beside the weights only {_gib(free)} of memory "
+                "are free; lower kv_cache_memory."
             )
         return blocks
-    blocks = min(options.scheduler.max_num_seqs * per_context, _cache_budget(config, dtype, device) // size)
+    share = _CPU_CACHE_SHARE if device.type == "cpu" else _GPU_CACHE_SHARE
+    blocks = min(options.scheduler.max_num_seqs * per_context, int(free * share) // size)
     if blocks < per_context:
         raise ConfigError(
-            f"a context of max_model_len={max_model_len} tokens needs {per_context * size / 2**30:.2f} GiB of KV "
-            f"cache, but only {blocks * size / 2**30:.2f} GiB are free for it; lower max_model_len."
+            f"a context of max_model_len={max_model_len} tokens needs {_gib(per_context * size)} of KV cache, but only "
+            f"{_gib(int(free * share))} of memory are free for it; lower max_model_len, or block_size if it is larger."
         )
     return blocks
 
 
-def _cache_budget(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes free for the KV cache once the weights are loaded."""
+def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int | None:
+    """The number of blocks that the options ask for, None if they leave it open. Sizes in bytes."""
+    if cache.kv_cache_memory is None:
+        return cache.num_blocks
+    if cache.num_blocks is not None:
+        raise ConfigError(
+            f"num_blocks={cache.num_blocks} and kv_cache_memory={cache.kv_cache_memory} both set the size of the KV "
+            "cache; give one of them."
+        )
+    blocks = cache.kv_cache_memory // block_size
+    if blocks < 1:
+        raise ConfigError(
+            f"kv_cache_memory={cache.kv_cache_memory} bytes holds no block; one takes {block_size} bytes, "
+            f"a full context {context_size}."
+        )
+    return blocks
+
+
+def _free_beside_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
+    free = _available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     weights = config.num_parameters() * dtype.itemsize
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int((free - weights) * _GPU_CACHE_SHARE)
-    return int((_available_memory() - weights) * _CPU_CACHE_SHARE)
+    if weights > free:
+        raise ConfigError(
+            f"the weights take {_gib(weights)} in {str(dtype).removeprefix('torch.')}, but only {_gib(free)} of memory "
+            f"are free on device {str(device)!r}; use a smaller model{' or a 16-bit dtype' * (dtype.itemsize > 2)}."
+        )
+    return free - weights
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def _available_memory() -> int:

@@ -248,7 +248,7 @@ def convert_hint(source: str | Path) -> str:
     """The command that rewrites a pickle checkpoint as safetensors."""
     target = f"{Path(source).name}-safetensors"
     return (
-        "Convert it once, if you trust its origin (needs `pip install transformers`):\n"
+        "Convert it once, if you trust its origin (needs `pip install transformers`): "
         f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
         f"s, t = {str(source)!r}, {target!r}; "
         "M.from_pretrained(s, dtype='auto').save_pretrained(t); T.from_pretrained(s).save_pretrained(t)\""
