@@ -116,8 +116,8 @@ def _add_attention(weights: LayerWeights, attention: Attention) -> None:
 def _add_experts(weights: LayerWeights, moe: MoEBlock) -> None:
     experts, router = moe.experts, moe.router
     weights.numbers.update(
-        num_experts=router.weight.shape[0], top_k=router.top_k, renormalize=int(router.renormalize),
-        expert_width=experts.width,
+        num_experts=router.weight.shape[0], num_slots=experts.num_slots, top_k=router.top_k,
+        renormalize=int(router.renormalize), expert_width=experts.width,
     )  # fmt: skip
     weights.tensors.update(
         router=router.weight.data, slot_of=moe.dispatcher.slot_of, gate_up=experts.gate_up.data, down=experts.down.data

@@ -55,10 +55,11 @@ INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Lay the buffers out from `base` on and return their size in floats; with `base` NULL only that. */
 static size_t lay_out(const Model *m, const Step *s, int threads, float *base, Buffers *b) {
-    int64_t qkv = 0, attended = 0, experts_ = 0, top_k = 0, width = 0, dense_ = 0, keys = 0;
+    int64_t qkv = 0, attended = 0, experts_ = 0, slots = 0, top_k = 0, width = 0, dense_ = 0, keys = 0;
     for (const Layer *l = m->layers; l < m->layers + m->num_layers; l++) {
         qkv = larger(qkv, l->qkv.n), attended = larger(attended, l->num_heads * l->head_dim);
-        experts_ = larger(experts_, l->num_experts), top_k = larger(top_k, l->top_k);
+        experts_ = larger(experts_, l->num_experts), slots = larger(slots, l->num_slots);
+        top_k = larger(top_k, l->top_k);
         width = larger(width, l->expert_width), dense_ = larger(dense_, l->dense_width);
     }
     for (int64_t t = 0; t < s->rows; t++) keys = larger(keys, s->lengths[t]);
@@ -74,7 +75,7 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     TAKE(dense_hidden, float, s->rows * 3 * dense_);
     TAKE(gate, float, s->rows);
     TAKE(slots, int64_t, s->rows * top_k);
-    TAKE(first, int32_t, experts_ + 1);
+    TAKE(first, int32_t, slots + 1);
     TAKE(assignment, int32_t, s->rows * top_k);
     b->scores = (larger(s->rows * m->hidden, m->layers->head_dim) + 15) / 16 * 16;
     b->own_size = b->scores + (keys + 47) / 16 * 16;

@@ -30,8 +30,8 @@ class _Linear(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _I64) for name in ("half", "hidden", "num_heads", "num_kv_heads", "head_dim", "rotary_dim")),
-        *((name, _I64) for name in ("window", "qk_norm", "num_experts", "top_k", "expert_width", "renormalize")),
-        ("dense_width", _I64),
+        *((name, _I64) for name in ("window", "qk_norm", "num_experts", "num_slots", "top_k", "expert_width")),
+        *((name, _I64) for name in ("renormalize", "dense_width")),
         *((name, _F32) for name in ("eps", "clip")),
         *((name, _POINTER) for name in ("input_norm", "q_norm", "k_norm", "mlp_norm")),
         ("qkv", _Linear),

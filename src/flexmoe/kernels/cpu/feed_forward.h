@@ -27,7 +27,7 @@ static void choose_experts(const Layer *l, const Step *s, const Buffers *b, int6
 
 /* Counting sort of the assignments by slot. */
 static void sort_assignments(const Layer *l, const Step *s, const Buffers *b) {
-    int64_t total = s->rows * l->top_k, slots = l->num_experts;
+    int64_t total = s->rows * l->top_k, slots = l->num_slots;
     memset(b->first, 0, (slots + 1) * sizeof *b->first);
     for (int64_t a = 0; a < total; a++) b->first[b->slots[a] + 1]++;
     for (int64_t e = 0; e < slots; e++) b->first[e + 1] += b->first[e];
@@ -62,7 +62,7 @@ INLINE void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t
     const float *block[TOKENS];
     int64_t width = l->expert_width, row_bytes = width * (half ? 2 : 4);
     int32_t top_k = (int32_t)l->top_k;
-    for (int64_t e = 0; e < l->num_experts; e++) {
+    for (int64_t e = 0; e < l->num_slots; e++) {
         const int32_t *assigned = b->assignment + b->first[e];
         int64_t count = b->first[e + 1] - b->first[e];
         const char *down = (const char *)l->down + e * l->hidden * row_bytes;
@@ -96,9 +96,9 @@ static void experts(const Layer *l, const Step *s, const Buffers *b, const float
     barrier(seat);
     /* The columns of all experts that any row chose, shared out as one long line. */
     int64_t active = 0, place = 0;
-    for (int64_t e = 0; e < l->num_experts; e++) active += b->first[e + 1] > b->first[e];
+    for (int64_t e = 0; e < l->num_slots; e++) active += b->first[e + 1] > b->first[e];
     share(seat, active * width, ROWS, &from, &to);
-    for (int64_t e = 0; e < l->num_experts; e++) {
+    for (int64_t e = 0; e < l->num_slots; e++) {
         int64_t count = b->first[e + 1] - b->first[e];
         if (!count) continue;
         int64_t start = from > place ? from - place : 0, stop = to - place < width ? to - place : width;

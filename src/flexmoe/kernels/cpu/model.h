@@ -12,7 +12,7 @@ typedef struct {
 /* One layer. Pointers are NULL where the model lacks the part. `half`: weights and cache are bf16, else fp32. */
 typedef struct {
     int64_t half, hidden, num_heads, num_kv_heads, head_dim, rotary_dim, window, qk_norm;
-    int64_t num_experts, top_k, expert_width, renormalize, dense_width;
+    int64_t num_experts, num_slots, top_k, expert_width, renormalize, dense_width;
     float eps, clip;
     const void *input_norm, *q_norm, *k_norm, *mlp_norm;
     Linear qkv, out;
