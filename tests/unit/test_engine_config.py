@@ -20,14 +20,24 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
     ),
     "scheduler": (SchedulerConfig, {"max_num_seqs": 3, "max_num_batched_tokens": 99, "max_model_len": 50}),
     "device": (DeviceConfig, {"device": "cpu", "dtype": "float32", "threads": 1, "expert_backend": "reference"}),
-    "load": (LoadConfig, {"model": "folder", "load_format": "dummy", "revision": "v2", "progress": True}),
+    "load": (
+        LoadConfig,
+        {
+            "model": "folder",
+            "load_format": "dummy",
+            "revision": "v2",
+            "download_dir": "cache",
+            "force_download": True,
+            "progress": True,
+        },
+    ),
     "parallel": (ParallelPlan, {}),  # this version accepts their defaults only
 }
 COUNTS = ["block_size", "max_num_seqs", "max_num_batched_tokens"]
 OPTIONAL_COUNTS = ["kv_cache_memory", "num_blocks", "max_model_len", "threads"]
 DEGREES = ["tensor_parallel_size", "expert_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
-FLAGS = ["enable_prefix_caching", "progress"]
-TEXTS = ["device", "model", "revision"]
+FLAGS = ["enable_prefix_caching", "force_download", "progress"]
+TEXTS = ["device", "download_dir", "model", "revision"]
 
 
 def refusal(**options: Any) -> str:

@@ -46,11 +46,16 @@ class DeviceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
-    """Which model, and from where. load_format "dummy" makes seeded random weights from config.json alone."""
+    """Which model, and from where. load_format "dummy" makes seeded random weights from config.json alone.
+
+    download_dir: the hub's cache to use instead of HF_HOME's. force_download: fetch again what that cache holds.
+    """
 
     model: str | None = None
     load_format: str = "auto"
     revision: str | None = None
+    download_dir: str | None = None
+    force_download: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -96,11 +101,14 @@ class EngineConfig:
         self._check_parallel()
 
     def _check_names_and_flags(self) -> None:
-        names: dict[str, object] = {"device": self.device.device, "model": self.load.model, "revision": self.load.revision}
+        load = self.load
+        names: dict[str, object] = {"device": self.device.device, "model": load.model, "revision": load.revision}
+        names["download_dir"] = load.download_dir
         for name, value in names.items():
             if not isinstance(value, str) and (value is not None or name == "device"):
                 raise ConfigError(f"{name}={value!r} is not a string.")
-        flags: dict[str, object] = {"enable_prefix_caching": self.cache.enable_prefix_caching, "progress": self.load.progress}
+        flags: dict[str, object] = {"progress": load.progress, "force_download": load.force_download}
+        flags["enable_prefix_caching"] = self.cache.enable_prefix_caching
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ConfigError(f"{name}={flag!r} is neither True nor False.")

@@ -1,6 +1,7 @@
 """Where a model is: built in, a folder, a preset, or a repository of the Hugging Face hub. Leaves: a ModelSource.
 
-Downloads go through huggingface-hub and its cache (HF_HOME); a repository that is cached opens without a network.
+Downloads go through huggingface-hub and its cache (HF_HOME, or download_dir); a repository that is cached opens
+without a network.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ def _download(model: str, load: LoadConfig) -> Path:
         folder = snapshot_download(
             model,
             revision=load.revision,
+            cache_dir=load.download_dir,
+            force_download=load.force_download,
             allow_patterns=[*_SMALL_FILES, *(() if load.load_format == "dummy" else _WEIGHTS)],
             ignore_patterns=list(_NEVER),
             tqdm_class=Bar,
