@@ -64,7 +64,7 @@ class Bench:
                 measured = startup.measure(script, self.args.model, START_PROMPT, self.args.threads)
                 if number:
                     found[name].append(measured)
-        text = found["transformers float32"][0]["text"]
+        text = found["transformers fp32"][0]["text"]
         results = []
         for metric, unit, key in (("start_to_first_token", "s", "seconds"), ("peak_rss", "MB", "peak_rss_mb")):
             for name, measured_rounds in found.items():

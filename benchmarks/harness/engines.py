@@ -99,7 +99,9 @@ class TransformersEngine:
             options["past_key_values"] = StaticCache(config=self._model.config, max_cache_len=length)
         if variant.get("compile"):
             # Every shape is compiled for itself: the best code for each, at the price of warm-up that is not counted.
-            compile_config = CompileConfig(mode=variant["compile"], dynamic=False)
+            # Not with eager experts: their shapes change with every token, and torch would soon give up.
+            dynamic = None if self._model.config._experts_implementation == "eager" else False
+            compile_config = CompileConfig(mode=variant["compile"], dynamic=dynamic)
             compile_config._compile_all_devices = True  # on a CPU generate() does not compile otherwise
             options["compile_config"] = compile_config
         return options

@@ -46,12 +46,13 @@ class Setup:
         return self.kind == "flexmoe"
 
     def __str__(self) -> str:
-        if self.ours:
-            return f"flexmoe {self.dtype}"
-        compiled = f" + compile {self.compile}" if self.compile else ""
-        return f"transformers {self.dtype} {self.experts}, {self.cache} cache{compiled}"
+        """Short enough for a column of a table."""
+        words = [self.kind, _SHORT.get(self.dtype, self.dtype), self.experts.removesuffix("_mm"), self.cache]
+        compiled = {None: "", "default": "compiled"}.get(self.compile, "max-autotune")
+        return " ".join(filter(None, [*words, compiled]))
 
 
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 OURS = [Setup("flexmoe", dtype) for dtype in ("auto", "float32", "bfloat16")]
 # Answers are compared with those of the plainest configuration in fp32.
 REFERENCE = Setup("transformers", "float32", "eager", "dynamic")

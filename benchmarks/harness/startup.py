@@ -40,7 +40,8 @@ model.generate(**inputs, do_sample=False, min_new_tokens=64, max_new_tokens=64)
 
 def scripts() -> dict[str, str]:
     """Every way to start, by name."""
-    hf = {f"transformers {dtype}": TRANSFORMERS.replace("DTYPE", dtype) for dtype in ("float32", "bfloat16")}
+    dtypes = {"fp32": "float32", "bf16": "bfloat16"}
+    hf = {f"transformers {short}": TRANSFORMERS.replace("DTYPE", dtype) for short, dtype in dtypes.items()}
     return {"flexmoe auto": FLEXMOE, **hf}
 
 

@@ -62,14 +62,14 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
 def print_table(results: Sequence[Result]) -> None:
     """All results, then the verdicts."""
     console = Console()
-    every = Table("metric", "engine", "median", "p20", "p80", "answers equal", title="All")
+    every = Table("metric", "engine", "median", "p20-p80", "equal answers", title="All")
     for result in results:
-        figures = (f"{result.summary[key]:.4g} {result.unit}" for key in ("median", "p20", "p80"))
-        every.add_row(result.metric, result.name, *figures, result.answers)
+        p20, median, p80 = (f"{result.summary[key]:.3g}" for key in ("p20", "median", "p80"))
+        every.add_row(result.metric, result.name, f"{median} {result.unit}", f"{p20}-{p80}", result.answers)
     console.print(every)
-    ratios = Table("metric", "ours (auto)", "best of theirs", "which", "ratio", "must hold", title="Ratios")
+    ratios = Table("metric", "ours", "theirs", "which of theirs", "ratio", "must hold", title="Ours as it comes")
     for verdict in verdicts(results):
-        ours, theirs = (f"{r.median:.4g} {r.unit}" for r in (verdict.ours, verdict.theirs))
-        target = "" if verdict.target is None else f">= {verdict.target:g}x: {'yes' if verdict.holds else 'NO'}"
+        ours, theirs = (f"{r.median:.3g} {r.unit}" for r in (verdict.ours, verdict.theirs))
+        target = "" if verdict.target is None else f"{verdict.target:g}x: {'yes' if verdict.holds else 'NO'}"
         ratios.add_row(verdict.metric, ours, theirs, verdict.theirs.name, f"{verdict.ratio:.2f}x", target)
     console.print(ratios)
