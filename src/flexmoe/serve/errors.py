@@ -33,5 +33,9 @@ class MissingModelError(CheckpointError, OSError):
     """There is no such model, or its files are damaged."""
 
 
+class MissingFileError(ConfigError, OSError):
+    """A configuration or prompt file cannot be read."""
+
+
 class WrongPromptError(RequestError, TypeError, AssertionError):
     """What was given to `generate` is no prompt."""
