@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from flexmoe.cli.main import main
 from flexmoe.engine import batch
 from flexmoe.errors import ConfigError, MissingDependencyError, RequestError
-from flexmoe.kernels.paged_attention import PrefillSpan
+from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan
 from flexmoe.verify.passes import choice_gaps
 from flexmoe.verify.recording import Recording
 from flexmoe.verify.reference import Reference
@@ -149,6 +150,32 @@ def test_an_error_in_one_scenario_fails_that_one_only(monkeypatch: pytest.Monkey
     report = verify(options(tiny("llama")), reference=reference("llama"))
     assert "tokens: chunked prefill" in failed(report)
     assert not {"hidden states", "tokens: alone", "tokens: 4 together"} & set(failed(report))
+
+
+def test_another_backend_passes_too() -> None:
+    report = verify(options(tiny("qwen2_moe"), expert_backend="reference"), reference=reference("qwen2_moe"))
+    assert report.passed, report.verdict
+    assert report.facts["expert_backend"] == "reference"
+
+
+def _without_oldest(group: DecodeGroup) -> DecodeGroup:
+    if isinstance(group.keys, slice):
+        return replace(group, keys=slice(group.keys.start + 1, group.keys.stop))
+    return replace(group, keys=group.keys[:, 1:].contiguous(), mask=None if group.mask is None else group.mask[..., 1:])
+
+
+def test_an_error_in_decoding_alone_is_told_from_one_in_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps that forget the oldest key: the forward pass over the same tokens is right."""
+    right = batch._decode_groups
+
+    def forgetful(*args: object) -> list[DecodeGroup]:
+        return [_without_oldest(group) for group in right(*args)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(batch, "_decode_groups", forgetful)
+    wrong = options(tiny("mixtral"), expert_backend="reference")
+    report = verify(wrong, reference=reference("mixtral"))
+    assert outcomes(report)["hidden states"] == "pass"
+    assert "decoding: hidden states: first difference: layer 0 attention" in report.verdict
 
 
 def test_below_fp32_the_forward_pass_is_judged_with_replayed_routing() -> None:

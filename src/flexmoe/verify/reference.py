@@ -77,8 +77,6 @@ def ask_transformers(folder: Path, prompts: Prompts, dtype: torch.dtype, device:
 
 
 def _encode(transformers: Any, folder: Path, texts: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    if not texts:
-        return ()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tuple(tuple(tokenizer(text)["input_ids"]) for text in texts)
 

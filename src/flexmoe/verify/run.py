@@ -97,8 +97,7 @@ def _prepare(options: VerifyOptions) -> tuple[Path, ModelConfig, Prompts]:
     source = open_model(LoadConfig(model=options.model, revision=options.revision))
     if source.folder is None:
         raise CheckpointError(f"{source.name!r} has no weights to verify; give a model's folder or hub id.")
-    has_tokenizer = (source.folder / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.from_folder(source.folder) if has_tokenizer else None
+    tokenizer = Tokenizer.from_folder(source.folder)
     return source.folder, source.config, choose_prompts(source.config, tokenizer, options.prompts, options.max_tokens)
 
 
@@ -123,9 +122,7 @@ def _engine_options(options: VerifyOptions, prompts: Prompts) -> dict[str, objec
 def _checks(llm: LLM, prompts: Prompts, reference: Reference, options: VerifyOptions) -> Sequence[Check]:
     tolerance = TOLERANCES[options.dtype]
     answers = reference.answers
-    checks = [_check_eos(llm.config, reference)]
-    if prompts.texts:
-        checks.append(_check_encoding(llm, prompts, reference))
+    checks = [_check_eos(llm.config, reference), _check_encoding(llm, prompts, reference)]
     checks += check_layers(llm, answers, tolerance)
     checks += Scenarios(llm, answers, tolerance).run()
     return checks
