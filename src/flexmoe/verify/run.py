@@ -71,7 +71,10 @@ def verify(
             "model": llm.describe()["model"],
             "architecture": config.architecture,
             "parameters": config.num_parameters(),
-            **{name: llm.describe()[name] for name in ("device", "dtype", "threads", "expert_backend")},
+            **{
+                name: llm.describe()[name]
+                for name in ("device", "dtype", "threads", "expert_backend", "decode_kernels")
+            },
             "prompt_tokens": [len(ids) for ids in prompts.token_ids],
             "max_tokens": prompts.max_tokens,
             "versions": {
