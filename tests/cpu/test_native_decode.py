@@ -39,6 +39,7 @@ from tests.cpu.tiny_decoders import (
 )  # fmt: skip
 from tests.cpu.tiny_models import CASES, tiny
 
+pytestmark = NEEDS_COMPILER
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-4}
 DTYPES = list(LIMITS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)

@@ -11,8 +11,9 @@ from flexmoe.config.model import LayerConfig, ModelConfig
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import NativeDecoder
 from tests.cpu.paging import scattered, slot
-from tests.cpu.tiny_decoders import by_c, config, copy_cache, decoder, filled_cache
+from tests.cpu.tiny_decoders import NEEDS_COMPILER, by_c, config, copy_cache, decoder, filled_cache
 
+pytestmark = NEEDS_COMPILER
 MOE, DENSE, WINDOW = LayerConfig(is_moe=True), LayerConfig(is_moe=False), LayerConfig(is_moe=True, window=6)
 ODD: dict[str, Any] = {"hidden_size": 53, "vocab_size": 47, "dense_width": 27}
 CONFIGS: dict[str, ModelConfig] = {

@@ -17,9 +17,10 @@ from flexmoe.engine.device import physical_cores
 from flexmoe.kernels.cpu.decode import _pool
 from flexmoe.models.decoder import Decoder
 from tests.cpu.paging import scattered
-from tests.cpu.tiny_decoders import by_c, config, decoder, filled_cache
+from tests.cpu.tiny_decoders import NEEDS_COMPILER, by_c, config, decoder, filled_cache
 from tests.cpu.tiny_models import tiny
 
+pytestmark = NEEDS_COMPILER
 TWO = min(2, physical_cores())
 MOE, DENSE = LayerConfig(is_moe=True), LayerConfig(is_moe=False)
 
@@ -51,7 +52,7 @@ def test_two_models_in_two_threads(threads: tuple[int, int]) -> None:
 
 def generate(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-    return [output.token_ids for output in llm.generate(prompts, params)]
+    return [list(output.token_ids) for output in llm.generate(prompts, params)]
 
 
 def test_two_engines_in_two_threads() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from flexmoe.config.model import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig
 from flexmoe.config.plan import ExpertPlacement, ParallelPlan
 from flexmoe.engine.batch import build_batch, build_paged_rows
+from flexmoe.kernels.cpu import library
 from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan, paged_attention
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
@@ -24,6 +25,7 @@ from flexmoe.scheduling.request import Request
 from tests.cpu.paging import decode_step, seen, slot
 
 CPU = torch.device("cpu")
+NEEDS_COMPILER = pytest.mark.skipif(library.find_compiler() is None, reason="the C kernels need a C compiler")
 Stages = dict[tuple[str, int], Tensor]
 
 _ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig(theta=1e4, rotary_dim=16))

@@ -37,14 +37,11 @@ class Native:
 @functools.cache
 def load() -> Native:
     """Load the kernels, compiling them first if this machine has not yet; asked once a process."""
-    compiler = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         return Native(None, "no C compiler found (cc, gcc or clang); with one, decoding is about twice as fast")
     try:
-        file = cache_folder() / f"decode-{_fingerprint(compiler)}.so"
-        if not file.is_file():
-            _compile(compiler, file)
-        return Native(ctypes.CDLL(str(file)))
+        return Native(_open(compiler))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         reason = f"the C kernels could not be built with {compiler}: {output or error}"
@@ -52,18 +49,53 @@ def load() -> Native:
         return Native(None, reason.splitlines()[0])
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: flexmoe in the user's cache folder."""
+def find_compiler() -> str | None:
+    """The path of the C compiler to use."""
+    return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: flexmoe in the user's cache folder. None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flexmoe"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "flexmoe"
+    except RuntimeError:
+        return None
+
+
+def _open(compiler: str) -> ctypes.CDLL:
+    """The library from the cache; where there can be none, one compiled for this process alone."""
+    name = f"decode-{_fingerprint(compiler)}"
+    folder = cache_folder()
+    if folder is not None:
+        try:
+            return ctypes.CDLL(str(_find(folder, name) or _compile(compiler, folder, name)))
+        except OSError as error:
+            _log.info("%s cannot hold the CPU kernels: %s", folder, error)
+    with tempfile.TemporaryDirectory() as own:
+        return ctypes.CDLL(str(_compile(compiler, Path(own), name)))
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The compiled file NAME-DIGEST.so; one cut short, which would kill the process that loads it, is removed."""
+    for file in folder.glob(f"{name}-*.so"):
+        if file.stem == f"{name}-{_digest(file.read_bytes())}":
+            return file
+        _log.warning("%s is damaged and compiled anew", file)
+        file.unlink(missing_ok=True)
+    return None
 
 
 def _fingerprint(compiler: str) -> str:
     """Changes with the source, the flags, the compiler and the processor, so that a stale file is never loaded."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT).stdout
+    version = _run(compiler, "--version")
     sources = (file.read_bytes() for file in sorted(_FOLDER.glob("*.[ch]")))
-    parts = (*sources, " ".join(_FLAGS).encode(), version, _processor().encode())
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    parts = (*sources, " ".join(_FLAGS).encode(), version.encode(), _processor().encode())
+    return _digest(b"\0".join(parts))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _processor() -> str:
@@ -74,12 +106,19 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
-def _compile(compiler: str, target: Path) -> None:
-    """Compile next to the target and rename, so that two processes starting at once cannot disturb each other."""
-    _log.info("compiling the CPU kernels for this machine, once: %s", target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        command = [compiler, *_FLAGS, str(_FOLDER / "decode.c"), "-o", str(built), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
-        built.replace(target)
+def _compile(compiler: str, folder: Path, name: str) -> Path:
+    """Compile beside the target and rename, so that two processes starting at once cannot disturb each other."""
+    _log.info("compiling the CPU kernels for this machine, once, into %s", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        built = Path(own) / "decode.so"
+        _run(compiler, *_FLAGS, str(_FOLDER / "decode.c"), "-o", str(built), "-lm")
+        return built.replace(folder / f"{name}-{_digest(built.read_bytes())}.so")
+
+
+def _run(*command: str) -> str:
+    """What the command prints. Errors: OSError, or SubprocessError with what it printed in `stderr`."""
+    result = subprocess.run(
+        command, check=True, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT
+    )
+    return result.stdout
