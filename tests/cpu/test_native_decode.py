@@ -26,6 +26,7 @@ from tests.cpu.nearness import assert_near, error
 from tests.cpu.paging import decode_step, scattered, slot
 from tests.cpu.tiny_decoders import (
     CPU,
+    NEEDS_COMPILER,
     Placed,
     by_c,
     by_c_with_stages,
