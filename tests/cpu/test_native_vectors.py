@@ -135,7 +135,7 @@ def test_shares_cover_everything_once(c: ctypes.CDLL, items: int, unit: int, thr
     for thread in range(threads):
         first, last = ctypes.c_int64(), ctypes.c_int64()
         c.t_share(threads, thread, long(items), long(unit), ctypes.byref(first), ctypes.byref(last))
-        assert first.value == place or first.value == last.value
+        assert first.value in (place, last.value)
         assert last.value % unit == 0 or last.value == items
         place = max(place, last.value)
     assert place == items
