@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
@@ -120,36 +119,36 @@ class LLM:
     def _run(
         self, prompts: Sequence[tuple[str | None, Sequence[int]]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
-        with contextlib.ExitStack() as requests:
-            ids = [
-                requests.enter_context(self._request(text, tokens, sampling))
-                for (text, tokens), sampling in zip(prompts, params, strict=True)
-            ]
+        ids = [self._engine.new_id() for _ in prompts]
+        try:
+            for request_id, (text, tokens), sampling in zip(ids, prompts, params, strict=True):
+                self._unseen[request_id] = None
+                self._engine.add_request(tokens, sampling, prompt=text, request_id=request_id)
             return [self._next(request_id) for request_id in ids]
+        finally:
+            self._end(ids)
 
     def _stream(
         self, text: str | None, tokens: Sequence[int], sampling: SamplingParams | None
     ) -> Iterator[RequestOutput]:
         params = SamplingParams() if sampling is None else sampling
-        with self._request(text, tokens, params, stream=True) as request_id:
+        request_id = self._engine.new_id()
+        try:
+            self._unseen[request_id] = None
+            self._engine.add_request(tokens, params, prompt=text, request_id=request_id, stream=True)
             finished = False
             while not finished:
                 output = self._next(request_id)
                 finished = output.finished
                 yield output
-
-    @contextlib.contextmanager
-    def _request(
-        self, text: str | None, tokens: Sequence[int], sampling: SamplingParams, *, stream: bool = False
-    ) -> Iterator[str]:
-        """A request, queued on entry and aborted on exit if it has not finished by then."""
-        request_id = self._engine.add_request(tokens, sampling, prompt=text, stream=stream)
-        self._unseen[request_id] = None
-        try:
-            yield request_id
         finally:
-            del self._unseen[request_id]
-            self._engine.abort(request_id)
+            self._end([request_id])
+
+    def _end(self, ids: Sequence[str]) -> None:
+        """Whatever happened, nothing of these requests is left."""
+        self._engine.discard(ids)
+        for request_id in ids:
+            self._unseen.pop(request_id, None)
 
     def _next(self, request_id: str) -> RequestOutput:
         """Step until this request has something new. What others in progress get meanwhile is kept for them."""

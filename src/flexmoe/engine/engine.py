@@ -3,15 +3,18 @@
     schedule -> run -> update -> read: which tokens, what they are, who finished, what the text says.
 
 One engine is used by one thread at a time. It keeps nothing outside of itself: two can live in one process.
+
+Ctrl-C may come between any two instructions. While the model computes it does no harm: the step does not count. But
+bookkeeping that it cuts short may have left a block with two owners, so then all requests end and the cache is empty.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.sampling import SamplingParams
@@ -19,7 +22,7 @@ from flexmoe.engine.chat_template import ChatTemplate
 from flexmoe.engine.detokenizer import Detokenizer
 from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.outputs import RequestOutput
-from flexmoe.engine.sampler import SamplingState
+from flexmoe.engine.sampler import SampleOutput, SamplingState
 from flexmoe.engine.startup import start
 from flexmoe.engine.tracking import Sample, Tracked
 from flexmoe.errors import EngineError, RequestError
@@ -32,6 +35,9 @@ from flexmoe.scheduling.scheduler import Scheduler, Step
 _REQUEST_STRIDE = 1_000_003
 _SAMPLE_STRIDE = 0x9E3779B97F4A7C15
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class Engine:
     """Runs a model for many requests at once."""
@@ -42,12 +48,16 @@ class Engine:
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self.runner = ModelRunner(self._started.model, self._started.cache, self._started.device)
-        blocks = BlockManager(self._started.num_blocks, options.cache.block_size, options.cache.enable_prefix_caching)
-        self.scheduler = Scheduler(options.scheduler, blocks)
+        self._start_anew()
+        self._numbers = itertools.count()
+        self._closed = False
+
+    def _start_anew(self) -> None:
+        cache = self.options.cache
+        blocks = BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
+        self.scheduler = Scheduler(self.options.scheduler, blocks)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
-        self._ids = itertools.count()
-        self._closed = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -83,18 +93,18 @@ class Engine:
         """
         self._check_open()
         ids = self._check_request(prompt_token_ids, sampling)
-        number = next(self._ids)
-        request_id = request_id or f"request-{number}"
+        request_id = request_id or self.new_id()
+        number = next(self._numbers)
         samples = [self._make_sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
         for sample in samples:
             if sample.request.request_id in self._owner:
                 raise RequestError(f"request_id={sample.request.request_id!r} is still being served; use another id.")
-        tracked = Tracked(request_id, prompt, ids, sampling, stream, samples)
-        for sample in samples:
-            self.scheduler.add(sample.request)  # all samples are alike: the first is refused, or none
-        self._tracked[request_id] = tracked
-        self._owner |= {sample.request.request_id: (tracked, sample) for sample in samples}
+        self._whole(self._queue, Tracked(request_id, prompt, ids, sampling, stream, samples))
         return request_id
+
+    def new_id(self) -> str:
+        """An id that no request has had yet, unless it was made up by somebody else."""
+        return f"request-{next(self._numbers)}"
 
     def step(self) -> list[RequestOutput]:
         """Compute one step. Returns the outputs of the requests that finished, and of those that stream.
@@ -102,39 +112,37 @@ class Engine:
         If it raises, nothing of the step counts: the next one computes it again, or abort() ends its requests.
         """
         self._check_open()
-        step = self.scheduler.schedule()
+        step = self._whole(self.scheduler.schedule)
         if not step.chunks:
             return []
         sampling = [self._owner[chunk.request.request_id][1] for chunk in step.chunks if chunk.samples]
         sampled = self.runner.run(step, [sample.state for sample in sampling])
-        for sample, token, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
-            sample.state.accept(token)
-            if logprobs is not None:
-                sample.logprobs.append(logprobs)
-        self.scheduler.update(step, sampled.token_ids)
-        return self._read(step)
+        return self._whole(self._advance, step, sampling, sampled)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and return what it has so far; None if it is not being served."""
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return None
-        for sample in tracked.samples:
-            self.scheduler.abort(sample.request.request_id)
-        self._forget(tracked)
+        self._whole(self._drop, tracked)
         for sample in tracked.samples:
             sample.read()
         return tracked.output()
+
+    def discard(self, request_ids: Iterable[str]) -> None:
+        """End those of the requests that are being served; nobody wants what they have."""
+        for request_id in request_ids:
+            if request_id in self._tracked:
+                self._whole(self._drop, self._tracked[request_id])
 
     def serves(self, request_id: str) -> bool:
         """Whether this request is waiting or running."""
         return request_id in self._tracked
 
     def close(self) -> None:
-        """Abort what runs and let go of model and cache. May be called twice."""
+        """Discard what runs and let go of model and cache. May be called twice."""
         if not self._closed:
-            for request_id in list(self._tracked):
-                self.abort(request_id)
+            self.discard(list(self._tracked))
             self._closed = True
             del self.runner, self._started
 
@@ -225,6 +233,29 @@ class Engine:
         detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, ids, sampling)
         return Sample(request, state, detokenizer)
 
+    def _whole(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do some bookkeeping; see the module's text for why it may not be cut short."""
+        try:
+            return work(*args, **kwargs)
+        except KeyboardInterrupt:
+            self._start_anew()
+            raise
+
+    def _queue(self, tracked: Tracked) -> None:
+        for sample in tracked.samples:
+            self.scheduler.add(sample.request)  # all samples are alike: the first is refused, or none
+            self._owner[sample.request.request_id] = (tracked, sample)
+        self._tracked[tracked.request_id] = tracked
+
+    def _advance(self, step: Step, sampling: Sequence[Sample], sampled: SampleOutput) -> list[RequestOutput]:
+        """Give each sample its token."""
+        for sample, token, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
+            sample.state.accept(token)
+            if logprobs is not None:
+                sample.logprobs.append(logprobs)
+        self.scheduler.update(step, sampled.token_ids)
+        return self._read(step)
+
     def _read(self, step: Step) -> list[RequestOutput]:
         """Bring the texts of the step's requests up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
@@ -248,6 +279,11 @@ class Engine:
             if tracked.finished or tracked.stream:
                 outputs.append(tracked.output())
         return outputs
+
+    def _drop(self, tracked: Tracked) -> None:
+        for sample in tracked.samples:
+            self.scheduler.abort(sample.request.request_id)
+        self._forget(tracked)
 
     def _forget(self, tracked: Tracked) -> None:
         del self._tracked[tracked.request_id]
