@@ -216,14 +216,14 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 4.0])
 def test_interrupt_is_quiet(seconds: float) -> None:
-    """Ctrl-C at any time: while importing, loading or computing."""
+    """Ctrl-C at any time: while importing, loading, computing, or when Python is on its way out and dies of it."""
     command = [*COMMAND, "generate", "Once upon a time", "--max-tokens", "1000", *FP32]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-    assert process.returncode in (130, 0 if seconds > 1 else 130), stderr
-    assert len(stderr.splitlines()) <= (2 if process.returncode else 3), stderr
+    assert process.returncode in ((130, 0, -signal.SIGINT) if seconds > 1 else (130,)), stderr
+    assert len(stderr.splitlines()) <= (2 if process.returncode == 130 else 3), stderr
 
 
 def test_a_closed_pipe_is_quiet() -> None:
