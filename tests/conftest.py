@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with the name of its folder; skip those in tests/gpu where CUDA is missing."""
     for item in items:
         item.add_marker(item.path.relative_to(HERE).parts[0])
-    on_gpu = [item for item in items if "gpu" in item.keywords]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _cuda():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs CUDA, and torch finds none here"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Collection, Sequence
@@ -18,6 +19,7 @@ _log = logging.getLogger(__name__)
 _PROBE_BYTES = 8 * 2**20  # weights rotated through, so that a large cache does not hide the memory
 _PROBE_SECONDS = 0.02
 _MANY_ROWS = 64
+_CGROUP = Path("/sys/fs/cgroup")
 _CLEARLY = 1.25  # fp32 takes twice the memory, so it must win by more than the noise of a short measurement
 
 
@@ -53,8 +55,21 @@ def set_threads(threads: int | None) -> int:
 
 
 def physical_cores() -> int:
-    """Physical cores among those the process may run on; a second hardware thread adds no arithmetic."""
-    return max(1, len({_siblings(cpu) for cpu in _usable_processors()}))
+    """Physical cores that the process may keep busy; a second hardware thread adds no arithmetic."""
+    cores = len({_siblings(cpu) for cpu in _usable_processors()})
+    return max(1, int(min(cores, _granted_processors())))
+
+
+def _granted_processors() -> float:
+    """How many processors' time a container gets. With more busy threads than that it is stopped again and again."""
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+    except OSError:  # version 1 of control groups, or none
+        try:
+            quota, period = ((_CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return math.inf
+    return math.inf if quota.strip() in ("max", "-1") else float(quota) / float(period)
 
 
 def _usable_processors() -> Collection[int]:
