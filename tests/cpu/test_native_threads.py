@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from flexmoe import LLM, SamplingParams
 from flexmoe.config.model import LayerConfig
 from flexmoe.engine.device import physical_cores
+from flexmoe.errors import EngineError
 from flexmoe.kernels.cpu.decode import _pool
 from flexmoe.models.decoder import Decoder
 from tests.cpu.paging import scattered
@@ -90,6 +92,16 @@ def test_each_step_runs_with_the_threads_of_its_engine() -> None:
         torch.set_num_threads(1)  # as another engine does while it decodes
         assert executor.submit(prefill, llm).result() == TWO
     assert seen == {TWO}
+
+
+def test_a_forked_engine_is_refused_instead_of_waiting_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM(str(tiny("mixtral")), threads=1) as llm:
+        here = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: here + 1)
+        with pytest.raises(EngineError, match="before this process was forked"):
+            generate(llm, [[1, 2]])
+        monkeypatch.undo()
+        assert len(generate(llm, [[1, 2]])[0]) == 30
 
 
 def test_an_idle_engine_is_idle() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 
 from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
+from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
@@ -24,6 +26,7 @@ class ModelRunner:
         self._sampler = Sampler()
         # Remembered, since a thread that is new to torch starts with what any thread set last: the 1 of `_decode`, too.
         self._threads = torch.get_num_threads()
+        self._process = os.getpid()
         self._windows = sorted({layer.window for layer in model.config.layers}, key=lambda w: w or 0)
 
     def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
@@ -36,6 +39,7 @@ class ModelRunner:
         two passes take as long as one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of
         torch's products; in fp32 that has not been seen to change a token.
         """
+        self._check_process()
         decodes, native = step.num_decodes, self.model.native
         if native is None or not 0 < decodes <= native.max_rows:
             return self._run(step, states)
@@ -44,6 +48,14 @@ class ModelRunner:
             return sampled
         others = self._run(Step(step.chunks[decodes:], 0, []), states[decodes:])
         return SampleOutput(sampled.token_ids + others.token_ids, sampled.logprobs + others.logprobs)
+
+    def _check_process(self) -> None:
+        """A fork has none of the threads, torch's or ours, and would wait for them for ever."""
+        if os.getpid() != self._process:
+            raise EngineError(
+                "the engine was made before this process was forked, and cannot work in it; make it in the process "
+                "that uses it, for instance with multiprocessing.get_context('spawn')."
+            )
 
     @torch.inference_mode()
     def _decode(self, native: NativeDecoder, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
