@@ -42,6 +42,13 @@ INLINE Run next_run(const Step *s, const int32_t *table, int64_t key, int64_t to
     return (Run){key, stop < to ? stop : to, (int64_t)table[block] * s->block_size + key - start};
 }
 
+/* Keys of one head are far apart, too far for the processor to foresee: ask for those to come, and for the values. */
+enum { AHEAD = 8, LINE = 64 };
+
+INLINE void fetch(const char *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(p + i);
+}
+
 /* Scores of `count` keys, `stride` bytes apart, for one query. */
 INLINE void score_block(const char *key, int64_t stride, const float *query, int64_t d, int count, int half, float scale,
                         float *scores) {
@@ -58,22 +65,28 @@ INLINE void score_block(const char *key, int64_t stride, const float *query, int
 INLINE void score_keys(const Layer *l, const Step *s, int64_t t, int64_t g, const float *query, int64_t from,
                        int64_t to, int half, float *scores) {
     int64_t d = l->head_dim, size = half ? 2 : 4, stride = 2 * l->num_kv_heads * d * size;
+    int64_t values = l->num_kv_heads * d * size; /* from a key to its value */
     float scale = 1.0f / sqrtf((float)d);
     for (Run run = {0, from, 0}; run.stop < to;) {
         run = next_run(s, s->tables + t * s->table_width, run.stop, to);
         const char *key = (const char *)l->cache + run.slot * stride + g * d * size;
         int64_t j = run.key;
-        for (; j + 4 <= run.stop; j += 4, key += 4 * stride)
+        for (; j + 4 <= run.stop; j += 4, key += 4 * stride) {
+            for (int c = 0; c < 4; c++) fetch(key + (AHEAD + c) * stride, d * size);
+            for (int c = 0; c < 4; c++) fetch(key + c * stride + values, d * size);
             score_block(key, stride, query, d, 4, half, scale, scores + j);
+        }
         for (; j < run.stop; j++, key += stride) score_block(key, stride, query, d, 1, half, scale, scores + j);
     }
 }
 
 /* scores = exp(scores - largest), over [from, to); returns their sum. There is room for LANES more. */
 static float soften(float *scores, int64_t from, int64_t to) {
-    float best = -INFINITY;
-    for (int64_t j = from; j < to; j++) best = scores[j] > best ? scores[j] : best;
     for (int64_t j = to; j < to + LANES; j++) scores[j] = -INFINITY;
+    v16 largest = load16(scores, from, 0);
+    for (int64_t j = from; j < to; j += LANES) largest = larger16(load16(scores, j, 0), largest);
+    float best = largest[0];
+    for (int i = 1; i < LANES; i++) best = largest[i] > best ? largest[i] : best;
     v16 total = {0};
     for (int64_t j = from; j < to; j += LANES) {
         v16 y = exp16(load16(scores, j, 0) - best);

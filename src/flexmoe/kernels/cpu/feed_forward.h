@@ -44,11 +44,11 @@ INLINE void expert_up(const char *gate_up, int64_t width, int64_t k, const float
     int64_t row_bytes = k * (half ? 2 : 4);
     for (int64_t f = from; f < to; f += ROWS) {
         int rows = to - f < ROWS ? (int)(to - f) : ROWS;
-        for (int64_t i = 0; i < count; i += TOKENS) {
-            int tokens = count - i < TOKENS ? (int)(count - i) : TOKENS;
+        for (int64_t i = 0, tokens; i < count; i += tokens) {
+            tokens = take_tokens(count - i, half);
             for (int j = 0; j < tokens; j++) block[j] = x + assigned[i + j] / top_k * k;
-            dots(gate_up + f * row_bytes, k, block, rows, tokens, half, gate);
-            dots(gate_up + (width + f) * row_bytes, k, block, rows, tokens, half, up);
+            dots(gate_up + f * row_bytes, k, block, rows, (int)tokens, half, gate);
+            dots(gate_up + (width + f) * row_bytes, k, block, rows, (int)tokens, half, up);
             for (int j = 0; j < tokens; j++)
                 for (int r = 0; r < rows; r++)
                     hidden[assigned[i + j] * width + f + r] = silu(gate[j * ROWS + r]) * up[j * ROWS + r];
@@ -68,10 +68,10 @@ INLINE void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t
         const char *down = (const char *)l->down + e * l->hidden * row_bytes;
         for (int64_t h = from; count && h < to; h += ROWS) {
             int rows = to - h < ROWS ? (int)(to - h) : ROWS;
-            for (int64_t i = 0; i < count; i += TOKENS) {
-                int tokens = count - i < TOKENS ? (int)(count - i) : TOKENS;
+            for (int64_t i = 0, tokens; i < count; i += tokens) {
+                tokens = take_tokens(count - i, half);
                 for (int j = 0; j < tokens; j++) block[j] = b->hidden + assigned[i + j] * width;
-                dots(down + h * row_bytes, width, block, rows, tokens, half, out);
+                dots(down + h * row_bytes, width, block, rows, (int)tokens, half, out);
                 for (int j = 0; j < tokens; j++) {
                     float *x = s->x + assigned[i + j] / top_k * l->hidden + h, weight = b->weights[assigned[i + j]];
                     for (int r = 0; r < rows; r++) x[r] += weight * out[j * ROWS + r];

@@ -9,7 +9,8 @@
 
 #define LANES 16
 #define ROWS 4    /* weight rows that share the loads of one activation */
-#define TOKENS 4  /* activations that share the loads of those weight rows */
+#define TOKENS 8  /* activations that share the loads of weight rows, at most */
+#define PAIRS 16  /* weight rows x activations in one block: as many sums as fit into registers */
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
@@ -88,41 +89,51 @@ INLINE float sum16(v16 v) {
     return sum_lanes4(four)[0];
 }
 
-/* out[t * ROWS + r] = dot(row r of w, x[t]) for `rows` x `tokens` pairs. One chain of sums a pair: its result does
- * not depend on what else is computed beside it. */
+/* out[t * ROWS + r] = dot(row r of w, x[t]) for `rows` x `tokens` pairs, at most PAIRS. One chain of sums a pair: its
+ * result does not depend on what else is computed beside it. */
 INLINE void dot_block(const void *w, int64_t k, const float *const *x, int rows, int tokens, int half, float *out) {
-    v16 sum[TOKENS * ROWS];
-    for (int i = 0; i < TOKENS * ROWS; i++) sum[i] = (v16){0};
+    v16 sum[PAIRS];
+    for (int i = 0; i < PAIRS; i++) sum[i] = (v16){0};
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES) {
         v16 wide[ROWS];
         for (int r = 0; r < rows; r++) wide[r] = load16(w, r * k + i, half);
         for (int t = 0; t < tokens; t++) {
             v16 value = load16(x[t], i, 0);
-            for (int r = 0; r < rows; r++) sum[t * ROWS + r] += wide[r] * value;
+            for (int r = 0; r < rows; r++) sum[t * rows + r] += wide[r] * value;
         }
     }
-    v16 totals = tokens == 1 ? sum_lanes4(sum) : sum_lanes16(sum);
-    memcpy(out, &totals, (tokens == 1 ? ROWS : TOKENS * ROWS) * sizeof *out);
+    v16 totals = rows * tokens <= 4 ? sum_lanes4(sum) : sum_lanes16(sum);
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) out[t * ROWS + r] = totals[t * rows + r];
     if (__builtin_expect(i < k, 0))
         for (int t = 0; t < tokens; t++)
             for (int r = 0; r < rows; r++)
                 for (int64_t j = i; j < k; j++) out[t * ROWS + r] += load1(w, r * k + j, half) * x[t][j];
 }
 
-/* The same with `rows` and `tokens` as constants, so that the sums stay in registers. */
-INLINE void dots(const void *w, int64_t k, const float *const *x, int rows, int tokens, int half, float *out) {
-    if (rows == ROWS && tokens == TOKENS) dot_block(w, k, x, ROWS, TOKENS, half, out);
-    else if (rows == ROWS && tokens == 1) dot_block(w, k, x, ROWS, 1, half, out);
+/* How many of the `left` activations to take next. In bf16 eight with two rows at a time widen fewer weights a product
+ * than four with four rows, even if one of the eight is there for nothing; in fp32 there is nothing to widen. */
+INLINE int take_tokens(int64_t left, int half) {
+    if (half && left >= TOKENS - 1) return left < TOKENS ? (int)left : TOKENS;
+    return left < 4 ? (int)left : 4;
+}
+
+/* The same with `rows` and `tokens` as constants, so that the sums stay in registers. x has room for TOKENS. */
+INLINE void dots(const void *w, int64_t k, const float **x, int rows, int tokens, int half, float *out) {
+    const char *second = (const char *)w + 2 * k * (half ? 2 : 4);
+    if (rows == ROWS && tokens == 1) dot_block(w, k, x, ROWS, 1, half, out);
     else if (rows == ROWS && tokens == 2) dot_block(w, k, x, ROWS, 2, half, out);
     else if (rows == ROWS && tokens == 3) dot_block(w, k, x, ROWS, 3, half, out);
-    else
+    else if (rows == ROWS && tokens == 4) dot_block(w, k, x, ROWS, 4, half, out);
+    else if (rows == ROWS) {
+        for (int t = tokens; t < TOKENS; t++) x[t] = x[tokens - 1];
+        dot_block(w, k, x, 2, TOKENS, half, out);
+        dot_block(second, k, x, 2, TOKENS, half, out + 2);
+    } else
         for (int r = 0; r < rows; r++)
-            for (int t = 0; t < tokens; t++) {
-                float one[ROWS];
-                dot_block((const char *)w + r * k * (half ? 2 : 4), k, x + t, 1, 1, half, one);
-                out[t * ROWS + r] = one[0];
-            }
+            for (int t = 0; t < tokens; t++)
+                dot_block((const char *)w + r * k * (half ? 2 : 4), k, x + t, 1, 1, half, out + t * ROWS + r);
 }
 
 /* For weight rows [from, to): y[t][n] = dot + bias, or y[t][n] += dot + bias. x, y: [T, k], [T, n]. */
@@ -133,10 +144,10 @@ INLINE void linear_rows(Linear l, const float *x, float *y, int64_t rows, int ad
     for (int64_t n = from; n < to; n += ROWS) {
         int count = to - n < ROWS ? (int)(to - n) : ROWS;
         const char *w = (const char *)l.weight + n * l.k * (half ? 2 : 4);
-        for (int64_t t = 0; t < rows; t += TOKENS) {
-            int tokens = rows - t < TOKENS ? (int)(rows - t) : TOKENS;
+        for (int64_t t = 0, tokens; t < rows; t += tokens) {
+            tokens = take_tokens(rows - t, half);
             for (int i = 0; i < tokens; i++) block[i] = x + (t + i) * l.k;
-            dots(w, l.k, block, count, tokens, half, out);
+            dots(w, l.k, block, count, (int)tokens, half, out);
             for (int i = 0; i < tokens; i++)
                 for (int r = 0; r < count; r++) {
                     float value = out[i * ROWS + r] + (l.bias ? load1(l.bias, n + r, half) : 0.0f);
@@ -170,6 +181,15 @@ static void rms_norm(const float *x, const void *weight, int64_t size, float eps
 static void norm_rows(const Layer *l, const Step *s, const void *weight, float *out) {
     for (int64_t t = 0; t < s->rows; t++)
         rms_norm(s->x + t * l->hidden, weight, l->hidden, l->eps, (int)l->half, out + t * l->hidden);
+}
+
+INLINE v16 larger16(v16 a, v16 b) {
+    v16u above = (v16u)(a > b), x, y;
+    memcpy(&x, &a, sizeof x);
+    memcpy(&y, &b, sizeof y);
+    x = (x & above) | (y & ~above);
+    memcpy(&a, &x, sizeof a);
+    return a;
 }
 
 /* exp of each lane for x <= 0, within 3 units in the last place; 0 from -87 down. The range is reduced to
