@@ -1,4 +1,4 @@
-"""SamplingParams: every range at both ends, values made uniform, options refused by name, what `greedy` means."""
+"""SamplingParams: every range at both ends, values made uniform, options refused by name, what they say of it."""
 
 from __future__ import annotations
 
@@ -133,27 +133,29 @@ def test_an_unknown_option_names_the_nearest_known_one() -> None:
     assert SamplingParams.from_options({"top_k": 3, "n": 2}) == SamplingParams(top_k=3, n=2)
 
 
-PLAIN = {"temperature": 0.0}
-CHANGES_LOGITS = {
-    "repetition_penalty": 1.1,
-    "presence_penalty": 0.1,
-    "frequency_penalty": -0.1,
-    "logit_bias": {1: 1.0},
-    "min_tokens": 1,
-}
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1.1),
+        ("presence_penalty", 0.1),
+        ("frequency_penalty", -0.1),
+        ("logit_bias", {1: 1.0}),
+        ("min_tokens", 1),
+    ],
+)
+def test_what_changes_logits(name: str, value: Any) -> None:
+    assert SamplingParams(**{name: value}).changes_logits
+    assert not SamplingParams(**{"temperature": 0, name: value}).plain_greedy
 
 
-@pytest.mark.parametrize(("name", "value"), CHANGES_LOGITS.items())
-def test_what_changes_logits_is_not_plain_greedy(name: str, value: Any) -> None:
-    params = SamplingParams(**{**PLAIN, name: value})
-    assert (params.greedy, params.changes_logits, params.plain_greedy) == (True, True, False)
+def test_what_does_not_change_logits() -> None:
+    assert not SamplingParams(top_k=5, top_p=0.5, min_p=0.5, logprobs=3, stop="x", temperature=0.3).changes_logits
 
 
-def test_plain_greedy_reads_one_argmax_only() -> None:
-    assert SamplingParams(**PLAIN, top_k=5, top_p=0.5, min_p=0.5, stop="x", max_tokens=3).plain_greedy  # type: ignore[arg-type]
-    assert not SamplingParams(**PLAIN, logprobs=0).plain_greedy  # type: ignore[arg-type]
-    sampled = SamplingParams(temperature=1e-9)
-    assert (sampled.greedy, sampled.plain_greedy, sampled.changes_logits) == (False, False, False)
+def test_greedy_is_temperature_0_exactly() -> None:
+    assert [SamplingParams(temperature=t).greedy for t in (0, 0.0, 1e-9, 1)] == [True, True, False, False]
+    assert [SamplingParams(temperature=t, top_k=3).plain_greedy for t in (0, 1)] == [True, False]
+    assert not SamplingParams(temperature=0, logprobs=0).plain_greedy
 
 
 def test_values_are_frozen_and_defaults_are_not_shared() -> None:

@@ -1,0 +1,129 @@
+"""ModelRunner: which chunks go through the C kernels and which through torch, and that the tokens come in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flexmoe.config.model import LayerConfig
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.model_runner import ModelRunner
+from flexmoe.engine.sampler import SampleOutput
+from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.native import NativeDecoder, most_rows
+from flexmoe.models.presets import PRESETS
+from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from tests.cpu.nearness import assert_near
+from tests.cpu.paging import decodes, scattered, slot
+from tests.cpu.tiny_decoders import CPU, NEEDS_COMPILER, config, copy_cache, decoder, filled_cache, in_fp32
+
+pytestmark = NEEDS_COMPILER
+BLOCK = 4
+CONFIG = config(layers=(LayerConfig(is_moe=True), LayerConfig(is_moe=False)))
+
+
+class Watched:
+    """Native kernels that note how many rows they were given."""
+
+    def __init__(self, native: NativeDecoder, max_rows: int) -> None:
+        self._native, self.max_rows, self.calls = native, max_rows, list[int]()
+
+    def __call__(self, rows: Any, *rest: Any) -> torch.Tensor:
+        self.calls.append(len(rows.token_ids))
+        return self._native(rows, *rest)
+
+
+def make_step(num_decodes: int, num_prefills: int, *, samples: bool = True) -> tuple[Step, int]:
+    """Requests that decode, then prefills of 3 tokens with a prefix; and how many blocks they need.
+
+    The last of several prefills does not reach its request's end, nor does any unless `samples`.
+    """
+    requests, num_blocks = scattered([6 + 3 * i for i in range(num_decodes + num_prefills)], BLOCK, CONFIG.vocab_size)
+    chunks = decodes(requests[:num_decodes])
+    for r in requests[num_decodes:]:
+        whole = samples and (num_prefills == 1 or r is not requests[-1])
+        chunks.append(ScheduledChunk(r, r.num_tokens - 3 - (not whole), 3, whole))
+    return Step(chunks, num_decodes, []), num_blocks
+
+
+def states(step: Step, **options: Any) -> list[SamplingState]:
+    params = SamplingParams(temperature=0, **options)
+    return [SamplingState(params, 0, vocab_size=CONFIG.vocab_size) for chunk in step.chunks if chunk.samples]
+
+
+def run(model: Decoder, step: Step, cache: Any, **options: Any) -> SampleOutput:
+    return ModelRunner(model, cache, CPU).run(step, states(step, **options))
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "num_prefills", "max_rows", "calls"),
+    [
+        (3, 0, 3, [3]),
+        (3, 0, 2, []),
+        (0, 2, 9, []),
+        (1, 1, 9, [1]),
+        (3, 3, 3, [3]),
+        (3, 3, 2, []),
+    ],
+)
+def test_decodes_in_c_prefills_in_torch(num_decodes: int, num_prefills: int, max_rows: int, calls: list[int]) -> None:
+    """Together they give what torch alone gives: tokens and log-probabilities in order, keys and values."""
+    model = decoder(CONFIG)
+    assert model.native is not None
+    step, num_blocks = make_step(num_decodes, num_prefills)
+    cache = filled_cache(CONFIG, [chunk.request for chunk in step.chunks], num_blocks, BLOCK, torch.float32)
+    other = copy_cache(cache, torch.float32)
+    wanted = run(in_fp32(model), step, other, logprobs=2)
+    watched = Watched(model.native, max_rows)
+    model.native = watched  # type: ignore[assignment]
+    found = run(model, step, cache, logprobs=2)
+    assert watched.calls == calls
+    assert found.token_ids == wanted.token_ids
+    assert len(found.token_ids) == sum(chunk.samples for chunk in step.chunks) == len(found.logprobs)
+    for ours, theirs in zip(found.logprobs, wanted.logprobs, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert (ours.token_id, ours.rank) == (theirs.token_id, theirs.rank)
+        assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    new = [slot(c.request, c.start + i, BLOCK) for c in step.chunks for i in range(c.num_tokens)]
+    for a, b in zip(cache.layers, other.layers, strict=True):
+        assert_near(a[new], b[new])
+
+
+def test_a_prefill_that_does_not_end_its_prompt_gives_no_token() -> None:
+    model = decoder(CONFIG)
+    step, num_blocks = make_step(0, 2, samples=False)
+    cache = filled_cache(CONFIG, [chunk.request for chunk in step.chunks], num_blocks, BLOCK, torch.float32)
+    assert run(model, step, cache) == SampleOutput([], [])
+    new = [slot(c.request, c.start + i, BLOCK) for c in step.chunks for i in range(c.num_tokens)]
+    assert all(layer[new].isfinite().all() for layer in cache.layers)
+
+
+def test_torch_has_its_threads_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder(CONFIG)
+    step, num_blocks = make_step(2, 0)
+    cache = filled_cache(CONFIG, [chunk.request for chunk in step.chunks], num_blocks, BLOCK, torch.float32)
+    torch.set_num_threads(2)
+    runner = ModelRunner(model, cache, CPU)
+    seen: list[int] = []
+
+    def fail(*arguments: object) -> None:
+        seen.append(torch.get_num_threads())
+        raise MemoryError
+
+    monkeypatch.setattr(model, "native", fail)
+    monkeypatch.setattr(fail, "max_rows", 9, raising=False)
+    with pytest.raises(MemoryError):
+        runner.run(step, states(step))
+    assert (seen, torch.get_num_threads()) == ([1], 2)
+
+
+def test_small_layers_decode_many_rows_in_c_and_large_ones_few() -> None:
+    assert most_rows(CONFIG, torch.bfloat16) == 64
+    mixtral, olmoe = PRESETS["mixtral-8x7b"].config, PRESETS["olmoe-1b-7b"].config
+    assert most_rows(mixtral, torch.bfloat16) == 4
+    assert most_rows(mixtral, torch.bfloat16) <= most_rows(olmoe, torch.bfloat16) <= most_rows(olmoe, torch.float32)
