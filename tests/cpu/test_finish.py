@@ -105,7 +105,7 @@ def test_the_context_is_full(prompt_length: int) -> None:
 
 def test_the_cache_is_full() -> None:
     with open_llm(num_blocks=2) as llm:  # of 16 tokens; the model's context has 128
-        assert llm.engine.max_model_len == 32
+        assert llm.engine.max_model_len == llm.describe()["max_model_len"] == 32
         (output,) = llm.generate([[5] * 30], SamplingParams(max_tokens=9, ignore_eos=True))
         assert (output.outputs[0].finish_reason, len(output.token_ids)) == ("length", 2)
         with pytest.raises(RequestError, match=r"the KV cache of 32 tokens must also hold .* raise kv_cache_memory"):

@@ -160,7 +160,7 @@ class Engine:
             "threads": s.threads,
             "expert_backend": s.backend,
             "decode_kernels": f"torch ({s.native_reason})" if s.native_reason else "C",
-            "max_model_len": s.max_model_len,
+            "max_model_len": self.max_model_len,
             "max_num_seqs": self.options.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.options.scheduler.max_num_batched_tokens,
             "kv_cache_blocks": s.num_blocks,
