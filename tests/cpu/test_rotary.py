@@ -28,7 +28,7 @@ SCALINGS: list[tuple[str, dict[str, Any]]] = [
     ("yarn", {**YARN, "attention_factor": 1.3}),
     ("yarn", {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5}),
     ("yarn", {**YARN, "mscale": 0.8}),
-    ("yarn", {**YARN, "factor": 1.0}),
+    ("yarn", {**YARN, "factor": 0.5}),
     ("yarn", {**YARN, "original_max_position_embeddings": 4}),  # the ramp would begin below dimension 0
     ("yarn", {**YARN, "original_max_position_embeddings": 10**9}),  # and here end beyond the last one
 ]
