@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
 import flexmoe.serve as ff
+from flexmoe.cli.main import main
 from flexmoe.errors import FlexMoEError
 from flexmoe.serve import checkpoints, files, incremental, rest, settings
 from tests.cpu.tiny_models import copy_of, edit_config, tiny
@@ -369,3 +371,75 @@ def test_rest_bodies(llm: ff.LLM, reference: Reference) -> None:
             rest.generate(llm, body)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="messages"):
         rest.chat(llm, {"messages": []})
+
+
+def test_a_config_that_names_its_model(tmp_path: Path) -> None:
+    """As transformers 4 wrote it."""
+    folder = edit_config(copy_of(tiny("mixtral"), tmp_path / "model"), _name_or_path="somebody/else")
+    assert ff.LLM(str(folder)).hf_config._name_or_path == str(folder)
+
+
+def test_a_forgotten_llm_is_freed() -> None:
+    model = ff.LLM("builtin", ff.DataType.DT_FLOAT)
+    model.compile(max_seq_length=64)
+    model.generate("One", max_length=8)
+    assert model.rm is not None
+    engine = model.rm.llm.engine
+    del model
+    gc.collect()
+    with pytest.raises(FlexMoEError, match="closed"):
+        engine.describe()
+
+
+def test_an_output_file_is_tried_before_work_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    model = ff.LLM("builtin", ff.DataType.DT_FLOAT, output_file=str(tmp_path / "file" / "records.txt"))
+    model.compile(max_seq_length=64)
+    assert model.rm is not None
+    monkeypatch.setattr(model.rm, "run", lambda *_: pytest.fail("computed first"))
+    with pytest.raises(OSError, match="cannot be written"):
+        model.generate("One", max_length=8)
+
+
+def test_adapter_keywords_say_once_that_they_do_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = ff.LLM("builtin", ff.DataType.DT_FLOAT)
+    for _ in range(2):
+        model.compile(max_seq_length=64, max_concurrent_adapters=2)
+    assert [r.getMessage() for r in caplog.records].count(
+        "max_concurrent_adapters: no effect, for adapters are not served."
+    ) == 1
+
+
+def test_a_configuration_is_completed_and_its_types_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"llm_model": "builtin", "max_length": null, "num_gpus": null, "output_file": "out.txt"}')
+    config = incremental.complete({"config_file": str(file), "verbose": True})
+    assert (config["llm_model"], config["max_length"], config["output_file"]) == ("builtin", 128, "out.txt")
+    assert "num_gpus" not in config
+    assert "config_file" not in config
+    for wrong in ({"max_length": "128"}, {"max_length": True}, {"prompt": 3}, {"verbose": 1}, {"temperature": "0.9"}):
+        with pytest.raises(TypeError, match="use a"):
+            incremental.complete(wrong)
+
+
+def test_a_legion_flag_without_a_value_leaves_the_next_flag_alone() -> None:
+    config, ignored = incremental.parse("-ll:force_kthreads -llm-model builtin -level 4 -prompt p.json".split())
+    assert config == {"llm_model": "builtin", "prompt": "p.json"}
+    assert ignored == ["-ll:force_kthreads", "-level"]
+
+
+def test_flags_with_one_dash_and_an_h_are_no_call_for_help(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('["One"]')
+    flags = (
+        f"-cache-folder {tmp_path} -llm-model builtin -prompt {tmp_path / 'p.json'} -max-length 8 --use-full-precision"
+    )
+    result = CliRunner().invoke(main, ["incr_decoding", *flags.split()])
+    assert result.exit_code == 0, result.output
+    assert "One" in result.stdout
+    assert "Usage" not in result.output
+
+
+def test_a_length_beyond_the_context_is_cut_with_it(tmp_path: Path) -> None:
+    config = {"llm_model": "builtin", "full_precision": True, "max_seq_length": 4096, "max_length": 2048}
+    (tmp_path / "p.json").write_text('["What is the capital of Peru?"]')
+    assert incremental.run({**config, "prompt": str(tmp_path / "p.json")})[0].output_tokens

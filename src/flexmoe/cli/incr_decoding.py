@@ -8,7 +8,8 @@ from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note, write
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+# No -h: click would find it inside every flag with one dash and an h, such as -cache-folder.
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @debug_option
 def incr_decoding(flags: tuple[str, ...]) -> None:
@@ -33,10 +34,11 @@ def incr_decoding(flags: tuple[str, ...]) -> None:
     """
     from flexmoe.serve import incremental
 
-    config, ignored = incremental.parse(flags)
+    given, ignored = incremental.parse(flags)
     if ignored:
         note(f"Read over: {' '.join(ignored)}")
+    config = incremental.complete(given)
     results = incremental.run(config)
-    if config.get("verbose") or not config.get("output_file"):
+    if config["verbose"] or not config["output_file"]:
         for result in results:
             write(f"{result.output_text}\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexmoe.errors import ConfigError
 from flexmoe.serve import files
-from flexmoe.serve.errors import UnknownArgumentError
+from flexmoe.serve.errors import UnknownArgumentError, WrongTypeError
 from flexmoe.serve.llm import LLM
 from flexmoe.serve.requests import GenerationConfig, GenerationResult, Request
 from flexmoe.serve.settings import KNOWN, SEARCH, init
@@ -80,11 +80,12 @@ def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         key = _KEYS.get(name)
         if key is None and not name.startswith(_IGNORED):
             raise UnknownArgumentError(flag, [f"-{known}" for known in _KEYS], "incr_decoding")
-        value = True if name in _SWITCHES else _value(flag, rest)
         if key is None:
             ignored.append(flag)
+            if rest and not rest[0].startswith("-"):
+                rest.pop(0)  # its value
         else:
-            config[key] = _typed(flag, key, value)
+            config[key] = _typed(flag, key, True if name in _SWITCHES else _value(flag, rest))
     return config, ignored
 
 
@@ -103,21 +104,32 @@ def _typed(flag: str, key: str, value: Any) -> Any:
         raise ConfigError(f"{flag} {value}: that is not a number.") from error
 
 
-def run(given: Mapping[str, Any]) -> list[GenerationResult]:
-    """Serve the prompts of a configuration; keys that are not given get FlexFlow's defaults.
+def complete(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole configuration: that of a `config_file`, over it what is given beside it, below both the defaults.
 
-    A `config_file` is read first, and what is given beside it counts more. output_file gets a record of each request.
+    Raises WrongTypeError for a value of another type than its default.
     """
     path = given.get("config_file")
     config = {**(files.read_config(path) if path else {}), **{k: v for k, v in given.items() if k != "config_file"}}
-    c = {**DEFAULTS, **{key: value for key, value in config.items() if value is not None}}
+    config = {key: value for key, value in config.items() if value is not None}
+    for key, default in DEFAULTS.items():
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        value = config.get(key, default)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise WrongTypeError(f"{key}={value!r} is a {type(value).__name__}; use a {type(default).__name__}.")
+    return {**DEFAULTS, **config}
+
+
+def run(given: Mapping[str, Any]) -> list[GenerationResult]:
+    """Serve the prompts of a configuration, see `complete`. output_file gets a record of each request."""
+    c = complete(given)
     if not c["llm_model"]:
         raise ConfigError("no model is named; give -llm-model (a folder, a hub id, or builtin).")
     # FlexFlow's runtime needs these three; a model here runs without any of them.
-    init({"num_gpus": 1, "zero_copy_memory_per_node": 1, "memory_per_gpu": 2**24, **config})
-    longest = min(c["max_length"], c["max_seq_length"] - 1)
-    default = [Request(prompt=PROMPT, max_length=longest)]
-    requests = files.read_prompts(c["prompt"], longest) if c["prompt"] else default
+    needed = {"num_gpus": 1, "zero_copy_memory_per_node": 1, "memory_per_gpu": 2**24}
+    init(needed | {key: value for key, value in c.items() if key not in DEFAULTS})
+    if c["prompt"]:
+        files.read_prompts(c["prompt"])  # a bad file is refused before the model is loaded
     llm = LLM(c["llm_model"], _data_type(c), c["cache_path"], c["refresh_cache"], c["output_file"])
     sampling = GenerationConfig(c["do_sample"], c["temperature"], c["topp"], c["topk"])
     llm.compile(
@@ -128,7 +140,9 @@ def run(given: Mapping[str, Any]) -> list[GenerationResult]:
         num_kv_cache_slots=c["num_kv_cache_slots"],
     )
     try:
-        return llm.generate(requests)
+        longest = min(c["max_length"], llm.max_seq_length - 1)  # compile may have cut it to the model's context
+        default = [Request(prompt=PROMPT, max_length=longest)]
+        return llm.generate(files.read_prompts(c["prompt"], longest) if c["prompt"] else default)
     finally:
         llm.close()
 

@@ -6,7 +6,9 @@ become results. Models are compiled and closed independently; several live side 
 
 from __future__ import annotations
 
+import logging
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ from flexmoe.serve.types import DataType
 
 if TYPE_CHECKING:
     from flexmoe import RequestOutput
+
+_log = logging.getLogger(__name__)
 
 NO_SPECULATION = (
     "FlexMoE decodes incrementally and does not speculate. Leave the SSMs out of compile: greedy text is the same "
@@ -61,7 +65,7 @@ class LLM:
         self._checkpoint = checkpoints.find(model_name, cache_path, refresh_cache)
         self.model_name = str(model_name)
         self.model_type = checkpoints.model_type(self._checkpoint.config)
-        self.hf_config = checkpoints.HFConfig(**self._checkpoint.hf_config, _name_or_path=self.model_name)
+        self.hf_config = checkpoints.HFConfig(**{**self._checkpoint.hf_config, "_name_or_path": self.model_name})
         self.cache_path = checkpoints.shown_cache_path(cache_path)
         self.refresh_cache = refresh_cache
         self.output_file = output_file
@@ -112,6 +116,7 @@ class LLM:
             raise NotServedError(f"compile got ssms. {NO_SPECULATION}")
         if options.get("enable_peft_finetuning"):
             raise NotServedError(f"enable_peft_finetuning=True: {NO_ADAPTERS}")
+        _warn_of_adapters(options)
         if options.get("max_batch_size") is not None:
             given["max_requests_per_batch"] = options["max_batch_size"]
         return Limits(**{**given, **{name: options[name] for name in _LIMITS if name in options}})
@@ -127,6 +132,8 @@ class LLM:
         options = engine_options(limits, self._checkpoint.config, settings, dtype=number_format, cuda=cuda)
         self.close()
         self.rm = Server(engine_llm.LLM(**self._checkpoint.options, **options))
+        # The server's thread holds the model: without this it would outlive the last one who knows this LLM.
+        self._end = weakref.finalize(self, self.rm.close)
         self.max_seq_length = options["max_model_len"]
 
     # ----------------------------------------------------------------------------------------------------- generate
@@ -150,6 +157,8 @@ class LLM:
                 self.generation_config.to_sampling(self._new_tokens(request, ids))
                 for request, ids in zip(requests, prompts, strict=True)
             ]
+            if self.output_file:
+                record.prepare(self.output_file)
             outputs = server.run(prompts, params)
         whole = [self._whole(output) for output in outputs]
         if self.output_file:
@@ -222,7 +231,7 @@ class LLM:
     def close(self) -> None:
         """Free the model. FlexFlow has no such thing; `compile` loads it again."""
         if self.rm is not None:
-            self.rm.close()
+            self._end()
             self.rm = None
 
     def __enter__(self) -> LLM:
@@ -278,6 +287,13 @@ class SSM:
 
 
 _PROMPTS = "give a string, a list of strings, a chat, a list of chats, a Request or a list of Requests."
+
+
+def _warn_of_adapters(options: Mapping[str, Any]) -> None:
+    """Say once, by name, that a keyword about adapters changes nothing."""
+    idle = process.unsaid(name for name in _ADAPTER_KEYWORDS if name in options)
+    if idle:
+        _log.warning("%s: no effect, for adapters are not served.", ", ".join(idle))
 
 
 def _kind(value: object) -> str:

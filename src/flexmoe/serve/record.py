@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexmoe.serve.errors import MissingFileError
+
 if TYPE_CHECKING:
     from flexmoe import RequestOutput
 
@@ -38,11 +40,18 @@ def render(output: RequestOutput, token_ids: Sequence[int], text: str) -> str:
     )
 
 
-def append(path: str | Path, records: Sequence[str]) -> None:
-    """Add records to the file, making it and its folder if need be."""
+def prepare(path: str | Path) -> None:
+    """Make the file and its folder if need be; asked before work is done. Raises MissingFileError."""
     file = Path(path).expanduser()
-    with _lock:
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8", newline="") as stream:
-            text = "\n".join(records)
-            stream.write(("\n" if stream.tell() else "") + text)
+        file.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise MissingFileError(f"output_file={str(path)!r} cannot be written: {error.strerror}.") from error
+
+
+def append(path: str | Path, records: Sequence[str]) -> None:
+    """Add records to a prepared file."""
+    file = Path(path).expanduser()
+    with _lock, file.open("a", encoding="utf-8", newline="") as stream:
+        stream.write(("\n" if stream.tell() else "") + "\n".join(records))

@@ -1,19 +1,20 @@
 """The background server of FlexFlow's scripts. Enters: prompts from any thread. Leaves: their outputs.
 
-One thread computes for all: it takes whatever requests have gathered and runs them together, so that those of several
-threads (a web framework's, say) share batches. One, also because OpenMP gives each thread that computes workers of its
-own: a pool of threads that take turns would fight for the cores.
+One thread computes for all, and takes in new requests between steps, so that those of several threads (a web
+framework's, say) share batches and a short one need not wait for a long one. One, also because OpenMP gives each
+thread that computes workers of its own: a pool of threads that take turns would fight for the cores.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.errors import EngineError
 
 if TYPE_CHECKING:
     from flexmoe import LLM, RequestOutput
@@ -21,11 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Job:
+    """The prompts of one call of `run`. outputs: those that finished, by the prompt's place."""
+
     prompts: Sequence[Sequence[int]]
     params: Sequence[SamplingParams]
-    outputs: list[RequestOutput] = field(default_factory=list)
+    outputs: dict[int, RequestOutput] = field(default_factory=dict)
     error: BaseException | None = None
+    abandoned: bool = False  # its caller was interrupted: nobody waits for it
     done: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(slots=True)
+class _Running:
+    """One prompt that is being computed."""
+
+    job: _Job
+    place: int
+    stream: Iterator[RequestOutput]
 
 
 class Server:
@@ -35,7 +48,8 @@ class Server:
         self.llm = llm
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._guard = threading.Lock()  # of _thread
+        self._guard = threading.Lock()  # of _thread and _closed
+        self._closed = False
 
     @property
     def serving(self) -> bool:
@@ -55,54 +69,78 @@ class Server:
                 self._thread = None
 
     def run(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[RequestOutput]:
-        """Complete prompts of token ids, together with those of other threads."""
+        """Complete prompts of token ids, together with those of other threads.
+
+        If the caller is interrupted while it waits, its prompts are given up.
+        """
         job = _Job(prompts, params)
         with self._guard:
             self._start()
             self._jobs.put(job)
-        job.done.wait()
+        try:
+            job.done.wait()
+        except BaseException:
+            job.abandoned = True
+            raise
         if job.error is not None:
             raise job.error
-        return job.outputs
+        return [job.outputs[place] for place in range(len(prompts))]
 
     def close(self) -> None:
-        """Stop and free the model."""
+        """Stop, after answering what was asked before, and free the model. May be called twice."""
         self.stop_server()
+        with self._guard:
+            self._closed = True
         self.llm.close()
 
     def _start(self) -> None:
+        if self._closed:
+            raise EngineError("this LLM was closed; call llm.compile(...) to load the model again.")
         if self._thread is None:
             # A daemon: a script that ends, or dies, without stop_server must not wait for ever.
             self._thread = threading.Thread(target=self._serve, name="flexmoe.serve", daemon=True)
             self._thread.start()
 
     def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            jobs = [job]
-            stop = False
-            while not (stop or self._jobs.empty()):
-                following = self._jobs.get()
-                stop = following is None
-                if following is not None:
-                    jobs.append(following)
-            self._compute(jobs)
-            for answered in jobs:
-                answered.done.set()
-            if stop:
-                return
-
-    def _compute(self, jobs: Sequence[_Job]) -> None:
-        """One call of the engine for all. If one of several is refused, each gets its own answer or error."""
-        try:
-            outputs = self.llm.generate(
-                [p for job in jobs for p in job.prompts], [s for job in jobs for s in job.params]
-            )
-        except BaseException as error:  # noqa: BLE001  (raised in the thread whose job it is: none may wait for ever)
-            if len(jobs) == 1:
-                jobs[0].error = error
+        running: list[_Running] = []
+        stopping = False
+        while running or not stopping:
+            if not stopping and not (running and self._jobs.empty()):
+                job = self._jobs.get()
+                stopping = job is None
+                running += [] if job is None else self._admit(job)
             else:
-                for job in jobs:
-                    self._compute([job])
-        else:
-            for job in jobs:
-                job.outputs, outputs = outputs[: len(job.prompts)], outputs[len(job.prompts) :]
+                # Reading the streams in turns steps the engine once a round for all of them.
+                running = [one for one in running if self._advance(one)]
+
+    def _admit(self, job: _Job) -> list[_Running]:
+        pairs = zip(job.prompts, job.params, strict=True)
+        running = [_Running(job, place, self.llm.stream(ids, params)) for place, (ids, params) in enumerate(pairs)]
+        if not running:
+            job.done.set()
+        return running
+
+    def _advance(self, one: _Running) -> bool:
+        """Read what one prompt has by now. False when it is over: answered, failed, or nobody waits for it."""
+        job = one.job
+        if job.error is not None or job.abandoned:
+            _close(one.stream)
+            return False
+        try:
+            output = next(one.stream)
+        except BaseException as error:  # noqa: BLE001  (raised in the thread whose job it is: none may wait for ever)
+            job.error = error
+            job.done.set()
+            return False
+        if output.finished:
+            _close(one.stream)
+            job.outputs[one.place] = output
+            if len(job.outputs) == len(job.prompts):
+                job.done.set()
+        return not output.finished
+
+
+def _close(stream: Iterator[RequestOutput]) -> None:
+    """End a stream now: its request is aborted unless it has finished."""
+    if isinstance(stream, Generator):
+        stream.close()
