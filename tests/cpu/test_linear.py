@@ -25,7 +25,9 @@ def _packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("prepack", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 32, 64), (3, 7, 33), (16, 1, 5), (17, 70, 16), (32, 33, 8), (65, 7, 20)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 32, 64), (3, 7, 33), (16, 1, 5), (17, 70, 16), (32, 33, 8), (65, 7, 20)]
+)
 def test_against_fp64(rows: int, n: int, k: int, bias: bool, dtype: torch.dtype, prepack: bool) -> None:
     x, weight = surrounded(torch.randn(rows, k).to(dtype)), torch.randn(n, k).to(dtype)
     offset = torch.randn(n).to(dtype) if bias else None

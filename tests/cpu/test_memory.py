@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from flexmoe import LLM, SamplingParams
+from flexmoe.engine import startup
 from flexmoe.layers.kv_cache import block_bytes
 from tests.cpu.serving import assert_idle, open_llm
 from tests.cpu.tiny_models import tiny
@@ -87,3 +89,31 @@ def test_the_cache_keeps_to_its_budget(budget: int, dtype: str) -> None:
 def test_without_a_budget_the_cache_holds_every_seat_s_full_context() -> None:
     with LLM(tiny("mixtral"), dtype="float32", threads=1, max_num_seqs=3, max_model_len=100, block_size=8) as llm:
         assert llm.describe()["kv_cache_blocks"] == 3 * 13
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({}, []),
+        ({"memory.max": "max\n", "memory.current": "5\n", "memory.stat": "inactive_file 1\n"}, []),
+        ({"memory.max": "1000\n", "memory.current": "300\n", "memory.stat": "anon 7\ninactive_file 100\n"}, [800]),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "300",
+                "memory/memory.stat": "total_inactive_file 50",
+            },
+            [750],
+        ),
+    ],
+)
+def test_a_containers_memory_bounds_what_is_free(
+    files: dict[str, str], left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(startup, "_CGROUP", tmp_path)
+    monkeypatch.setattr(startup, "_machine_memory", lambda: 900)
+    assert startup._container_memory() == left
+    assert startup._available_memory() == min([900, *left])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +23,7 @@ from flexmoe.moe.experts import BACKENDS, default_backend
 
 # Of the memory that is free once the weights are in: a CPU's is shared with other programs, a GPU's is ours.
 _CPU_CACHE_SHARE, _GPU_CACHE_SHARE = 0.25, 0.9
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,29 @@ def _gib(size: int) -> str:
 
 
 def _available_memory() -> int:
-    """Bytes of main memory a new program can take: what Linux estimates, elsewhere all that is free."""
+    """Bytes of main memory that this process can take: of the machine, or of its container if that has less."""
+    return min([_machine_memory(), *_container_memory()])
+
+
+def _container_memory() -> list[int]:
+    """Bytes left to this control group, for each version of control groups that sets a limit.
+
+    Files that were read and are not in use count as left, though the group's usage includes them.
+    """
+    left = []
+    for folder, limit, used, idle in (
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        group = _CGROUP / folder
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such version; "max": no limit
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            left.append(int((group / limit).read_text()) - int((group / used).read_text()) + int(stat[idle]))
+    return left
+
+
+def _machine_memory() -> int:
+    """Bytes that Linux estimates a new program can take; elsewhere half of the memory."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123 - no Path needed for /proc
             fields = dict(line.split(":", 1) for line in file)

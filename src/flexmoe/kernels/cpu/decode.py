@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntFlag
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexmoe.errors import EngineError
 from flexmoe.kernels.cpu import library
 
 _I64, _F32, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -128,16 +130,30 @@ def supports(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and head_dim % _LANES == 0
 
 
-@functools.cache
 def _pool(threads: int) -> int:
-    """The address of a pool of threads, shared by all engines of this process that use as many."""
+    """The address of a pool of threads, shared by all engines of this process that use as many.
+
+    Raises EngineError in a fork of the process that made it: threads are not copied, so it would wait for ever.
+    """
+    address, process = _make_pool(threads)
+    if process != os.getpid():
+        raise EngineError(
+            "this process was forked from one that already runs an engine, whose threads do not come along; "
+            'start it with the method "spawn" of multiprocessing.'
+        )
+    return address
+
+
+@functools.cache
+def _make_pool(threads: int) -> tuple[int, int]:
+    """The address of a new pool and the process that made it."""
     native = library.load().library
     assert native is not None
     native.fm_pool.restype = _POINTER
     pool = native.fm_pool(ctypes.c_int(threads))
     if not pool:
-        raise RuntimeError(f"no {threads} threads could be started for the CPU kernels")
-    return int(pool)
+        raise EngineError(f"{threads} threads could not be started for the CPU kernels; use fewer (threads=1).")
+    return int(pool), os.getpid()
 
 
 class DecodeModel:
