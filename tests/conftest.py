@@ -13,6 +13,10 @@ HERE = Path(__file__).parent
 # Before any test imports huggingface_hub, which reads it once: a test that needs the network is a wrong test.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Before any test imports triton, which reads it once: without an NVIDIA driver its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A shared machine is slow at times; pytest-timeout catches what hangs.
 settings.register_profile("house", deadline=None)
 settings.load_profile("house")
