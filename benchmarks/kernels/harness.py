@@ -1,0 +1,199 @@
+"""Time kernels the way they run in a decode step: inside a CUDA graph, on buffers that no cache still holds.
+
+    python benchmarks/kernels/<op>.py [--filter REGEX] [--limit-seconds S] [--out rows.jsonl]
+
+Enters: cases, each a closure for every one of its rotating sets of buffers. Leaves: a table in which cases of one name
+compete, best first, and one JSON row a case. "%" is of the read-only bandwidth, measured at the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmoe.bench.bandwidth import read_bandwidth
+from flexmoe.bench.record import append, facts
+
+Launch = Callable[[], None]
+
+_LAUNCHES = 20  # in one graph, at least: the graph's own start must not count
+_REPLAYS = 10
+_SECONDS = 0.03  # of replays, at most
+_FEWEST = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to compute one thing. Cases with the same name compete; params says what sets them apart.
+
+    bytes_moved: by one launch, at least, read and written. launches: makes the buffers, rotating sets of them that
+    together exceed the cache twice over, and returns one closure for each set.
+    """
+
+    name: str
+    params: dict[str, Any]
+    bytes_moved: int
+    launches: Callable[[], list[Launch]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a launch."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def run(op: str, cases: Iterable[Case]) -> None:
+    """Time all cases that the command line asks for, print a table, and append rows to the file it names."""
+    if not torch.cuda.is_available():
+        sys.exit(f"The benchmark of {op} needs a CUDA device, and torch {torch.__version__} finds none.")
+    args = _arguments(op)
+    device = torch.device("cuda", torch.cuda.current_device())
+    ceiling = read_bandwidth(device)
+    shared = facts(device) | {"benchmark": "kernel", "op": op, "ceiling_gb_s": round(ceiling / 1e9)}
+    print(f"{op} on {shared['device']['name']}: a plain read reaches {ceiling / 1e9:,.0f} GB/s", flush=True)
+    rows: list[dict[str, Any]] = []
+    wanted = (case for case in cases if re.search(args.filter, case.name))
+    for case, timing in _measured(wanted, args):
+        rows.append(_row(case, timing, ceiling))
+        if args.out:
+            append(args.out, shared | rows[-1])
+    _print(rows, args.top)
+
+
+def time_launches(launches: list[Launch]) -> Timing:
+    """Capture the closures, over and over until there are enough, in a CUDA graph; replay it against the clock."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for launch in launches:  # compiles, and lets lazy libraries set up what may not be set up while capturing
+            launch()
+    stream.synchronize()
+    rounds = -(-_LAUNCHES // len(launches))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for launch in launches * rounds:
+            launch()
+    graph.replay()
+    torch.cuda.synchronize()
+    return _replay(graph, rounds * len(launches))
+
+
+def _replay(graph: torch.cuda.CUDAGraph, count: int) -> Timing:
+    """The times of a graph of `count` launches: ten replays or 30 ms of them, whichever is less."""
+    took: list[float] = []
+    while len(took) < _FEWEST or (len(took) < _REPLAYS and sum(took) < _SECONDS * 1e6 / count):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        took.append(start.elapsed_time(end) * 1e3 / count)
+    p20, median, p80 = torch.tensor(took).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return Timing(median, p20, p80)
+
+
+def _measured(cases: Iterable[Case], args: argparse.Namespace) -> Iterator[tuple[Case, Timing]]:
+    """Every case that runs; one that fails is told in a line. Stops in good time, or where the device is lost."""
+    end = time.monotonic() + args.limit_seconds
+    todo = iter(cases)
+    while batch := list(itertools.islice(todo, args.compile_threads)):
+        _compile(batch)
+        for case in batch:
+            if time.monotonic() > end:
+                print(f"stopped after {args.limit_seconds:g} s, before {case.name} {_words(case.params)}", flush=True)
+                return
+            try:
+                timing = time_launches(case.launches())
+            except Exception as error:  # noqa: BLE001 - whatever a candidate raises, the others shall run
+                _tell(case, error)
+            else:
+                yield case, timing
+
+
+def _compile(batch: list[Case]) -> None:
+    """Compile in several threads at once, by one launch each: most of it is not Python and needs no lock."""
+    with ThreadPoolExecutor(len(batch)) as pool:
+        list(pool.map(_try_once, batch))
+    torch.cuda.synchronize()
+
+
+def _try_once(case: Case) -> None:
+    # What fails here fails again when it is timed, and is told then.
+    with contextlib.suppress(Exception):
+        case.launches()[0]()
+
+
+def _tell(case: Case, error: Exception) -> None:
+    """Say what failed, and free what it held. Raises the error if the device takes no more work after it."""
+    told = str(error).strip().splitlines()
+    print(f"failed: {case.name} {_words(case.params)}: {type(error).__name__} {told[0] if told else ''}", flush=True)
+    error.__traceback__ = None  # its frames hold buffers
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+
+
+def _row(case: Case, timing: Timing, ceiling: float) -> dict[str, Any]:
+    speed = case.bytes_moved / timing.median * 1e6  # bytes a second
+    return {
+        "name": case.name,
+        "params": {key: _plain(value) for key, value in case.params.items()},
+        "bytes": case.bytes_moved,
+        "us": round(timing.median, 3),
+        "p20": round(timing.p20, 3),
+        "p80": round(timing.p80, 3),
+        "gb_s": round(speed / 1e9, 1),
+        "percent": round(100 * speed / ceiling, 1),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def _words(params: Mapping[str, Any]) -> str:
+    """Parameters on one line; those of a tile stand for themselves."""
+    words = []
+    for key, value in params.items():
+        plain = _plain(value)
+        words.append(_words(plain) if isinstance(plain, dict) else f"{key}={plain}")
+    return " ".join(words)
+
+
+def _print(rows: list[dict[str, Any]], top: int) -> None:
+    """Cases of one name together, the quickest first, at most `top` of them."""
+    for name in dict.fromkeys(row["name"] for row in rows):
+        same = sorted((row for row in rows if row["name"] == name), key=lambda row: float(row["us"]))
+        print(f"\n{name}: {same[0]['bytes'] / 1e6:.3f} MB, {len(same)} cases")
+        print("       us      p20      p80     GB/s      %")
+        for row in same[:top]:
+            figures = (row["us"], row["p20"], row["p80"])
+            numbers = " ".join(f"{figure:8.2f}" for figure in figures)
+            print(f" {numbers} {row['gb_s']:8.0f} {row['percent']:6.1f}  {_words(row['params'])}")
+
+
+def _arguments(op: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Time {op} on a GPU.")
+    parser.add_argument("--filter", default="", help="run cases whose name this regular expression finds")
+    parser.add_argument("--limit-seconds", type=float, default=300, help="start no case after so long (default: 300)")
+    parser.add_argument("--out", type=Path, help="file to append one JSON row a case to")
+    parser.add_argument("--top", type=int, default=8, help="rows of the table for each name (default: 8)")
+    parser.add_argument("--compile-threads", type=int, default=min(8, os.cpu_count() or 1), help="1: in turn")
+    return parser.parse_args()
