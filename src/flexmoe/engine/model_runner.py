@@ -1,9 +1,14 @@
-"""ModelRunner: one step on the device. Enters: a Step and the samplers' states. Leaves: sampled tokens."""
+"""ModelRunner: one step on the device. Enters: a Step and the samplers' states. Leaves: sampled tokens.
+
+A launched step is a Flight. While one is on its way the next may be launched behind it: see Engine.step.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -17,6 +22,24 @@ from flexmoe.models.native import NativeDecoder
 from flexmoe.scheduling.scheduler import Step
 
 
+class Flight(Protocol):
+    """A step that was launched. One that nobody waits for does no harm: its keys are written again, or not read."""
+
+    def wait(self) -> SampleOutput:
+        """The sampled tokens, once they are there. Called at most once. Raises what went wrong on the device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A flight that was over when it was launched."""
+
+    sampled: SampleOutput
+
+    def wait(self) -> SampleOutput:
+        return self.sampled
+
+
 class ModelRunner:
     """Owns the model and its KV cache; holds no request."""
 
@@ -28,6 +51,26 @@ class ModelRunner:
         self._threads = torch.get_num_threads()
         self._process = os.getpid()
         self._windows = sorted({layer.window for layer in model.config.layers}, key=lambda w: w or 0)
+
+    def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
+        """Whether the step behind this one can be launched before this one's tokens are known.
+
+        step: launched just now with these states, not waited for. The rows of the step behind it are decodes of
+        requests that `step` samples for, in the same order; some may be left out.
+        """
+        return False
+
+    def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
+        """Begin to compute a step; see `run`. Steps take effect on the cache in the order of their launches.
+
+        Blocks and tokens of the requests are read before this returns; they may change before the flight is waited for.
+
+        after: the flight launched last, if its tokens are not known yet and can_run_ahead was true of it. Then each
+        chunk is the one token that `after` samples for its request, which the host does not know: chunk.start is
+        len(request.token_ids), and a draw uses state.uniform(ahead=1).
+        """
+        assert after is None, "can_run_ahead was false"
+        return Landed(self.run(step, states))
 
     def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.

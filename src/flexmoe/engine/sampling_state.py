@@ -54,10 +54,15 @@ class SamplingState:
     @property
     def plain_greedy(self) -> bool:
         """Whether the next token is the argmax of the raw logits, with nothing else asked for."""
+        return self.params.greedy and self.device_ready
+
+    @property
+    def device_ready(self) -> bool:
+        """Whether the next token and all after it are chosen without knowing those in between: from raw logits and a
+        random number, nothing else. Once true it stays true.
+        """
         params = self.params
-        if not params.greedy or params.logprobs is not None:
-            return False
-        return not (self._penalised or params.logit_bias or self.suppressed_ids)
+        return not (self._penalised or params.logit_bias or params.logprobs is not None or self.suppressed_ids)
 
     @property
     def suppressed_ids(self) -> tuple[int, ...]:
@@ -69,9 +74,12 @@ class SamplingState:
         """Tokens of prompt and output, with their counts in the output; empty unless a penalty needs them."""
         return self._seen
 
-    def uniform(self) -> float:
-        """The random number in [0, 1) of the next token: the num_tokens-th of the SplitMix64 stream of the seed."""
-        return (_mix((self._start + (self.num_tokens + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number in [0, 1) of the next token: the num_tokens-th of the SplitMix64 stream of the seed.
+
+        ahead: tokens still to be accepted before that one.
+        """
+        return (_mix((self._start + (self.num_tokens + ahead + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
 
 
 class TokenCounts:
