@@ -1,10 +1,14 @@
 """Engine: the heart. add_request() queues, step() computes one forward pass for everything that runs, abort() ends.
 
-    schedule -> run -> update -> read: which tokens, what they are, who finished, what the text says.
+    schedule -> launch -> wait -> update -> read: which tokens, what they are, who finished, what the text says.
+
+Where the runner can, the next step is launched before the tokens of this one are known, so that the device does not
+wait for Python. What it computes for requests that end in between is thrown away.
 
 One engine is used by one thread at a time. It keeps nothing outside of itself: two can live in one process.
 
-Ctrl-C may come between any two instructions. While the model computes it does no harm: the step does not count. But
+Ctrl-C may come between any two instructions. While the model computes it does no harm: the step does not count, nor
+does the one launched behind it, which is given up (why that is safe stands in scheduling.scheduler). But
 bookkeeping that it cuts short may have left a block with two owners, so then all requests end and the cache is empty.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,14 +25,14 @@ from flexmoe.config.engine import EngineConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.chat_template import ChatTemplate
 from flexmoe.engine.detokenizer import Detokenizer
-from flexmoe.engine.model_runner import ModelRunner
+from flexmoe.engine.model_runner import Flight, ModelRunner
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.sampler import SampleOutput, SamplingState
 from flexmoe.engine.startup import start
 from flexmoe.engine.tracking import Sample, Tracked
 from flexmoe.errors import EngineError, RequestError
 from flexmoe.scheduling.block_manager import BlockManager
-from flexmoe.scheduling.request import Request
+from flexmoe.scheduling.request import Request, RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
 # Keep apart the seeds of requests that gave none, and of the samples of one request; the second is the golden ratio in
@@ -37,6 +42,20 @@ _SAMPLE_STRIDE = 0x9E3779B97F4A7C15
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step that is being computed, and whom its tokens are for: one entry for each chunk that samples."""
+
+    step: Step
+    samples: list[tuple[Tracked, Sample]]
+    flight: Flight
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a request of it still goes on."""
+        return any(chunk.request.status is RequestStatus.RUNNING for chunk in self.step.chunks)
 
 
 class Engine:
@@ -58,6 +77,7 @@ class Engine:
         self.scheduler = Scheduler(self.options.scheduler, blocks)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
+        self._ahead: _Launched | None = None  # the next step, if it is being computed already
 
     @property
     def has_unfinished(self) -> bool:
@@ -112,12 +132,15 @@ class Engine:
         If it raises, nothing of the step counts: the next one computes it again, or abort() ends its requests.
         """
         self._check_open()
-        step = self._whole(self.scheduler.schedule)
-        if not step.chunks:
+        current, self._ahead = self._ahead, None
+        current = current or self._launch(self._whole(self.scheduler.schedule))
+        if current is None:
             return []
-        sampling = [self._owner[chunk.request.request_id][1] for chunk in step.chunks if chunk.samples]
-        sampled = self.runner.run(step, [sample.state for sample in sampling])
-        return self._whole(self._advance, step, sampling, sampled)
+        following = self._launch_behind(current)
+        sampled = current.flight.wait()
+        outputs = self._whole(self._advance, current, sampled)
+        self._ahead = following if following is not None and following.wanted else None
+        return outputs
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and return what it has so far; None if it is not being served."""
@@ -144,6 +167,7 @@ class Engine:
         if not self._closed:
             self.discard(list(self._tracked))
             self._closed = True
+            self._ahead = None
             del self.runner, self._started
 
     def describe(self) -> dict[str, Any]:
@@ -247,32 +271,47 @@ class Engine:
             self._owner[sample.request.request_id] = (tracked, sample)
         self._tracked[tracked.request_id] = tracked
 
-    def _advance(self, step: Step, sampling: Sequence[Sample], sampled: SampleOutput) -> list[RequestOutput]:
-        """Give each sample its token."""
-        for sample, token, logprobs in zip(sampling, sampled.token_ids, sampled.logprobs, strict=True):
+    def _launch(self, step: Step, after: _Launched | None = None) -> _Launched | None:
+        if not step.chunks:
+            return None
+        samples = [self._owner[chunk.request.request_id] for chunk in step.chunks if chunk.samples]
+        states = [sample.state for _, sample in samples]
+        return _Launched(step, samples, self.runner.launch(step, states, after=None if after is None else after.flight))
+
+    def _launch_behind(self, current: _Launched) -> _Launched | None:
+        """The step behind the current one, launched already, if runner and scheduler see a way."""
+        if not self.runner.can_run_ahead(current.step, [sample.state for _, sample in current.samples]):
+            return None
+        step = self._whole(self.scheduler.schedule_ahead, current.step)
+        return None if step is None else self._launch(step, current)
+
+    def _advance(self, launched: _Launched, sampled: SampleOutput) -> list[RequestOutput]:
+        """Give each sample its token, but for those that ended while it was computed."""
+        going = []
+        for (tracked, sample), token, logprobs in zip(
+            launched.samples, sampled.token_ids, sampled.logprobs, strict=True
+        ):
+            if sample.finished:
+                continue
             sample.state.accept(token)
             if logprobs is not None:
                 sample.logprobs.append(logprobs)
-        self.scheduler.update(step, sampled.token_ids)
-        return self._read(step)
+            going.append((tracked, sample))
+        self.scheduler.update(launched.step, sampled.token_ids)
+        return self._read(going)
 
-    def _read(self, step: Step) -> list[RequestOutput]:
-        """Bring the texts of the step's requests up to date, end those that met a stop string, collect outputs."""
+    def _read(self, samples: Sequence[tuple[Tracked, Sample]]) -> list[RequestOutput]:
+        """Bring the texts of these up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
-        advanced: dict[str, Tracked] = {}  # each once, though several of its samples may be in the step
-        for chunk in step.chunks:
-            entry = self._owner.get(chunk.request.request_id) if chunk.samples else None
-            if entry is None:
-                continue
-            tracked, sample = entry
+        for tracked, sample in samples:
             tracked.first_token = tracked.first_token or now
             if tracked.reads_every_step or sample.finished:
                 stop = sample.read()
                 if stop is not None:
                     self.scheduler.finish(sample.request, "stop", stop)
-            advanced[tracked.request_id] = tracked
         outputs = []
-        for tracked in advanced.values():
+        # Each once, though several of its samples may be in the step.
+        for tracked in {tracked.request_id: tracked for tracked, _ in samples}.values():
             if tracked.finished:
                 tracked.end = time.monotonic()
                 self._forget(tracked)
@@ -284,6 +323,8 @@ class Engine:
         for sample in tracked.samples:
             self.scheduler.abort(sample.request.request_id)
         self._forget(tracked)
+        if self._ahead is not None and not self._ahead.wanted:
+            self._ahead = None
 
     def _forget(self, tracked: Tracked) -> None:
         del self._tracked[tracked.request_id]

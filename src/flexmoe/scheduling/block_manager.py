@@ -124,9 +124,13 @@ class BlockManager:
             if not self._references[block] and not self._prefixes.release(block):
                 self._space.put(block)
         self._space.unclaim(*claim)
-        self.num_gained += len(request.blocks) + 1  # + 1: the block kept back for its next token
+        self.num_gained += self.gain_of(request)
         request.blocks = []
         request.contiguous = True
+
+    def gain_of(self, request: Request) -> int:
+        """By how much num_gained grows when a request is freed."""
+        return len(request.blocks) + 1  # + 1: the block kept back for its next token
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a block is lost, leaked, held by mistake or shared before it is computed."""

@@ -10,6 +10,20 @@ at any time, which keeps both queues sorted, and the oldest request always advan
 
 A request gets blocks for all its tokens when it is admitted, and one at a time as it decodes. Nothing counts as
 computed before update() says so, so a step that failed on the way can be scheduled again.
+
+Running ahead. While step n is computed, schedule_ahead() may give step n+1, to be launched behind it; update(n) comes
+before update(n+1). A request that ends at update(n), or is aborted, leaves a row in step n+1 that nobody wants but
+that still writes its key; so do the rows of a step that was given up. They do no harm:
+
+1.  A row writes the keys of positions that are not computed: chunk.start >= request.num_computed_tokens.
+2.  Only blocks full of computed tokens are shared or registered in the prefix cache. By 1, a row on its way writes none
+    of them, and update() registers no block before it learns that all rows that wrote there are done.
+3.  So what such a row writes belongs to its request alone. When the request ends, the block becomes blank, not idle:
+    its content is not kept. Its next owner gets it in a later step, which takes effect later (see
+    ModelRunner.launch), and reads no position before it has written it.
+4.  A request that lives on computes the positions of a step that was given up once more, before it reads them.
+
+schedule() is not called while a step is on its way whose update() is still to come.
 """
 
 from __future__ import annotations
@@ -104,9 +118,9 @@ class Scheduler:
     def abort(self, request_id: str) -> Request | None:
         """End a request at any time. None if no request of that id is unfinished.
 
-        Between schedule() and update() its chunk stays in the step: computing it is useless but harmless (its
-        blocks go to nobody before the next schedule()), and update() skips it. But request.blocks is empty from
-        here on, so whoever computes the step reads them before, or leaves out the chunk.
+        Between schedule() and update() its chunk stays in the step: computing it is useless but harmless (see
+        the module's text), and update() skips it. But request.blocks is empty from here on, so whoever computes
+        the step reads them before, or leaves out the chunk.
         """
         request = self._requests.get(request_id)
         if request is not None:
@@ -138,6 +152,33 @@ class Scheduler:
             self._admit(budget, decodes, prefills)
         return Step(decodes + prefills, len(decodes), preempted)
 
+    def schedule_ahead(self, step: Step) -> Step | None:
+        """The step behind one of which the tokens are not known yet: the next token of all that are sure to go on.
+
+        step: being computed; update() was called for all steps before it, and schedule() not since it was chosen.
+        Requests that ended meanwhile are left out, and those that the pending token ends by their length.
+
+        None if the next step has to wait for these tokens: a prompt is not complete; a request waits that schedule()
+        might admit then, by what is known now; there are too few blocks (nobody is preempted here); or nobody goes
+        on. So what makes room unforeseen (a stop, an abort, a prefix to share) may let a waiting request in one step
+        later than without; in that step older requests may need the blocks themselves.
+
+        Each chunk is one token: the pending one, so that its start is the number of tokens that are known.
+        """
+        chunks = [chunk for chunk in step.chunks if chunk.request.status is _RUNNING]
+        if len(chunks) < len(self._running) or not all(chunk.samples for chunk in chunks):
+            return None
+        ahead, gain = [], 0
+        for chunk in chunks:
+            request, end = chunk.request, chunk.start + chunk.num_tokens
+            if end + 1 < request.token_limit:
+                ahead.append(ScheduledChunk(request, end, 1, True))
+            else:
+                gain += self.blocks.gain_of(request)
+        if not ahead or self._might_admit(len(ahead), gain) or not self._grow_ahead(ahead):
+            return None
+        return Step(ahead, len(ahead), [])
+
     def update(self, step: Step, sampled: Sequence[int]) -> list[Request]:
         """Record that a step was computed.
 
@@ -153,6 +194,7 @@ class Scheduler:
             request = chunk.request
             if request.status is not _RUNNING:
                 continue
+            assert chunk.start == request.num_computed_tokens, f"{chunk} is recorded twice, or out of order"
             self._record_computed(request, chunk)
             if token is not None:
                 request.append(token)
@@ -228,6 +270,24 @@ class Scheduler:
             self._running.append(request)
             one_left = request.num_computed_tokens == request.num_tokens - 1
             budget -= self._schedule_prefill(request, budget, decodes if one_left else prefills)
+
+    def _might_admit(self, num_running: int, gain: int) -> bool:
+        """Whether somebody waits who may fit once so many requests run and blocks.num_gained has grown by `gain`."""
+        seats = min(self.config.max_num_seqs, self.config.max_num_batched_tokens) - num_running
+        return bool(self._waiting) and seats > 0 and self.blocks.num_gained + gain >= self._retry_at
+
+    def _grow_ahead(self, chunks: Sequence[ScheduledChunk]) -> bool:
+        """Give each request a block for its chunk if it lacks one. False, and nothing has changed, if too few are free.
+
+        Should the step be given up, the requests keep these blocks: they are the next that they need.
+        """
+        size = self.blocks.block_size
+        short = [chunk.request for chunk in chunks if chunk.start >= len(chunk.request.blocks) * size]
+        if len(short) > self.blocks.num_free:
+            return False
+        for request in short:
+            self.blocks.grow(request)
+        return True
 
     def _schedule_prefill(self, request: Request, budget: int, chunks: list[ScheduledChunk]) -> int:
         """Append as much of a request's uncomputed tokens as the budget allows. Returns how many."""
