@@ -68,7 +68,7 @@ def run(op: str, cases: Iterable[Case]) -> None:
     shared = facts(device) | {"benchmark": "kernel", "op": op, "ceiling_gb_s": round(ceiling / 1e9)}
     print(f"{op} on {shared['device']['name']}: a plain read reaches {ceiling / 1e9:,.0f} GB/s", flush=True)
     rows: list[dict[str, Any]] = []
-    wanted = (case for case in cases if re.search(args.filter, case.name))
+    wanted = (case for case in cases if re.search(args.filter, f"{case.name} {_words(case.params)}"))
     for case, timing in _measured(wanted, args):
         rows.append(_row(case, timing, ceiling))
         if args.out:
@@ -152,7 +152,7 @@ def _row(case: Case, timing: Timing, ceiling: float) -> dict[str, Any]:
     speed = case.bytes_moved / timing.median * 1e6  # bytes a second
     return {
         "name": case.name,
-        "params": {key: _plain(value) for key, value in case.params.items()},
+        "params": _plain(case.params),
         "bytes": case.bytes_moved,
         "us": round(timing.median, 3),
         "p20": round(timing.p20, 3),
@@ -165,6 +165,8 @@ def _row(case: Case, timing: Timing, ceiling: float) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
@@ -191,7 +193,7 @@ def _print(rows: list[dict[str, Any]], top: int) -> None:
 
 def _arguments(op: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Time {op} on a GPU.")
-    parser.add_argument("--filter", default="", help="run cases whose name this regular expression finds")
+    parser.add_argument("--filter", default="", help="run cases in whose name or parameters this is found")
     parser.add_argument("--limit-seconds", type=float, default=300, help="start no case after so long (default: 300)")
     parser.add_argument("--out", type=Path, help="file to append one JSON row a case to")
     parser.add_argument("--top", type=int, default=8, help="rows of the table for each name (default: 8)")
