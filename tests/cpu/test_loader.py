@@ -267,6 +267,16 @@ def test_dummy_weights_have_the_right_scale() -> None:
     assert params["layers.0.attention.qkv.bias"].eq(0).all()
 
 
+def test_dummy_weights_wider_than_a_checkpoint_are_exact_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexmoe.models.loader._CHUNK_BYTES", 1000)  # several chunks
+    source = open_folder(tiny("qwen2_moe"))
+    params, plain = empty(source), empty(source)
+    fill_dummy(params, stored=torch.bfloat16)
+    fill_dummy(plain)
+    for name, param in params.items():
+        assert torch.equal(param, plain[name].bfloat16().float()), name
+
+
 def test_dummy_source_can_still_load(tmp_path: Path) -> None:
     source = open_model(LoadConfig(model=str(tiny("llama")), load_format="dummy"))
     params = empty(source)

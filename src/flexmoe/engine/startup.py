@@ -87,7 +87,7 @@ def _build(
     model = Decoder(config, options.parallel, backend, max_model_len, dtype=dtype, device=device).eval()
     params = {name: param.data for name, param in model.named_parameters()}
     if options.load.load_format == "dummy":
-        fill_dummy(params, options.seed)
+        fill_dummy(params, options.seed, getattr(torch, config.checkpoint_dtype))
     else:
         placement = options.parallel.placement(config.moe.num_experts) if config.moe else None
         load_weights(source, params, placement, progress=options.load.progress)

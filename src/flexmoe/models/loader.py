@@ -85,19 +85,20 @@ def load_weights(
     return LoadReport(time.perf_counter() - start, total, len(work), len(files))
 
 
-def fill_dummy(params: Mapping[str, torch.Tensor], seed: int = 0) -> None:
+def fill_dummy(params: Mapping[str, torch.Tensor], seed: int = 0, stored: torch.dtype | None = None) -> None:
     """Random weights, in place. Each parameter's values depend on its name, shape, dtype, device and the seed only.
 
     Matrices are normal with variance 1 / columns, so that activations keep their size; embeddings are unit normal,
-    norms 1 and biases 0.
+    norms 1 and biases 0. stored: what a checkpoint would hold them in. A parameter in a wider dtype, such as a router,
+    gets values that are exact in that one, so that whoever keeps it narrow computes with the same numbers.
     """
     # Each parameter has its own generator, so threads change the time only: a generator runs on one core.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda item: _fill_one(item[0], item[1], seed), params.items()))
+        list(pool.map(lambda item: _fill_one(item[0], item[1], seed, stored or item[1].dtype), params.items()))
 
 
 @torch.no_grad()
-def _fill_one(name: str, param: torch.Tensor, seed: int) -> None:
+def _fill_one(name: str, param: torch.Tensor, seed: int, stored: torch.dtype) -> None:
     if name.endswith("norm.weight"):
         param.fill_(1.0)
     elif name.endswith(".bias"):
@@ -106,6 +107,10 @@ def _fill_one(name: str, param: torch.Tensor, seed: int) -> None:
         std = 1.0 if name == "embed_tokens.weight" else param.shape[-1] ** -0.5
         generator = torch.Generator(param.device).manual_seed(_seed(name, seed))
         param.normal_(0.0, std, generator=generator)
+        if stored.itemsize < param.dtype.itemsize:
+            row_bytes = param[0].numel() * param.itemsize
+            for rows in param.split(max(1, _CHUNK_BYTES // row_bytes)):  # never a second copy of all
+                rows.copy_(rows.to(stored))
 
 
 def _seed(name: str, seed: int) -> int:
