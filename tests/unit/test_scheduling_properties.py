@@ -297,12 +297,17 @@ samplings = st.builds(
 arrivals_together = st.lists(st.tuples(prompts, samplings), min_size=2, max_size=6)
 
 
+Arrival = tuple[list[int], SamplingParams]
+
+
 class Serving(RuleBasedStateMachine):
     """Hypothesis calls the operations in any order; each is recorded, and the history repeated at the end."""
 
+    engine_class = Engine
+
     @initialize(setup=setups, arrivals=arrivals_together)
-    def start(self, setup: Setup, arrivals: list[tuple[list[int], SamplingParams]]) -> None:
-        self.engine = Engine(setup)
+    def start(self, setup: Setup, arrivals: list[Arrival]) -> None:
+        self.engine = self.engine_class(setup)
         self.history: list[tuple[str, tuple[Any, ...]]] = []
         self.add(arrivals)
 
@@ -311,7 +316,7 @@ class Serving(RuleBasedStateMachine):
         getattr(self.engine, operation)(*arguments)
 
     @rule(arrivals=arrivals_together)
-    def add(self, arrivals: list[tuple[list[int], SamplingParams]]) -> None:
+    def add(self, arrivals: list[Arrival]) -> None:
         """Requests as an engine makes them: the total is clipped to what the cache holds, long prompts are cut."""
         capacity = self.engine.setup.num_blocks * self.engine.setup.block_size
         for prompt, sampling in arrivals:
@@ -362,7 +367,7 @@ class Serving(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.do("finish_all")
-        again = Engine(self.engine.setup)
+        again = self.engine_class(self.engine.setup)
         for operation, arguments in self.history:
             getattr(again, operation)(*arguments)
         assert again.trace == self.engine.trace, "the same history gave other steps"
