@@ -14,10 +14,12 @@ from flexmoe.engine import startup
 from flexmoe.engine.engine import Engine
 from flexmoe.kernels.cpu import library
 from flexmoe.scheduling.scheduler import Step
+from tests.cpu.late_device import LateRunner, late_device
 from tests.cpu.tiny_models import tiny
 
-# The ways to compute a step: few decodes in C; everything in torch with the CPU's experts; with the reference's.
-WAYS = ("C", "cpu", "reference")
+# The ways to compute a step: few decodes in C; everything in torch with the CPU's experts; with the reference's; by a
+# device that computes late, so that the engine runs ahead.
+WAYS = ("C", "cpu", "reference", "late")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -33,6 +35,9 @@ def open_llm(case: str = "mixtral", way: str = "C", **options: Any) -> LLM:
         return LLM(tiny(case), expert_backend="reference", **options)
     if way == "C":
         return LLM(tiny(case), **options)
+    if way == "late":
+        with late_device():
+            return LLM(tiny(case), **options)
     with patch.object(startup, "why_not_native", lambda *_: "switched off by a test"):
         return LLM(tiny(case), **options)
 
@@ -46,6 +51,7 @@ def assert_idle(llm: LLM) -> None:
     assert not engine.scheduler.has_unfinished
     assert not vars(engine)["_tracked"]
     assert not vars(engine)["_owner"]
+    assert vars(engine)["_ahead"] is None
     assert not vars(llm)["_unseen"]
 
 
@@ -60,6 +66,13 @@ def finish(engine: Engine) -> dict[str, RequestOutput]:
     while engine.has_unfinished:
         last |= {output.request_id: output for output in engine.step()}
     return last
+
+
+def num_ahead(llm: LLM) -> int:
+    """Steps that were launched before the tokens of the step before them were known."""
+    runner = llm.engine.runner
+    assert isinstance(runner, LateRunner)
+    return runner.num_ahead
 
 
 @contextmanager

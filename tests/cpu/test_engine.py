@@ -155,9 +155,9 @@ def test_two_engines_in_one_process() -> None:
 # ------------------------------------------------------------------------------------------------------------ requests
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LLM]:
-    with open_llm(num_blocks=64) as llm:
+@pytest.fixture(scope="module", params=["C", "late"])
+def shared(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    with open_llm(way=request.param, num_blocks=64) as llm:
         yield llm
 
 
@@ -215,12 +215,13 @@ def test_a_refused_prompt_leaves_nothing_queued(llm: LLM) -> None:
 # --------------------------------------------------------------------------------------------------------------- abort
 
 
+@pytest.mark.parametrize("way", ["C", "late"])
 @pytest.mark.parametrize("steps", range(8))
-def test_abort_at_any_time(steps: int) -> None:
+def test_abort_at_any_time(steps: int, way: str) -> None:
     """Waiting, between chunks of a prompt, decoding: with neighbours that go on undisturbed."""
     prompts = [[5] * 20, [6] * 3, [7] * 30]
-    options = {"max_num_batched_tokens": 9, "max_num_seqs": 2, "block_size": 4, "num_blocks": 24}
-    with open_llm(**options) as llm:
+    options: dict[str, Any] = {"max_num_batched_tokens": 9, "max_num_seqs": 2, "block_size": 4, "num_blocks": 24}
+    with open_llm(way=way, **options) as llm:
         found = [llm.generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
         for victim in range(3):
             ids = [llm.engine.add_request(prompt, GREEDY) for prompt in prompts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ KINDS = (
 )
 LONGEST = 50  # of the prompts; the contexts have 128 positions
 
-Job = tuple[int, int]  # which prompt, and which of KINDS
+Job = tuple[int, int]  # which prompt, and which of the kinds
 Answer = list[tuple[tuple[int, ...], str, str | None, str | int | None]]
 
 
@@ -30,7 +31,7 @@ def make_prompts(rng: random.Random) -> list[list[int]]:
     return prompts + [prompts[0][:20] + [9] * more for more in (1, 7, 30)]
 
 
-def open_some(rng: random.Random) -> LLM:
+def open_some(rng: random.Random, way: str) -> LLM:
     """An engine with odd limits, and few blocks more than one request may need."""
     size = rng.choice([1, 3, 4, 16])
     options: dict[str, Any] = {
@@ -40,7 +41,7 @@ def open_some(rng: random.Random) -> LLM:
         "max_num_seqs": rng.choice([2, 5, 16]),
         "enable_prefix_caching": rng.random() < 0.7,
     }
-    return open_llm(rng.choice(CASES), rng.choice(WAYS), **options)
+    return open_llm(rng.choice(CASES), way, **options)
 
 
 def answer(output: RequestOutput) -> Answer:
@@ -57,11 +58,15 @@ def assert_begun(output: RequestOutput, expected: Answer) -> None:
 @pytest.mark.parametrize("seed", range(15))
 def test_everything_at_once(seed: int) -> None:
     rng = random.Random(seed)
+    everything_at_once(rng, KINDS, rng.choice(WAYS))
+
+
+def everything_at_once(rng: random.Random, kinds: Sequence[SamplingParams], way: str) -> None:
     prompts = make_prompts(rng)
-    with open_some(rng) as llm:
+    with open_some(rng, way) as llm:
         engine = llm.engine
-        jobs: list[Job] = rng.sample([(p, k) for p in range(len(prompts)) for k in range(len(KINDS))], 14)
-        expected = {job: answer(llm.generate([prompts[job[0]]], KINDS[job[1]])[0]) for job in jobs}
+        jobs: list[Job] = rng.sample([(p, k) for p in range(len(prompts)) for k in range(len(kinds))], 14)
+        expected = {job: answer(llm.generate([prompts[job[0]]], kinds[job[1]])[0]) for job in jobs}
         running: dict[str, Job] = {}
         waiting = jobs * 2
         rng.shuffle(waiting)
@@ -69,7 +74,7 @@ def test_everything_at_once(seed: int) -> None:
             chance = rng.random()
             if waiting and chance < 0.3:
                 job = waiting.pop()
-                request_id = engine.add_request(prompts[job[0]], KINDS[job[1]], stream=rng.random() < 0.5)
+                request_id = engine.add_request(prompts[job[0]], kinds[job[1]], stream=rng.random() < 0.5)
                 running[request_id] = job
             elif running and chance < 0.36:
                 request_id = rng.choice(list(running))

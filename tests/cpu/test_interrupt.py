@@ -19,10 +19,10 @@ from tests.cpu.serving import GREEDY, assert_idle, open_llm, tokens
 PROMPTS = [[5 + i] * (3 + 4 * i) for i in range(6)]
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LLM]:
+@pytest.fixture(scope="module", params=["C", "late"])
+def shared(request: pytest.FixtureRequest) -> Iterator[LLM]:
     """Few blocks and small steps, so that a run is full of bookkeeping: preemption, chunks, hits, eviction."""
-    with open_llm(block_size=4, num_blocks=20, max_num_batched_tokens=16) as llm:
+    with open_llm(way=request.param, block_size=4, num_blocks=20, max_num_batched_tokens=16) as llm:
         yield llm
 
 

@@ -34,6 +34,14 @@ def test_asking_twice_gives_the_same_number() -> None:
     assert uniforms(-1, 3) == uniforms(2**64 - 1, 3)
 
 
+def test_a_number_is_known_before_the_tokens_that_come_before_it() -> None:
+    state = SamplingState(SamplingParams(), 7)
+    early = [state.uniform(ahead) for ahead in range(4)]
+    assert early == uniforms(7, 4)
+    state.accept(5)
+    assert [state.uniform(ahead) for ahead in range(3)] == early[1:]
+
+
 def test_numbers_are_uniform_and_seeds_differ() -> None:
     numbers = np.array([uniforms(seed, 64) for seed in range(256)])
     counts = np.histogram(numbers, bins=64, range=(0, 1))[0]
@@ -82,6 +90,29 @@ def test_what_min_tokens_suppresses() -> None:
 )
 def test_plain_greedy(options: dict[str, object], plain: bool) -> None:
     assert SamplingState(SamplingParams.from_options(options), 0, [1, 2]).plain_greedy is plain
+
+
+@pytest.mark.parametrize(
+    ("options", "ready"),
+    [
+        ({}, [True, True, True]),
+        ({"temperature": 0}, [True, True, True]),
+        ({"top_p": 0.5, "top_k": 3, "min_p": 0.1, "ignore_eos": True, "stop_token_ids": [4]}, [True, True, True]),
+        ({"min_tokens": 2}, [False, False, True]),
+        ({"min_tokens": 2, "ignore_eos": True}, [True, True, True]),
+        ({"logprobs": 0}, [False, False, False]),
+        ({"logit_bias": {1: 2.0}}, [False, False, False]),
+        ({"repetition_penalty": 1.1}, [False, False, False]),
+        ({"frequency_penalty": 0.1}, [False, False, False]),
+    ],
+)
+def test_device_ready(options: dict[str, object], ready: list[bool]) -> None:
+    state = SamplingState(SamplingParams.from_options(options), 0, [1, 2], eos_token_ids=[2])
+    found = []
+    for _ in ready:
+        found.append(state.device_ready)
+        state.accept(7)
+    assert found == ready
 
 
 def test_counts_are_kept_only_for_penalties() -> None:

@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.scheduling import Request, RequestStatus, ScheduledChunk, Step
 from tests.unit import test_scheduling_properties as properties
@@ -99,6 +100,17 @@ def test_an_incomplete_prompt_comes_first() -> None:
         steps.append(serving.schedule())
     assert [shape(step)[-1] for step in steps] == [("b", 0, 2, False), ("b", 2, 3, False), ("b", 5, 1, True)]
     assert serving.schedule_ahead(steps[-1]) is not None
+
+
+def test_an_incomplete_prompt_that_the_step_has_no_room_for() -> None:
+    serving = scheduler(budget=4)
+    add(serving, "a", 2)
+    add(serving, "b", 6)
+    advance(serving)
+    serving.config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=1)
+    step = serving.schedule()
+    assert shape(step) == [("a", 2, 1, True)]
+    assert serving.schedule_ahead(step) is None
 
 
 def test_a_block_is_taken_for_the_pending_token_and_kept_if_the_step_is_given_up() -> None:
