@@ -78,18 +78,22 @@ def run(op: str, cases: Iterable[Case]) -> None:
 
 def time_launches(launches: list[Launch]) -> Timing:
     """Capture the closures, over and over until there are enough, in a CUDA graph; replay it against the clock."""
-    stream = torch.cuda.Stream()
+    rounds = -(-_LAUNCHES // len(launches))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())  # where the buffers are being filled
     with torch.cuda.stream(stream):
         for launch in launches:  # compiles, and lets lazy libraries set up what may not be set up while capturing
             launch()
-    stream.synchronize()
-    rounds = -(-_LAUNCHES // len(launches))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for launch in launches * rounds:
-            launch()
-    graph.replay()
-    torch.cuda.synchronize()
+        stream.synchronize()
+        # Not torch.cuda.graph(), which empties the allocator's cache: hundreds of cases would wait for their memory.
+        graph.capture_begin()
+        try:
+            for launch in launches * rounds:
+                launch()
+        finally:
+            graph.capture_end()
+        graph.replay()
+        stream.synchronize()
     return _replay(graph, rounds * len(launches))
 
 
