@@ -8,9 +8,15 @@ from torch import Tensor
 
 from flexmoe.kernels import group_by_expert as reference
 from flexmoe.kernels.triton.group_by_expert import GroupByExpertTile, default_tile, group_by_expert
-from tests.kernels.support import DEVICE, ON_GPU
+from flexmoe.kernels.triton.topk import topk
+from flexmoe.kernels.triton.topk_by_expert import TopkByExpertTile, topk_by_expert
+from tests.kernels.support import DEVICE, ON_GPU, Guarded, normal
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning")
+# numpy in Triton's interpreter: of a range whose end is known at run time only, and of NaN.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
+]
 
 UNWRITTEN = -7
 SMALL = GroupByExpertTile(block_t=16, num_warps=1)
@@ -72,3 +78,60 @@ def test_drops_what_exceeds_the_capacity() -> None:
 def test_many_tokens(T: int) -> None:
     assert default_tile(T).block_t <= 1024
     _check(_routed(T, 8, 16), 16)
+
+
+def _check_one_launch(
+    logits: Tensor, K: int, lengths: Tensor | None, renormalize: bool, tile: TopkByExpertTile | None
+) -> None:
+    """What two launches give: the same choices; weights but for the order of the sum they are divided by."""
+    (T, E), by_two, by_one = logits.shape, [], []
+    for results in (by_two, by_one):
+        ids = torch.full((T + 1, K), UNWRITTEN, dtype=torch.int32, device=DEVICE)
+        rows = torch.full((E + 1, T + 2), UNWRITTEN, dtype=torch.int32, device=DEVICE)
+        counts = torch.full((E + 1,), UNWRITTEN, dtype=torch.int32, device=DEVICE)
+        weights = Guarded(T, K)
+        if results is by_two:
+            topk(logits, ids[:T], weights.tensor, renormalize=renormalize, lengths=lengths)
+            group_by_expert(ids[:T], E, rows[:E], counts[:E])
+        else:
+            topk_by_expert(
+                logits,
+                ids[:T],
+                weights.tensor,
+                rows[:E],
+                counts[:E],
+                renormalize=renormalize,
+                lengths=lengths,
+                tile=tile,
+            )
+        results.extend((ids, rows, counts, weights.check().nan_to_num(-1.0)))
+    assert all(torch.equal(one, two) for one, two in zip(by_one[:3], by_two[:3], strict=True))
+    torch.testing.assert_close(by_one[3], by_two[3])
+
+
+@pytest.mark.parametrize("tile", [None, TopkByExpertTile(block_t=2, num_warps=2)])
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("T", "E", "K"), [(1, 2, 1), (3, 6, 2), (9, 8, 2), (5, 20, 8), (3, 70, 4)])
+def test_one_launch_gives_what_two_give(
+    T: int, E: int, K: int, renormalize: bool, tile: TopkByExpertTile | None
+) -> None:
+    logits = normal(T, E)
+    logits[0] = logits[0].round()  # ties
+    lengths = torch.randint(0, 3, (T,), dtype=torch.int32, device=DEVICE)
+    _check_one_launch(logits, K, None, renormalize, tile)
+    _check_one_launch(logits, K, lengths, renormalize, tile)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+def test_one_launch_agrees_with_two_on_bad_rows(bad: float) -> None:
+    logits = normal(4, 12)
+    logits[1] = bad
+    logits[2, 5] = bad
+    _check_one_launch(logits, 3, None, True, None)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="too much for the interpreter")
+@pytest.mark.parametrize(("T", "E", "K"), [(32, 128, 8), (128, 128, 8), (256, 64, 8), (128, 8, 2), (33, 256, 10)])
+def test_one_launch_gives_what_two_give_for_large_batches(T: int, E: int, K: int) -> None:
+    _check_one_launch(normal(T, E), K, None, True, None)
+    _check_one_launch((normal(T, E) * 4).round(), K, None, False, None)

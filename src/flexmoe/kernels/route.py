@@ -5,17 +5,16 @@ Enters: rows of the residual stream, fp32 [T, H]. Leaves: the normalised rows, w
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flexmoe.kernels.rms_norm import rms_norm
 
 
 def route(x: Tensor, norm_weight: Tensor, eps: float, router_weight: Tensor) -> tuple[Tensor, Tensor]:
     """x fp32 [T, H], norm_weight [H] in the model's dtype, router_weight [E, H] -> normed [T, H], logits fp32 [T, E].
 
-    Rounded to the model's dtype where a model that computes in it would be: after scaling and after the norm's weight.
-    The product with the router is fp32, of the rows as rounded.
+    The rows are rounded once, after the norm, and their product with the router is fp32.
     """
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    normed = (x * scale).to(norm_weight.dtype) * norm_weight
+    normed = rms_norm(x, norm_weight, eps).to(norm_weight.dtype)
     return normed, F.linear(normed.float(), router_weight.float())

@@ -61,11 +61,10 @@ def _at_least_16(number: int) -> int:
 
 
 @triton.jit
-def _scaled(x, norm_weight, eps, H):
-    """x fp32 [1, BLOCK_H] -> in the dtype of norm_weight, rounded after scaling and after the norm's weight."""
+def _norm(x, weight, eps, H):
+    """x fp32 [1, BLOCK_H] -> in weight's dtype, rounded once."""
     scale = tl.rsqrt(tl.sum(x * x, 1) / H + eps)
-    rounded = (x * scale[:, None]).to(norm_weight.dtype)
-    return (rounded.to(tl.float32) * norm_weight.to(tl.float32)).to(norm_weight.dtype)
+    return (x * scale[:, None] * weight.to(tl.float32)).to(weight.dtype)
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def _route_few(
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0)
-    normed = _scaled(x, norm_weight, eps, H)  # [1, BLOCK_H]
+    normed = _norm(x, norm_weight, eps, H)  # [1, BLOCK_H]
     if tile == 0:
         tl.store(normed_ptr + row * H + h, normed, mask=h < H)
     if BLOCK_E:
