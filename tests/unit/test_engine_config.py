@@ -108,7 +108,7 @@ def test_one_process_is_all_there_is(name: str) -> None:
     [
         ("dtype", "auto, float32, bfloat16, float16"),
         ("load_format", "auto, safetensors, dummy"),
-        ("expert_backend", "auto, reference, cpu"),
+        ("expert_backend", "auto, reference, cpu, triton"),
     ],
 )
 def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:

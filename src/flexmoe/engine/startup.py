@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from flexmoe.models.decoder import Decoder
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
-from flexmoe.moe.experts import BACKENDS, default_backend
+from flexmoe.moe.experts import BACKENDS, default_backend, why_not_triton
+
+_log = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are in: a CPU's is shared with other programs, a GPU's is ours.
 _CPU_CACHE_SHARE, _GPU_CACHE_SHARE = 0.25, 0.9
@@ -96,10 +99,17 @@ def _build(
 
 def _choose_backend(name: str, device: torch.device) -> str:
     backend = default_backend(device) if name == "auto" else name
-    if backend == "cpu" and device.type != "cpu":
-        raise ConfigError(f"expert_backend='cpu' cannot run on device={str(device)!r}; use one of auto, reference.")
     if backend not in BACKENDS:
         raise ConfigError(f"expert_backend={backend!r} is not one of {', '.join(BACKENDS)}.")
+    if backend == "cpu" and device.type != "cpu":
+        raise ConfigError(f"expert_backend='cpu' cannot run on device={str(device)!r}; use one of auto, reference.")
+    reason = why_not_triton(device)
+    if backend == "triton" and reason:
+        raise ConfigError(
+            f"expert_backend='triton' cannot run on device={str(device)!r}: {reason}; use one of auto, reference."
+        )
+    if name == "auto" and device.type == "cuda" and reason:
+        _log.warning("Experts run on the slow backend 'reference', not on 'triton': %s.", reason)
     return backend
 
 
