@@ -76,7 +76,7 @@ def test_drops_what_exceeds_the_capacity() -> None:
 
 @pytest.mark.parametrize("T", [600, 3000] if not ON_GPU else [1024, 16384])
 def test_many_tokens(T: int) -> None:
-    assert default_tile(T).block_t <= 1024
+    assert default_tile(T, 8).block_t <= 1024
     _check(_routed(T, 8, 16), 16)
 
 

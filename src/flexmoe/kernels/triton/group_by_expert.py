@@ -26,13 +26,15 @@ class GroupByExpertTile:
     num_stages: int = 1
 
 
-def default_tile(T: int) -> GroupByExpertTile:
-    """One warp, which needs no barriers, for what it can hold; one chunk as long as registers allow."""
+_MOST_IDS = 8192  # in a chunk: more do not fit in registers, nor several chunks in shared memory
+
+
+def default_tile(T: int, K: int) -> GroupByExpertTile:
+    """One chunk if it can be; one warp, which needs no barriers, for few rows."""
+    block_t = min(1024, _MOST_IDS // triton.next_power_of_2(K), max(16, triton.next_power_of_2(T)))
     if T <= 128:
-        return GroupByExpertTile(block_t=max(16, triton.next_power_of_2(T)), num_warps=1)
-    if T <= 1024:
-        return GroupByExpertTile(block_t=triton.next_power_of_2(T), num_warps=4 if T <= 512 else 8)
-    return GroupByExpertTile(block_t=1024, num_warps=8, num_stages=3)
+        return GroupByExpertTile(block_t, num_warps=1)
+    return GroupByExpertTile(block_t, num_warps=4 if block_t <= 512 else 8, num_stages=1 if block_t >= T else 3)
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def group_by_expert(
     written. A token's choices must differ (-1 apart), so a capacity of T is enough; what exceeds it is dropped.
     """
     T, K = topk_ids.shape
-    tile = tile or default_tile(T)
+    tile = tile or default_tile(T, K)
     _group_by_expert[(num_slots,)](
         topk_ids,
         rows,
