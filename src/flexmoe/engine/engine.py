@@ -66,7 +66,7 @@ class Engine:
         self._started = start(options)
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
-        self.runner = ModelRunner(self._started.model, self._started.cache, self._started.device)
+        self.runner = ModelRunner(self._started.model, self._started.cache, self._started.device, self._started.graphed)
         self._start_anew()
         self._numbers = itertools.count()
         self._closed = False
@@ -183,7 +183,7 @@ class Engine:
             "dtype": str(s.dtype).removeprefix("torch."),
             "threads": s.threads,
             "expert_backend": s.backend,
-            "decode_kernels": f"torch ({s.native_reason})" if s.native_reason else "C",
+            "decode_kernels": s.decode_kernels,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.options.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.options.scheduler.max_num_batched_tokens,

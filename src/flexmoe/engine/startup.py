@@ -12,11 +12,13 @@ import torch
 
 from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
+from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.device import choose_device, choose_dtype, set_threads
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
@@ -36,13 +38,14 @@ class Started:
     source: ModelSource
     model: Decoder
     cache: KVCache
+    graphed: GraphedDecoder | None  # on a GPU, unless the Triton kernels cannot decode this model
     num_blocks: int
     tokenizer: Tokenizer | None
     device: torch.device
     dtype: torch.dtype
     threads: int
     backend: str
-    native_reason: str  # why the C kernels do not decode, "" if they do
+    decode_kernels: str  # "C", "Triton", or why torch decodes
     max_model_len: int
 
     @property
@@ -67,11 +70,31 @@ def start(options: EngineConfig) -> Started:
         tokenizer = Tokenizer.from_folder(source.folder)
     native_reason = why_not_native(config, dtype, device, backend)
     model = _build(options, source, max_model_len, backend, dtype, device)
-    model.pack(None if native_reason else threads)
+    model.pack(None if native_reason else threads, in_place=device.type == "cuda")
     cache = KVCache(config, num_blocks, options.cache.block_size, dtype, device)
+    decode_kernels = "C"
+    graphed = None
+    if device.type == "cuda":
+        graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
+    elif native_reason:
+        decode_kernels = f"torch ({native_reason})"
     return Started(
-        source, model, cache, num_blocks, tokenizer, device, dtype, threads, backend, native_reason, max_model_len
-    )
+        source, model, cache, graphed, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
+        max_model_len,
+    )  # fmt: skip
+
+
+def _graphed(
+    model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str
+) -> tuple[GraphedDecoder | None, str]:
+    """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode."""
+    reason = why_not_fused(model.config, device, backend)
+    if reason:
+        return None, f"torch ({reason})"
+    from flexmoe.models.fused import FusedDecoder  # imports triton, which a start on a CPU need not wait for
+
+    most_blocks = -(-max_model_len // cache.block_size)
+    return GraphedDecoder(FusedDecoder(model, max_model_len, device), cache, most_blocks, device), "Triton"
 
 
 def _has_tokenizer(source: ModelSource) -> bool:

@@ -14,8 +14,8 @@ def embed(token_ids: Tensor, sources: Tensor, sampled: Tensor, table: Tensor, ou
     """chosen[t] = sampled[sources[t]] if sources[t] >= 0 else token_ids[t]; out[t] = table[chosen[t]] in fp32.
 
     token_ids: int64 [T]. sources: int32 [T]. sampled: int64, one-dimensional. table: [V, H]. out: fp32 [T, H].
-    chosen: int64 [T].
+    chosen: int64 [T]. A sampled -1, no token, counts as 0.
     """
     taken = sampled.reshape(-1)[sources.clamp(min=0).long()]
-    chosen.copy_(torch.where(sources >= 0, taken, token_ids))
+    chosen.copy_(torch.where(sources >= 0, taken, token_ids).clamp(min=0))
     out.copy_(table[chosen])

@@ -43,6 +43,7 @@ def _embed(
     source = tl.load(sources_ptr + row)
     token = tl.load(token_ids_ptr + row, mask=source < 0, other=0)
     token += tl.load(sampled_ptr + source, mask=source >= 0, other=0)
+    token = tl.maximum(token, 0)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     embedding = tl.load(table_ptr + token * table_stride + h, mask=h < H, other=0.0)
     tl.store(out_ptr + row.to(tl.int64) * out_stride + h, embedding.to(tl.float32), mask=h < H)
@@ -65,7 +66,7 @@ def embed(
 
     token_ids: int64 [T]. sources: int32 [T]. sampled: int64, contiguous. table: [V, H]. out: fp32 [T, H]. chosen: int64
     [T]; it may be `token_ids`, but not `sampled`. Every id must lie in [0, V) and every source in sampled, padded rows
-    included: give those an id that exists.
+    included: give those an id that exists. A sampled -1, no token, counts as 0: the step that begins with it is void.
     """
     rows, hidden = out.shape
     tile = tile or default_tile(hidden)
