@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 _LANES = tl.constexpr(32)
-_MEAN_FOR_BLOCK_128 = 192
 
 
 def grid_blocks(tokens: int, top_k: int, slots: int, block: int) -> tuple[int, bool]:
@@ -29,13 +28,11 @@ def grid_blocks(tokens: int, top_k: int, slots: int, block: int) -> tuple[int, b
 
 
 def block_rows(tokens: int, top_k: int, slots: int) -> int:
-    """A block size that fits most slots' rows under uniform routing, or wastes little of the last of several blocks."""
+    """A block that holds nearly all slots' rows under uniform routing, so that weights are read once; at most 128."""
     active = slots * (1 - (1 - min(1.0, top_k / slots)) ** tokens)
     mean = tokens * top_k / max(active, 1.0)
-    if mean >= _MEAN_FOR_BLOCK_128:
-        return 128
-    wanted: int = triton.next_power_of_2(int(mean + 3 * mean**0.5))
-    return min(64, max(16, wanted))
+    most: int = triton.next_power_of_2(int(mean + 3 * mean**0.5))
+    return min(128, max(16, most))
 
 
 @triton.jit

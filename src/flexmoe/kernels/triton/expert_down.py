@@ -164,7 +164,7 @@ class DownTile:
 
 @triton.jit
 def _down_grouped(
-    hidden_ptr, rows_ptr, counts_ptr, weights_ptr, down_ptr, y_ptr, capacity,
+    hidden_ptr, rows_ptr, counts_ptr, weights_ptr, down_ptr, y_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
@@ -185,7 +185,7 @@ def _down_grouped(
             down_at = down_ptr + slot.to(tl.int64) * (H * F) + n[:, None] * F
         shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
         y = tl.zeros(shape, tl.float32)
-        for start in tl.range(0, F, BLOCK_K, num_stages=STAGES):
+        for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK_K)[None, :]
             whole: tl.constexpr = F % BLOCK_K == 0
             hidden = tl.load(hidden_at + k, mask=(i < count)[:, None] & (whole | (k < F)), other=0.0)
@@ -228,7 +228,7 @@ def expert_down_grouped(
     tma = tile.tma and F * down.itemsize % 16 == 0
     weights = TensorDescriptor.from_tensor(down.view(-1, F), [tile.block_n, tile.block_k]) if tma else down
     _down_grouped[(blocks, triton.cdiv(H, tile.block_n))](
-        hidden, rows, counts, topk_weights, weights, y, rows.stride(0), H=H, F=F, S=S,
+        hidden, rows, counts, topk_weights, weights, y, rows.stride(0), F, H=H, F=F, S=S,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
         TMA=tma, ONE_EACH=one_each, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip

@@ -207,7 +207,7 @@ def default_gemv_tile(hidden: int, dtype: torch.dtype) -> GateUpGemvTile:
 
 @triton.jit
 def _gate_up_grouped(
-    x_ptr, rows_ptr, counts_ptr, gate_up_ptr, hidden_ptr, capacity,
+    x_ptr, rows_ptr, counts_ptr, gate_up_ptr, hidden_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
     TMA: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
@@ -228,7 +228,7 @@ def _gate_up_grouped(
         shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
         gate = tl.zeros(shape, tl.float32)
         up = tl.zeros(shape, tl.float32)
-        for start in tl.range(0, H, BLOCK_K, num_stages=STAGES):
+        for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
             k = start + tl.arange(0, BLOCK_K)[None, :]
             whole: tl.constexpr = H % BLOCK_K == 0
             x = tl.load(x_at + k, mask=(i < count)[:, None] & (whole | (k < H)), other=0.0)
@@ -277,7 +277,7 @@ def expert_gate_up_grouped(
     tma = tile.tma and H * x.itemsize % 16 == 0
     weights = TensorDescriptor.from_tensor(gate_up.view(-1, H), [tile.block_n, tile.block_k]) if tma else gate_up
     _gate_up_grouped[(blocks, triton.cdiv(F, tile.block_n))](
-        x, rows, counts, weights, hidden, rows.stride(0), H=H, F=F, S=S, TOP_K=top_k,
+        x, rows, counts, weights, hidden, rows.stride(0), H, H=H, F=F, S=S, TOP_K=top_k,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
         TMA=tma, ONE_EACH=one_each, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
