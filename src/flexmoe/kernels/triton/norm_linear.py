@@ -85,30 +85,30 @@ def default_tile(rows: int, n: int, k: int, dtype: torch.dtype, sm_count: int = 
     wide = dtype is torch.float32
     if rows <= 8 and wide:
         return GemvTile(warps_k=8 if k >= 2048 else 4, rows=1 if n <= 16 * sm_count else 2, ahead=4, x_ahead=2)
-    if rows <= 32 and not wide:
+    if rows <= 16 and not wide:
         return _direct_tile(rows, n, k, sm_count)
     block_t = min(32 if wide else 128, max(16, triton.next_power_of_2(rows)))
-    block_n = 32 if wide or block_t <= 32 else 64
+    block_n = 32 if wide else 64
     splits, programs = 1, triton.cdiv(n, block_n) * triton.cdiv(rows, block_t)
-    while splits < 8 and programs * splits * 2 <= 2 * sm_count and k // (splits * 2) >= 512:
+    while splits < 8 and programs * splits <= sm_count and k // (splits * 2) >= 512:
         splits *= 2
     if wide:
         return DotTile(block_t, block_n, 32, splits, num_stages=2)
-    return DotTile(block_t, block_n, 128 if block_t <= 64 else 64, splits, num_warps=8 if block_t == 128 else 4)
+    return DotTile(block_t, block_n, 128 if block_t <= 32 else 64, splits, num_warps=8 if block_t == 128 else 4)
 
 
 def _direct_tile(rows: int, n: int, k: int, sm_count: int) -> DirectTile:
-    one_each = n <= 16 * sm_count  # one program an SM: it must hold all of its weights
-    warps_k = 16 if one_each and k >= 4096 else 8 if k >= 2048 else 4
-    wide = rows > 8 and n >= 64 * sm_count  # rows of x are read anew by every program: then fewer, larger ones
-    return DirectTile(
-        warps_k=warps_k,
-        rows=2 if wide else 1,
-        ahead=4 if wide else 8,
-        x_ahead=8 if rows <= 8 else 4 if rows <= 16 else 2,
-        prefetch=2048 if k >= 4096 and n <= 32 * sm_count and not one_each else 0,
-        fuse_norm=rows <= 4,
-    )
+    """Few rows of the weight: all is in registers or L2 before the wait. Many: small programs, several an SM."""
+    fuse_norm = rows <= 4 and n <= 64 * sm_count
+    if n <= 16 * sm_count:
+        warps_k = 16 if k >= 4096 else 8 if k >= 2048 else 4
+        return DirectTile(warps_k=warps_k, x_ahead=8 if rows <= 8 else 4, fuse_norm=fuse_norm)
+    if n <= 32 * sm_count:
+        return DirectTile(warps_k=8 if k >= 2048 else 4, x_ahead=4, prefetch=2048, fuse_norm=fuse_norm)
+    prefetch = 2048 if n <= 64 * sm_count else 0
+    if rows <= 8:
+        return DirectTile(warps_k=4, x_ahead=2, prefetch=prefetch, fuse_norm=fuse_norm)
+    return DirectTile(warps_k=4, rows=2, ahead=4, x_ahead=2, prefetch=prefetch, fuse_norm=fuse_norm)
 
 
 def scratch_bytes(rows: int, n: int, k: int, dtype: torch.dtype, *, norm: bool, tile: Tile | None = None) -> int:
@@ -143,6 +143,7 @@ def norm_linear(
     assert rows <= _MAX_ROWS, f"{rows} rows; at most {_MAX_ROWS}"
     assert weight.is_contiguous()
     assert x.stride(1) == out.stride(1) == 1
+    assert x.data_ptr() % 4 == 0, "a row must begin on four bytes"
     assert not residual or out.dtype is torch.float32
     tile = tile or default_tile(rows, n, k, weight.dtype)
     partial = None

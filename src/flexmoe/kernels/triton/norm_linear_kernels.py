@@ -20,14 +20,18 @@ _PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0,
 
 
 @triton.jit
-def _prefetch(w_ptr, row, column, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr):
-    """Ask L2 for COLUMNS columns of ROWS rows of the weight; nobody waits for them. Each thread asks for a part."""
-    PARTS: tl.constexpr = max(1, min(THREADS // ROWS, COLUMNS // 64))
+def _prefetch(w_ptr, row, column, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Ask L2 for COLUMNS columns of ROWS rows of the weight; nobody waits for them.
+
+    The 32 threads of a warp ask for the same, which is one request; different ones would be made one after the other.
+    """
+    PARTS: tl.constexpr = max(1, min(WARPS // ROWS, COLUMNS // 64))
     WIDTH: tl.constexpr = COLUMNS // PARTS
-    rows = tl.minimum(row + tl.arange(0, ROWS), N - 1).to(tl.int64)
-    columns = tl.minimum(column + tl.arange(0, PARTS) * WIDTH, K - WIDTH)
-    at = w_ptr + rows[:, None] * K + columns[None, :]
+    job = tl.arange(0, 32 * ROWS * PARTS) // 32
+    rows = tl.minimum(row + job % ROWS, N - 1).to(tl.int64)
+    columns = tl.minimum(column + job // ROWS * WIDTH, K - WIDTH)
     size = WIDTH * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    at = w_ptr + rows * K + columns
     tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -158,7 +162,7 @@ def _gemv(
     n = tl.reshape(n, (LANES, WARPS_N, ROWS, 1))
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0
     if PDL and PREFETCH > 0:
-        _prefetch(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, 32 * WARPS)
+        _prefetch(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, WARPS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -235,7 +239,7 @@ def _direct(
     n = start + tl.arange(0, BLOCK_N)[:, None]
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0
     if PDL and PREFETCH > 0:
-        _prefetch(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, 32 * WARPS)
+        _prefetch(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, WARPS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -295,7 +299,7 @@ def _dot(
     x_tile = x_ptr + tl.minimum(t, T - 1)[:, None] * x_stride + k[None, :]
     if PDL:
         if PREFETCH > 0:
-            _prefetch(w_ptr, tl.program_id(1) * BLOCK_N, first, N, K, BLOCK_N, PREFETCH, 32 * WARPS)
+            _prefetch(w_ptr, tl.program_id(1) * BLOCK_N, first, N, K, BLOCK_N, PREFETCH, WARPS)
         tl.extra.cuda.gdc_wait()
 
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
