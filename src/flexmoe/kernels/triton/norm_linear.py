@@ -26,12 +26,12 @@ _MAX_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class GemvTile:
-    """Up to 8 rows. A program takes lanes * warps_n * rows rows of the weight.
+    """Up to 8 rows. A program takes lanes * warps_n * rows rows of the weight. Powers of two, but ahead and x_ahead.
 
-    lanes: rows of the weight side by side in a warp; the other 32 / lanes threads divide the columns. warps_n, warps_k:
-    warps along the rows, and along the columns. rows: of the weight a thread. ahead: blocks of columns (512 bytes a
-    warp and row) that are in registers before anything else, x_ahead: those of x; both are cut to what there is.
-    prefetch: further columns to ask L2 for while waiting for the kernel before, a power of two >= 64; only with PDL.
+    lanes: rows of the weight side by side in a warp, whose threads divide the columns, 32 / lanes to a row. warps_n,
+    warps_k: warps along the rows, and along the columns. rows: of the weight a thread. ahead: blocks of columns (16
+    bytes a thread and row) that are loaded before anything else, x_ahead: those of x; both are cut to what there is.
+    prefetch: further columns to ask L2 for while waiting for the kernel before, at least 64, or 0; only with PDL.
     """
 
     lanes: int = 4
@@ -47,7 +47,7 @@ class GemvTile:
 class DirectTile:
     """Up to 32 rows of two-byte numbers. A program takes 16 * warps_n * rows rows of the weight.
 
-    As `GemvTile`; a block is 32 * warps_k columns. chains: sums that the products of a warp take turns in. fuse_norm:
+    As `GemvTile`; a block is 32 * warps_k columns, and a thread holds 32 bytes of it for each of `rows`. chains: sums that the products of a warp take turns in. fuse_norm:
     norm here, else in a launch of its own before; never for fp16, whose range the rows before the norm may exceed.
     """
 
@@ -65,7 +65,7 @@ class DirectTile:
 class DotTile:
     """Up to 256 rows. splits: parts of K, each in programs of its own, added up by a second kernel in their order.
 
-    prefetch: columns to ask L2 for while waiting for the kernel before, a power of two >= 64; only with PDL.
+    prefetch: columns of each split to ask L2 for while waiting for the kernel before, as in `GemvTile`.
     """
 
     block_t: int = 64
