@@ -47,8 +47,9 @@ class GemvTile:
 class DirectTile:
     """Up to 32 rows of two-byte numbers. A program takes 16 * warps_n * rows rows of the weight.
 
-    As `GemvTile`; a block is 32 * warps_k columns, and a thread holds 32 bytes of it for each of `rows`. chains: sums that the products of a warp take turns in. fuse_norm:
-    norm here, else in a launch of its own before; never for fp16, whose range the rows before the norm may exceed.
+    As `GemvTile`; a block is 32 * warps_k columns, of which a thread holds 32 bytes for each of `rows`. chains: sums
+    that the products of a warp take turns in. fuse_norm: norm here, else in a launch of its own before; never for fp16,
+    whose range the rows before the norm may exceed.
     """
 
     warps_n: int = 1
