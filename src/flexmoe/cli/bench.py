@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flexmoe.cli.options import debug_option
+from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import count, note
 from flexmoe.config.engine import DTYPES, LOAD_FORMATS
 
@@ -16,14 +16,6 @@ if TYPE_CHECKING:
 
 _ENGINES = ("flexmoe", "hf-best", "hf-default")
 _positive = click.IntRange(min=1)
-
-
-def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
-    """Positive integers with commas between them; each once, in the order given."""
-    words = [word.strip() for word in value.split(",")]
-    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
-        raise click.BadParameter(f"{value!r} is not a list of positive integers; use for instance 1,8,32.")
-    return tuple(dict.fromkeys(map(int, words)))
 
 
 def _engines(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -41,7 +33,7 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("model", required=False)
-@click.option("--batch", "batches", default="1,8,32,128", show_default=True, callback=_numbers, help="Batch sizes.")
+@click.option("--batch", "batches", default="1,8,32,128", show_default=True, callback=numbers, help="Batch sizes.")
 @click.option("--prompt-len", type=_positive, default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--output-len", type=_positive, default=64, show_default=True, help="Steps that are timed.")
 @click.option(

@@ -18,6 +18,7 @@ from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 
 MAX_ROWS = 256  # of one step: the dense kernels hold all rows beside a weight that they read once
+PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
 _LEAST_CAPABILITY = (8, 0)  # of the GPU: matrix units for bf16
 _HEAD_DIMS = (16, 256)
 _MOST_TOP_K, _MOST_EXPERTS = 16, 1024
