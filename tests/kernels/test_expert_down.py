@@ -207,7 +207,8 @@ def test_early_experts_need_logits() -> None:
 
 def test_default_tiles() -> None:
     assert default_gemv_tile(8, 768, torch.bfloat16) == DownGemvTile(2, 1024, 8)
-    assert default_gemv_tile(2, 14336, torch.bfloat16) == DownGemvTile(2, 2048, 4)
+    assert default_gemv_tile(2, 14336, torch.bfloat16) == DownGemvTile(2, 2048, 8)
+    assert default_gemv_tile(8, 1024, torch.bfloat16) == DownGemvTile(2, 512, 8)
     blocks = [default_tile(T, 2, 8, 4096, 14336, torch.bfloat16).block_m for T in (8, 32, 64, 256, 2048)]
     assert blocks == sorted(blocks)
     assert (blocks[0], blocks[-1]) == (16, 128)

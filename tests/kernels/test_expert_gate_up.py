@@ -169,9 +169,9 @@ def test_more_logits_than_experts_are_refused() -> None:
 
 def test_default_tiles() -> None:
     bf16 = torch.bfloat16
-    assert default_gemv_tile(4096, bf16).columns == 2048
-    assert default_gemv_tile(1024, bf16).columns == 1024
-    assert default_gemv_tile(4096, torch.float32).columns == 1024
+    assert default_gemv_tile(4096, bf16) == GateUpGemvTile(columns=4096, num_warps=1)
+    assert default_gemv_tile(1024, bf16) == GateUpGemvTile(columns=1024, steps=2, num_warps=2)
+    assert default_gemv_tile(4096, torch.float32).columns == 2048
     blocks = [default_tile(T, 8, 128, 2048, 768, bf16).block_m for T in (8, 32, 128, 256, 1024, 8192)]
     assert blocks == sorted(blocks)
     assert (blocks[0], blocks[-1]) == (16, 128)

@@ -14,7 +14,7 @@ so there is no race. The merge weighs the splits by their sums.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -56,17 +56,25 @@ def default_tile(
     sm_count: int = 132,
     dtype: torch.dtype = torch.bfloat16,
 ) -> DecodeAttentionTile:
-    """Splits that give every SM two to four programs if sequences are long, and tiles of about 8 KB of keys.
+    """Splits that give most SMs a program, and tiles of about 8 KB of keys, half of that where there are many programs.
 
-    Heads are computed one by one where there is nothing to share, and in fp32, which tensor cores would round.
+    Heads are computed one by one where there is nothing to share, and in fp32, which tensor cores would round. For
+    sequences of about 200 keys; see `for_long` for others.
     """
     per_head = num_heads == num_kv_heads or dtype is torch.float32
     programs = batch * (num_heads if per_head else num_kv_heads)
     splits = 1
-    while splits < 64 and programs * splits < 2 * sm_count:
+    wanted = 2 * sm_count if batch <= 2 else 3 * sm_count // 4  # a merge costs more beside other rows' work
+    while splits < 16 and programs * splits < wanted:
         splits *= 2
-    keys = min(64, max(16, 8192 // (triton.next_power_of_2(head_dim) * dtype.itemsize)))
+    most = 8192 if programs <= 3 * sm_count else 4096
+    keys = min(64, max(16, most // (triton.next_power_of_2(head_dim) * dtype.itemsize)))
     return DecodeAttentionTile(keys=keys, splits=splits, min_split=keys, per_head=per_head)
+
+
+def for_long(tile: DecodeAttentionTile) -> DecodeAttentionTile:
+    """The tile for sequences of thousands of keys: more splits, whose merge is then worth its launch."""
+    return replace(tile, splits=min(64, 4 * tile.splits), min_split=max(64, tile.min_split))
 
 
 def workspace_shapes(
