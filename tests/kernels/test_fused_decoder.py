@@ -14,6 +14,21 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.kernels.triton.decode_attention import DecodeAttentionTile
+from flexmoe.kernels.triton.expert_down import DownGemvTile, DownTile
+from flexmoe.kernels.triton.expert_gate_up import GateUpGemvTile, GateUpTile
+from flexmoe.kernels.triton.norm_linear import DotTile
+from flexmoe.kernels.triton.route import RouteTile
+from flexmoe.kernels.triton.tiles import (
+    Limit,
+    Measured,
+    TileTable,
+    attention_work,
+    expert_work,
+    grouping_work,
+    linear_work,
+    route_work,
+)
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import Sampling
@@ -25,6 +40,9 @@ from tests.cpu.paging import decodes, scattered, slot
 from tests.cpu.tiny_decoders import CPU, Recording, by_torch, config, copy_cache, decoder, filled_cache
 from tests.cpu.tiny_models import CASES, tiny
 from tests.kernels.support import DEVICE, ON_GPU, distance
+
+# The interpreter computes what is masked, too: the softmax of a row that is not there.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
 BLOCK_SIZE = 4
 
@@ -58,13 +76,13 @@ def moved(cache: KVCache) -> KVCache:
     return made
 
 
-def check(model: Decoder, lengths: Sequence[int], bucket: int) -> None:
+def check(model: Decoder, lengths: Sequence[int], bucket: int, table: TileTable | None = None) -> None:
     requests, num_blocks = scattered(lengths, BLOCK_SIZE, model.config.vocab_size)
     before = filled_cache(model.config, requests, num_blocks, BLOCK_SIZE, torch.float32)
     exact = copy_cache(before, torch.float32)
     expected = by_torch(model, requests, exact, torch.float32)
     cache = moved(before)
-    fused = FusedDecoder(on_device(model), 64, DEVICE)
+    fused = FusedDecoder(on_device(model), 64, DEVICE, table)
     found = step(fused, requests, cache, bucket)
     for key, wanted in expected.items():
         assert_stage(key, found.stages[key][: len(wanted)].cpu(), wanted, expected)
@@ -103,6 +121,27 @@ def test_every_family_agrees_stage_by_stage(case: str) -> None:
 def test_padded_steps_of_both_regimes_agree(rows: int, bucket: int) -> None:
     model = decoder(config())
     check(model, (9, 1, 14, 4, 3, 17, 2)[:rows], bucket)
+
+
+@pytest.mark.parametrize(("rows", "alone", "in_one"), [(3, 0, 0), (6, 8, 0), (3, 1, 8)])
+def test_measured_tiles_and_limits(rows: int, alone: int, in_one: int) -> None:
+    """Others than the operations' own, with more scratch memory; and each regime where the other is usual."""
+    made = config()
+    hidden, dtype, moe = made.hidden_size, torch.float32, made.moe
+    assert moe is not None
+    tiles = (
+        (linear_work(dtype, made.qkv_size, hidden, norm=True), DotTile(16, 32, 16, splits=4, num_stages=2)),
+        (linear_work(dtype, hidden, hidden, norm=False), DotTile(16, 32, 32, splits=2, num_stages=2)),
+        (attention_work(dtype, made.attention), DecodeAttentionTile(16, 1, 1, splits=8, min_split=16, per_head=True)),
+        (route_work(dtype, hidden, moe), RouteTile(16, 16, 32, 2, 2)),
+        (expert_work("expert_gate_up_gemv", dtype, hidden, moe), GateUpGemvTile(columns=128, late_trigger=True)),
+        (expert_work("expert_down_gemv", dtype, hidden, moe), DownGemvTile(1, 128, 2, early_ids=True)),
+        (expert_work("expert_gate_up_grouped", dtype, hidden, moe), GateUpTile(16, 16, 16, num_stages=2, swap=True)),
+        (expert_work("expert_down_grouped", dtype, hidden, moe), DownTile(32, 16, 16, num_stages=2)),
+    )
+    limits = (Limit(expert_work("expert_gemv", dtype, hidden, moe), alone), Limit(grouping_work(dtype, moe), in_one))
+    table = TileTable((Measured(work, rows, tile, 1.0, 2.0) for work, tile in tiles), limits)
+    check(decoder(made), (9, 1, 14, 4, 3, 17)[:rows], rows, table)
 
 
 def small() -> ModelConfig:

@@ -8,6 +8,7 @@ run improves a little everywhere. A tile must give what the operation's own choi
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import math
@@ -25,9 +26,8 @@ from flexmoe.bench.kernel_timer import Launch, Timing, time_launches
 from flexmoe.bench.tune_candidates import nearest_first
 from flexmoe.bench.tune_experts import (
     FEW_ROWS,
-    MOST_RANKED,
+    ExpertSet,
     expert_sets,
-    expert_work,
     few_experts,
     few_jobs,
     group_in_one,
@@ -40,8 +40,17 @@ from flexmoe.bench.tune_jobs import Inputs, Job, Setting, attention_jobs, linear
 from flexmoe.config.model import ModelConfig
 from flexmoe.engine.device import choose_dtype
 from flexmoe.errors import ConfigError
-from flexmoe.kernels.triton.tiles import Limit, Measured, TileTable, Work, tiles_for
+from flexmoe.kernels.triton.tiles import (
+    Limit,
+    Measured,
+    TileTable,
+    Work,
+    expert_work,
+    grouping_work,
+    tiles_for,
+)
 from flexmoe.models.device_rows import MAX_ROWS, PDL_CAPABILITY, why_not_fused
+from flexmoe.models.fused_tiles import MOST_RANKED, StepTiles
 
 _log = logging.getLogger(__name__)
 
@@ -269,36 +278,33 @@ class Tuner:
         if moe is None:
             return
         self._notify("limits")
-        few = expert_work("expert_gemv", setting.dtype, setting.config.hidden_size, moe)
-
-        def experts(rows: int) -> tuple[float, float]:
-            sets = expert_sets(setting, rows)
-            return tuple(  # type: ignore[return-value]
-                self._timer([lambda s=s, way=way: way(setting, table, s) for s in sets]).median  # type: ignore[misc]
-                for way in (few_experts, many_experts)
-            )
-
-        def grouping(rows: int) -> tuple[float, float]:
-            sets = routing_sets(setting, rows)
-            return tuple(  # type: ignore[return-value]
-                self._timer([lambda s=s, way=way: way(setting, s) for s in sets]).median  # type: ignore[misc]
-                for way in (group_in_one, group_in_two)
-            )
-
-        yield from self._crossing(few, _FEW_STEPS, experts, end)
         if moe.num_experts <= MOST_RANKED:
-            one = Work.of("topk_by_expert", setting.dtype, E=moe.num_experts, top_k=moe.top_k)
-            yield from self._crossing(one, _GROUP_STEPS, grouping, end)
+            work, ways = grouping_work(setting.dtype, moe), (group_in_one, group_in_two)
+            for limit in self._crossing(work, _GROUP_STEPS, routing_sets, ways, end):
+                table = table.with_(TileTable(limits=[limit]))
+                yield limit
+        tiles = StepTiles(table, setting.config, setting.dtype)
+        halves = [functools.partial(way, tiles=tiles) for way in (few_experts, many_experts)]
+        work = expert_work("expert_gemv", setting.dtype, setting.config.hidden_size, moe)
+        yield from self._crossing(work, _FEW_STEPS, expert_sets, halves, end)
 
     def _crossing(
-        self, work: Work, steps: Sequence[int], times: Callable[[int], tuple[float, float]], end: float
+        self,
+        work: Work,
+        steps: Sequence[int],
+        sets: Callable[[Setting, int], list[ExpertSet]],
+        ways: Sequence[Callable[[Setting, ExpertSet], None]],
+        end: float,
     ) -> Iterator[Limit]:
-        """The last step before which the first way is no slower; nothing where time runs out."""
+        """The last step up to which the first of two ways is no slower; nothing if time runs out before."""
         last = 0
         for rows in steps:
             if self._clock() > end:
                 return
-            first, second = times(rows)
+            made = sets(self._setting, rows)
+            first, second = (
+                self._timer([functools.partial(way, self._setting, s) for s in made]).median for way in ways
+            )
             self._notify(f"{work.op}, {rows} rows: {first:.1f} us, and {second:.1f} us the other way")
             if first > second:
                 break

@@ -21,18 +21,13 @@ from flexmoe.config.model import MoEConfig
 from flexmoe.kernels.triton import expert_down, expert_gate_up
 from flexmoe.kernels.triton.combine import combine
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
-from flexmoe.kernels.triton.tiles import TileTable, Work
+from flexmoe.kernels.triton.tiles import expert_work
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.kernels.triton.topk_by_expert import topk_by_expert
+from flexmoe.models.fused_tiles import StepTiles
 
 FEW_ROWS = 16  # beyond these no launch of an expert for each row can win
-MOST_RANKED = 256  # experts that topk_by_expert can rank
 _FEWEST_SETS = 4  # of routing: one choice of experts is not like another
-
-
-def expert_work(op: str, dtype: torch.dtype, hidden: int, moe: MoEConfig) -> Work:
-    """Work of an expert operation, or of the limit "expert_gemv"."""
-    return Work.of(op, dtype, H=hidden, F=moe.expert_width, E=moe.num_experts, top_k=moe.top_k)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +146,9 @@ def gate_up_gemv(setting: Setting, s: ExpertSet, tile: Any) -> None:
 
 def down_gemv(setting: Setting, s: ExpertSet, tile: Any) -> None:
     """The second half for few rows."""
-    expert_down.expert_down_gemv(s.hidden, s.ids, s.weights, s.down, s.out, tile=tile, pdl=setting.pdl)
+    expert_down.expert_down_gemv(
+        s.hidden, s.ids, s.weights, s.down, s.out, logits=s.logits, lengths=s.lengths, tile=tile, pdl=setting.pdl
+    )
 
 
 def gate_up_grouped(setting: Setting, s: ExpertSet, tile: Any) -> None:
@@ -167,19 +164,19 @@ def down_grouped(setting: Setting, s: ExpertSet, tile: Any) -> None:
     expert_down.expert_down_grouped(s.hidden, s.rows, s.counts, s.weights, s.down, s.y, tile=tile, pdl=setting.pdl)
 
 
-def few_experts(setting: Setting, table: TileTable, s: ExpertSet) -> None:
+def few_experts(setting: Setting, s: ExpertSet, tiles: StepTiles) -> None:
     """All of a layer's experts for few rows: two launches."""
-    tile = functools.partial(_tile, setting, table, len(s.x))
-    gate_up_gemv(setting, s, tile("expert_gate_up_gemv"))
-    down_gemv(setting, s, tile("expert_down_gemv"))
+    first, second = tiles.few_experts(len(s.x))
+    gate_up_gemv(setting, s, first)
+    down_gemv(setting, s, second)
 
 
-def many_experts(setting: Setting, table: TileTable, s: ExpertSet) -> None:
+def many_experts(setting: Setting, s: ExpertSet, tiles: StepTiles) -> None:
     """All of a layer's experts, grouped: four launches, or five."""
-    tile = functools.partial(_tile, setting, table, len(s.x))
-    group_in_one(setting, s) if s.counts.numel() <= MOST_RANKED else group_in_two(setting, s)
-    gate_up_grouped(setting, s, tile("expert_gate_up_grouped"))
-    down_grouped(setting, s, tile("expert_down_grouped"))
+    group_in_one(setting, s) if tiles.groups_in_one(len(s.x), len(s.counts)) else group_in_two(setting, s)
+    first, second = tiles.many_experts(len(s.x))
+    gate_up_grouped(setting, s, first)
+    down_grouped(setting, s, second)
     combine(s.y, s.ids, s.out, accumulate=True, pdl=setting.pdl)
 
 
@@ -195,10 +192,6 @@ def group_in_two(setting: Setting, s: ExpertSet) -> None:
     """Choose, then list."""
     topk(s.logits, s.ids, s.weights, renormalize=_moe(setting).renormalize, lengths=s.lengths, pdl=setting.pdl)
     group_by_expert(s.ids, len(s.counts), s.rows, s.counts, pdl=setting.pdl)
-
-
-def _tile(setting: Setting, table: TileTable, rows: int, op: str) -> Any:
-    return table.tile(expert_work(op, setting.dtype, setting.config.hidden_size, _moe(setting)), rows)
 
 
 def _moe(setting: Setting) -> MoEConfig:

@@ -23,7 +23,7 @@ from flexmoe.kernels.triton.decode_attention import decode_attention, workspace_
 from flexmoe.kernels.triton.decode_attention import default_tile as default_attention
 from flexmoe.kernels.triton.route import default_tile as default_route
 from flexmoe.kernels.triton.route import route
-from flexmoe.kernels.triton.tiles import Work
+from flexmoe.kernels.triton.tiles import Work, attention_work, linear_work, route_work
 
 _ROTATE = 192 << 20  # bytes that the sets read together, at least: three times the L2 cache
 _MOST_SETS = 1024
@@ -105,11 +105,6 @@ def _linears(config: ModelConfig) -> Iterator[_Linear]:
     yield _Linear("lm_head", config.vocab_size, hidden, norm=True, wide=True)
 
 
-def linear_work(dtype: torch.dtype, n: int, k: int, *, norm: bool) -> Work:
-    """Work of a projection [n, k] of normed rows or of others."""
-    return Work.of("norm_linear", dtype, N=n, K=k, norm=int(norm))
-
-
 def linear_jobs(setting: Setting, rows: int) -> Iterator[Job]:
     dtype = setting.dtype
     for linear in _linears(setting.config):
@@ -142,19 +137,13 @@ def _linear_inputs(setting: Setting, rows: int, linear: _Linear) -> Inputs:
     return Inputs(launches, out, 0.0 if linear.residual else torch.nan, moved)
 
 
-def attention_work(dtype: torch.dtype, config: ModelConfig) -> Work:
-    """Work of a model's decode attention."""
-    a = config.attention
-    return Work.of("decode_attention", dtype, heads=a.num_heads, kv_heads=a.num_kv_heads, head_dim=a.head_dim)
-
-
 def attention_jobs(setting: Setting, rows: int) -> Iterator[Job]:
     a = setting.config.attention
     default = default_attention(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=setting.dtype)
     tiles = list(candidates.attention_tiles(rows, a.num_heads, a.num_kv_heads, default, setting.dtype.itemsize))
     contexts = [context for context in _CONTEXTS if context * rows <= _MOST_KEYS] or [_CONTEXTS[0]]
     parts = [functools.partial(_attention_inputs, setting, rows, context) for context in contexts]
-    yield Job("attention", attention_work(setting.dtype, setting.config), rows, default, tiles, parts)
+    yield Job("attention", attention_work(setting.dtype, a), rows, default, tiles, parts)
 
 
 def _attention_inputs(setting: Setting, rows: int, context: int) -> Inputs:
@@ -194,7 +183,7 @@ def route_jobs(setting: Setting, rows: int) -> Iterator[Job]:
         return
     default = default_route(rows, hidden, moe.num_experts, size)
     tiles = list(candidates.route_tiles(rows, hidden, moe.num_experts, size))
-    work = Work.of("route", setting.dtype, H=hidden, E=moe.num_experts)
+    work = route_work(setting.dtype, hidden, moe)
     yield Job("router", work, rows, default, tiles, [functools.partial(_route_inputs, setting, rows)])
 
 

@@ -52,7 +52,7 @@ class Sampling:
 class DeviceDecoder(Protocol):
     """A decoder whose steps wait for nothing.
 
-    logits: fp32 [MAX_ROWS, V]; sampled: int64 [MAX_ROWS], -1 where logits are not numbers. Both of the latest step.
+    logits: fp32 [R, V]; sampled: int64 [R], R up to MAX_ROWS, -1 where logits are not numbers. Both of the latest step.
     """
 
     logits: Tensor

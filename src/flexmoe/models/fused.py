@@ -6,10 +6,12 @@ graph (`engine/cuda_graph.py`).
 
 The residual stream is fp32; between kernels stands the model's dtype. There are two regimes. With few rows every
 (token, expert) pair reads its expert for itself; with more, rows are grouped by expert and meet it in one product.
+Where the one ends, and how each launch is cut, is measured (`fused_tiles.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -20,14 +22,16 @@ from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.swiglu import swiglu
 from flexmoe.kernels.triton import argmax, norm_linear, sample
 from flexmoe.kernels.triton.combine import combine
-from flexmoe.kernels.triton.decode_attention import decode_attention, default_workspace
+from flexmoe.kernels.triton.decode_attention import decode_attention, workspace_shapes
 from flexmoe.kernels.triton.embed import embed
 from flexmoe.kernels.triton.expert_down import expert_down_gemv, expert_down_grouped
 from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv, expert_gate_up_grouped
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.rms_norm import rms_norm
 from flexmoe.kernels.triton.route import route
+from flexmoe.kernels.triton.tiles import TileTable, tiles_for
 from flexmoe.kernels.triton.topk import topk
+from flexmoe.kernels.triton.topk_by_expert import topk_by_expert
 from flexmoe.layers.attention import Attention
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
@@ -36,23 +40,27 @@ from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
-from flexmoe.models.device_rows import MAX_ROWS, DeviceRows, Sampling
+from flexmoe.models.device_rows import MAX_ROWS, PDL_CAPABILITY, DeviceRows, Sampling
+from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.moe.block import MoEBlock
-
-_GEMV_ROWS = 4  # up to which each (token, expert) pair reads its expert alone: few of them share one
-_PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
 
 
 class Buffers:
     """Activations and scratch of the largest step; all layers share them. Those of T rows are the first T."""
 
     def __init__(
-        self, config: ModelConfig, linears: Iterable[tuple[int, int]], dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        linears: Iterable[tuple[int, int]],
+        tiles: StepTiles,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_rows: int,
     ) -> None:
         """linears: (N, K) of all dense projections."""
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(MAX_ROWS, *shape, dtype=dtype, device=device)
+            return torch.empty(max_rows, *shape, dtype=dtype, device=device)
 
         a = config.attention
         self.x = empty(config.hidden_size, dtype=torch.float32)  # the residual stream
@@ -61,7 +69,7 @@ class Buffers:
         self.attended = empty(a.num_heads * a.head_dim)
         self.logits = empty(config.vocab_size, dtype=torch.float32)
         self.token_ids = empty(dtype=torch.int64)
-        self.sampled = torch.zeros(MAX_ROWS, dtype=torch.int64, device=device)
+        self.sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
         if config.moe is not None:
             m = config.moe
             self.router_logits = empty(m.num_experts, dtype=torch.float32)
@@ -69,22 +77,32 @@ class Buffers:
             self.topk_weights = empty(m.top_k, dtype=torch.float32)
             self.hidden = empty(m.top_k, m.expert_width)
             self.expert_out = empty(m.top_k, config.hidden_size)
-            self.grouped = torch.empty(m.num_experts * MAX_ROWS, dtype=torch.int32, device=device)
+            self.grouped = torch.empty(m.num_experts * max_rows, dtype=torch.int32, device=device)
             self.counts = torch.empty(m.num_experts, dtype=torch.int32, device=device)
-        steps = range(1, MAX_ROWS + 1)
-        size = max(norm_linear.scratch_bytes(t, n, k, dtype, norm=True) for t in steps for n, k in linears)
+        steps = range(1, max_rows + 1)
+        size = max(
+            norm_linear.scratch_bytes(t, n, k, dtype, norm=norm, tile=tiles.linear(t, n, k, norm=norm))
+            for t, (n, k), norm in itertools.product(steps, linears, (False, True))
+        )
         self.scratch = torch.empty(size, dtype=torch.uint8, device=device)
         vocab = config.vocab_size
         words = max(max(argmax.scratch_words(t, vocab), sample.scratch_words(t, vocab)) for t in steps)
         self.sampler_scratch = torch.empty(words, dtype=torch.int64, device=device)
-        self.attention = default_workspace(MAX_ROWS, a.num_heads, a.num_kv_heads, a.head_dim, dtype, device)
+        parts = max(t * tiles.attention(t).splits for t in steps)  # of one head
+        partial, logsum = workspace_shapes(parts, a.num_heads, a.head_dim, 1)
+        self.attention = (
+            torch.empty(partial, dtype=torch.float32, device=device),
+            torch.empty(logsum, dtype=torch.float32, device=device),
+        )
 
 
 class FusedLayer:
     """One decoder layer over the shared buffers."""
 
-    def __init__(self, layer: DecoderLayer, config: ModelConfig, buffers: Buffers, *, pdl: bool) -> None:
-        self.index, self._buffers, self._pdl = layer.index, buffers, pdl
+    def __init__(
+        self, layer: DecoderLayer, config: ModelConfig, buffers: Buffers, tiles: StepTiles, *, pdl: bool
+    ) -> None:
+        self.index, self._buffers, self._tiles, self._pdl = layer.index, buffers, tiles, pdl
         self._input_norm, self._mlp_norm = layer.input_norm, layer.mlp_norm
         self._qkv, self._out = layer.attention.qkv, layer.attention.out
         self._clip, self._window = config.attention.clip_qkv, layer.attention.window
@@ -101,7 +119,7 @@ class FusedLayer:
         self._linear(x, self._qkv, qkv, norm=self._input_norm)
         decode_attention(
             qkv, cache, rows, cos, sin, attended, norm=self._qk_norm, clip=self._clip, window=self._window,
-            workspace=b.attention, pdl=self._pdl,
+            workspace=b.attention, tile=self._tiles.attention(count), pdl=self._pdl,
         )  # fmt: skip
         self._linear(attended, self._out, x, residual=True)
 
@@ -119,28 +137,48 @@ class FusedLayer:
             self._add_mlp(self._moe.shared, normed, x, self._moe.shared_gate)
 
     def _add_experts(self, moe: MoEBlock, lengths: Tensor) -> None:
+        b, count = self._buffers, len(lengths)
+        norm, router = self._mlp_norm, self._router_weight
+        route(
+            b.x[:count], norm.weight.data, norm.eps, router, b.normed[:count], b.router_logits[:count],
+            tile=self._tiles.route(count, router.dtype), pdl=self._pdl,
+        )  # fmt: skip
+        if self._tiles.reads_alone(count):
+            self._add_alone(moe, lengths)
+        else:
+            self._add_grouped(moe, lengths)
+
+    def _add_alone(self, moe: MoEBlock, lengths: Tensor) -> None:
+        """Each (token, expert) pair by itself; experts are chosen within the first launch."""
         b, count, pdl = self._buffers, len(lengths), self._pdl
-        x, normed, logits = b.x[:count], b.normed[:count], b.router_logits[:count]
-        ids, weights = b.topk_ids[:count], b.topk_weights[:count]
+        logits, ids, weights = b.router_logits[:count], b.topk_ids[:count], b.topk_weights[:count]
         hidden = b.hidden[:count].flatten(0, 1)
-        gate_up, down = moe.experts.gate_up.data, moe.experts.down.data
-        renormalize = moe.router.renormalize
-        norm = self._mlp_norm
-        route(x, norm.weight.data, norm.eps, self._router_weight, normed, logits, pdl=pdl)
-        if count <= _GEMV_ROWS:
-            expert_gate_up_gemv(
-                normed, logits, ids, weights, gate_up, hidden, renormalize=renormalize, lengths=lengths, pdl=pdl
-            )
-            expert_down_gemv(hidden, ids, weights, down, x, pdl=pdl)
-            return
-        slots = len(gate_up)
-        grouped, counts = b.grouped[: slots * count].view(slots, count), b.counts
-        out = b.expert_out[:count].flatten(0, 1)
-        topk(logits, ids, weights, renormalize=renormalize, lengths=lengths, pdl=pdl)
-        group_by_expert(ids, slots, grouped, counts, pdl=pdl)
-        expert_gate_up_grouped(normed, grouped, counts, gate_up, hidden, top_k=ids.shape[1], pdl=pdl)
-        expert_down_grouped(hidden, grouped, counts, weights, down, out, pdl=pdl)
-        combine(out, ids, x, accumulate=True, pdl=pdl)
+        first, second = self._tiles.few_experts(count)
+        expert_gate_up_gemv(
+            b.normed[:count], logits, ids, weights, moe.experts.gate_up.data, hidden,
+            renormalize=moe.router.renormalize, lengths=lengths, tile=first, pdl=pdl,
+        )  # fmt: skip
+        down = moe.experts.down.data
+        expert_down_gemv(hidden, ids, weights, down, b.x[:count], logits=logits, lengths=lengths, tile=second, pdl=pdl)
+
+    def _add_grouped(self, moe: MoEBlock, lengths: Tensor) -> None:
+        """Rows of one expert together."""
+        b, count, pdl = self._buffers, len(lengths), self._pdl
+        logits, ids, weights = b.router_logits[:count], b.topk_ids[:count], b.topk_weights[:count]
+        hidden, out = b.hidden[:count].flatten(0, 1), b.expert_out[:count].flatten(0, 1)
+        gate_up, down, renormalize = moe.experts.gate_up.data, moe.experts.down.data, moe.router.renormalize
+        slots, counts = len(gate_up), b.counts
+        grouped = b.grouped[: slots * count].view(slots, count)
+        if self._tiles.groups_in_one(count, slots):
+            topk_by_expert(logits, ids, weights, grouped, counts, renormalize=renormalize, lengths=lengths, pdl=pdl)
+        else:
+            topk(logits, ids, weights, renormalize=renormalize, lengths=lengths, pdl=pdl)
+            group_by_expert(ids, slots, grouped, counts, pdl=pdl)
+        first, second = self._tiles.many_experts(count)
+        normed, top_k = b.normed[:count], ids.shape[1]
+        expert_gate_up_grouped(normed, grouped, counts, gate_up, hidden, top_k=top_k, tile=first, pdl=pdl)
+        expert_down_grouped(hidden, grouped, counts, weights, down, out, tile=second, pdl=pdl)
+        combine(out, ids, b.x[:count], accumulate=True, pdl=pdl)
 
     def _add_mlp(self, mlp: GatedMLP, normed: Tensor, x: Tensor, gate: Linear | None) -> None:
         """A dense MLP, or the expert that every token takes. In torch between its projections: few models have one."""
@@ -159,28 +197,45 @@ class FusedLayer:
     ) -> None:
         bias = None if linear.bias is None else linear.bias.data
         norm_weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
+        weight = weight_of(linear)
+        tile = self._tiles.linear(len(x), *weight.shape, norm=norm is not None)
         norm_linear.norm_linear(
-            x, weight_of(linear), out, norm_weight=norm_weight, eps=eps, bias=bias, residual=residual,
-            scratch=self._buffers.scratch, pdl=self._pdl,
+            x, weight, out, norm_weight=norm_weight, eps=eps, bias=bias, residual=residual,
+            scratch=self._buffers.scratch, tile=tile, pdl=self._pdl,
         )  # fmt: skip
 
 
 class FusedDecoder:
     """Computes decode steps of a loaded Decoder; see `DeviceDecoder` for what its attributes hold."""
 
-    def __init__(self, model: Decoder, max_position: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        max_position: int,
+        device: torch.device,
+        table: TileTable | None = None,
+        max_rows: int = MAX_ROWS,
+    ) -> None:
+        """table: measured tiles; None: those of the package and of the user for this GPU. max_rows: of a step."""
         config = model.config
         embedding, self._norm = model.embed_tokens.weight.data, model.norm
         self._embedding = embedding
         self._head = embedding if model.lm_head is None else weight_of(model.lm_head)
-        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= _PDL_CAPABILITY
+        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
         projections = [tuple(weight_of(m).shape) for m in model.modules() if isinstance(m, Linear)]
         shapes = {(n, k) for n, k in [*projections, tuple(self._head.shape)]}
-        self._buffers = Buffers(config, shapes, embedding.dtype, device)
+        self._tiles = StepTiles(tiles_for(device) if table is None else table, config, embedding.dtype)
+        self._buffers = Buffers(config, shapes, self._tiles, embedding.dtype, device, max_rows)
         self.logits, self.sampled = self._buffers.logits, self._buffers.sampled
         cos, sin = rotary_tables(config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
-        self._layers = [FusedLayer(layer, config, self._buffers, pdl=self._pdl) for layer in model.decoder_layers]
+        layers, tiles = model.decoder_layers, self._tiles
+        self._layers = [FusedLayer(layer, config, self._buffers, tiles, pdl=self._pdl) for layer in layers]
+
+    @property
+    def buffers(self) -> Buffers:
+        """What steps compute in, for those who check a kernel."""
+        return self._buffers
 
     def step(self, rows: DeviceRows, sampling: Sampling | None, cache: KVCache, probe: Probe | None = None) -> None:
         """Compute the rows, write their keys and values, sample (greedily without `sampling`)."""
@@ -202,7 +257,7 @@ class FusedDecoder:
         logits = b.logits[:count]
         norm_linear.norm_linear(
             x, self._head, logits, norm_weight=self._norm.weight.data, eps=self._norm.eps, scratch=b.scratch,
-            pdl=self._pdl,
+            tile=self._tiles.linear(count, *self._head.shape, norm=True), pdl=self._pdl,
         )  # fmt: skip
         seen.record("logits", -1, logits)
         self._sample(logits, sampling)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from flexmoe.config.model import AttentionConfig, MoEConfig
 from flexmoe.kernels.cpu.library import cache_folder
 from flexmoe.kernels.triton.decode_attention import DecodeAttentionTile
 from flexmoe.kernels.triton.expert_down import DownGemvTile, DownTile
@@ -65,9 +66,7 @@ class Work:
 
     @classmethod
     def of(cls, op: str, dtype: torch.dtype | str, **shape: int) -> Work:
-        """norm_linear: N, K, norm (0 or 1). decode_attention: heads, kv_heads, head_dim. route: H, E. Experts: H, F, E,
-        top_k. topk_by_expert: E, top_k.
-        """
+        """The functions below say which names an operation's shape has."""
         return cls(op, tuple(sorted(shape.items())), str(dtype).removeprefix("torch."))
 
     def distance(self, rows: int, other: int) -> float:
@@ -84,6 +83,32 @@ class Work:
         shape = dict(self.shape)
         share = min(1.0, shape["top_k"] / shape["E"])
         return rows * share / (1 - (1 - share) ** rows)
+
+
+def linear_work(dtype: torch.dtype, n: int, k: int, *, norm: bool) -> Work:
+    """A projection by a weight [n, k], of rows that it norms or of others."""
+    return Work.of("norm_linear", dtype, N=n, K=k, norm=int(norm))
+
+
+def attention_work(dtype: torch.dtype, attention: AttentionConfig) -> Work:
+    """Decode attention."""
+    heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    return Work.of("decode_attention", dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def route_work(dtype: torch.dtype, hidden: int, moe: MoEConfig) -> Work:
+    """Norm and router, whose weight is of `dtype`."""
+    return Work.of("route", dtype, H=hidden, E=moe.num_experts)
+
+
+def expert_work(op: str, dtype: torch.dtype, hidden: int, moe: MoEConfig) -> Work:
+    """An operation on experts, or the limit "expert_gemv"."""
+    return Work.of(op, dtype, H=hidden, F=moe.expert_width, E=moe.num_experts, top_k=moe.top_k)
+
+
+def grouping_work(dtype: torch.dtype, moe: MoEConfig) -> Work:
+    """The limit "topk_by_expert"; dtype: the model's, though the logits are fp32."""
+    return Work.of("topk_by_expert", dtype, E=moe.num_experts, top_k=moe.top_k)
 
 
 @dataclass(frozen=True, slots=True)
