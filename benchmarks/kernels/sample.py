@@ -74,14 +74,15 @@ def _argmax_tiles(batch: int, vocabulary: int) -> Iterator[ArgmaxTile]:
 def _sample_tiles(batch: int, vocabulary: int) -> Iterator[SampleTile]:
     default = sample.default_tile(batch, vocabulary)
     yield default
-    for size, warps in itertools.product((256, 512, 1024, 2048, 4096), (1, 2, 4, 8)):
-        if 64 <= size // warps <= 1024 and default.slice // 2 <= size <= default.slice * 4:
+    for size, warps in itertools.product((128, 256, 512, 1024, 2048), (1, 2, 4, 8)):
+        if 32 <= size // warps <= 256 and default.slice // 2 <= size <= default.slice * 4:
             yield replace(default, slice=size, slice_warps=warps)
     for chunk, warps in itertools.product((256, 512, 1024, 2048, 4096), (2, 4, 8)):
         if default.chunk // 2 <= chunk <= default.chunk * 2:
             yield replace(default, chunk=chunk, chunk_warps=warps)
-    for bins, levels in itertools.product((64, 128, 256, 512, 1024), (1, 2)):
-        yield replace(default, bins=bins, levels=levels)
+    for rounds, lanes, enough in itertools.product((2, 3, 4), (8, 16, 32), (128, 512)):
+        if default.slice * lanes // default.slice_warps <= 4096:  # more would not fit the registers
+            yield replace(default, rounds=rounds, lanes=lanes, enough=enough)
     for block, warps in itertools.product((128, 512), (1, 2, 4)):
         yield replace(default, block=block, row_warps=warps)
 

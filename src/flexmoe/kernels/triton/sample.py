@@ -1,6 +1,6 @@
 """Draw a token a row, without sorting. Enters: logits fp32 [T, V], SampleParams. Leaves: tokens int64 [T].
 
-Launches: `_survey` finds the largest and the lowest logit of each chunk; four launches of `sample_bounds` turn top_k
+Launches: `_survey` finds the largest and the lowest logit of each chunk; the launches of `sample_bounds` turn top_k
 and top_p into a bound, how far below the largest a logit may lie; `_weigh_chunks` sums the weights of each chunk's
 tokens within it; `_pick` finds the chunk, and in it the token, at which the running sum passes uniform * total. Rows
 that do not need a launch leave it at once: one CUDA graph serves all parameters. Weights are summed as whole numbers,
@@ -38,20 +38,21 @@ _LAST = tl.constexpr(2**31 - 1)
 class SampleTile:
     """How `sample` is cut up; sizes are powers of two.
 
-    chunk: logits of a program of the first and the last launches. slice: of a program of those that look for bounds.
-    bins: of their histograms. levels: of histograms, 1 or 2: 2 costs a launch and leaves less to bisect. room: logits
-    in doubt after the histograms for which a row has room; where there are more, the row itself is bisected, slowly.
-    block: logits that a program of that launch looks at together.
+    chunk: logits of a program of the first and the last launches. slice: of a program of those that look for bounds, at
+    most 2048. rounds, lanes: how often these narrow the bounds, and with how many probes. enough: tokens in doubt that
+    need no further round. room: logits in doubt that a row has room for; where there are more, the row itself is
+    bisected, slowly. block: logits that a program of that launch looks at together.
     """
 
     chunk: int = 1024
     chunk_warps: int = 4
     slice: int = 512
     slice_warps: int = 4
-    bins: int = 128
-    levels: int = 2
+    rounds: int = 3
+    lanes: int = 16
+    enough: int = 128
     room: int = 2048
-    block: int = 512
+    block: int = 256
     row_warps: int = 4
 
 
@@ -150,10 +151,9 @@ def _pick(
 def default_tile(T: int, V: int) -> SampleTile:
     """Programs for about two waves of a few rows; of many rows, larger ones, which repeat less between them."""
     chunk = min(max(triton.next_power_of_2(T * V // 256), 256), 4096)
-    slice_ = min(max(triton.next_power_of_2(T * V // 512), 256), 4096)
-    return SampleTile(
-        chunk, chunk_warps=max(2, min(8, chunk // 256)), slice=slice_, slice_warps=max(4, min(8, slice_ // 256))
-    )
+    slice_ = min(max(triton.next_power_of_2(T * V // 512), 256), bounds.WIDEST_SLICE)
+    warps = max(2, min(8, chunk // 256))
+    return SampleTile(chunk, warps, slice_, slice_warps=max(4, min(8, slice_ // 256)))
 
 
 def scratch_words(T: int, V: int, tile: SampleTile | None = None) -> int:
@@ -164,7 +164,7 @@ def scratch_words(T: int, V: int, tile: SampleTile | None = None) -> int:
 def _parts(T: int, V: int, tile: SampleTile) -> tuple[int, ...]:
     """Words of peaks, depths and masses [T, C], of tally, of bound [T] and of found [T, room], both fp32."""
     C = triton.cdiv(V, tile.chunk)
-    return T * C, T * C, T * C, T * bounds.tally_words(tile.bins), (T + 1) // 2, (T * tile.room + 1) // 2
+    return T * C, T * C, T * C, T * bounds.tally_words(tile.rounds, tile.lanes), (T + 1) // 2, (T * tile.room + 1) // 2
 
 
 def sample(
@@ -193,25 +193,24 @@ def sample(
     C = triton.cdiv(V, tile.chunk)
     peaks, depths, masses, tally, bound, found = carve(scratch, *_parts(T, V, tile))
     bound, found = bound.view(torch.float32), found.view(torch.float32)
-    words = bounds.tally_words(tile.bins)
+    words = tally.numel() // T
     rows = (logits, logits.stride(0), V)
     filters = (params.temperature, params.top_k, params.top_p)
     launch = {"PDL": pdl, "launch_pdl": pdl}
     by_chunk = {"CHUNK": tile.chunk, "num_warps": tile.chunk_warps, **launch}
-    by_row = {"BLOCK_C": triton.next_power_of_2(C), **launch}
+    block_c = triton.next_power_of_2(C)
     _survey[(C, T)](*rows, peaks, depths, tally, C, words, BLOCK_WORDS=triton.next_power_of_2(words), **by_chunk)
     if filtered:
-        known = (*rows, *filters, peaks, depths, tally)
-        by_slice = {"SLICE": tile.slice, "BINS": tile.bins, "num_warps": tile.slice_warps, **by_row}
+        known = (*rows, *filters)
+        spans = {"ROUNDS": tile.rounds, "LANES": tile.lanes, **launch}
+        by_slice = {"SLICE": tile.slice, "ENOUGH": tile.enough, "num_warps": tile.slice_warps, **spans}
         slices = (triton.cdiv(V, tile.slice), T)
-        bounds.coarse[slices](*known, C, words, **by_slice)
-        if tile.levels == 2:
-            bounds.fine[slices](*known, C, words, **by_slice)
-        bounds.collect[slices](*known, found, C, words, LEVELS=tile.levels, ROOM=tile.room, **by_slice)
+        for i in range(tile.rounds):
+            bounds.narrow[slices](*known, peaks, depths, tally, C, words, ROUND=i, BLOCK_C=block_c, **by_slice)
+        bounds.collect[slices](*known, tally, found, words, ROOM=tile.room, **by_slice)
         bounds.settle[(T,)](
-            *known, found, bound, C, words, BINS=tile.bins, ROOM=tile.room, BLOCK=tile.block,
-            num_warps=tile.row_warps, **by_row,
-        )  # fmt: skip
-    ends = {"FILTERED": filtered, "BLOCK_C": by_row["BLOCK_C"], **by_chunk}
+            *known, tally, found, bound, words, ROOM=tile.room, BLOCK=tile.block, num_warps=tile.row_warps, **spans
+        )
+    ends = {"FILTERED": filtered, "BLOCK_C": block_c, **by_chunk}
     _weigh_chunks[(C, T)](*rows, *filters, params.min_p, peaks, bound, masses, C, **ends)
     _pick[(T,)](*rows, *filters, params.min_p, params.uniform, peaks, bound, masses, out, C, **ends)

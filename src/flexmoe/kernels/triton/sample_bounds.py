@@ -4,16 +4,15 @@ Enters: logits fp32 [T, V], what `sample` found of their range, the filters [T].
 
 A token's distance is (largest logit - logit) / temperature, >= 0; its weight is exp(-distance). top_k asks for the
 least distance within which there are k tokens, top_p for the least within which there is a share p of the weight that
-top_k leaves. Launches, one after the other:
+top_k leaves. What is known of either is a span: a distance too small, one large enough, and the count and the weight
+within both. Launches, one after the other:
 
-  coarse   (row, slice)  a histogram of the distances: it says in which bin top_k's bound lies, and, as the distances in
-                         a bin say what its tokens may weigh, in which few bins top_p's does
-  fine     (row, slice)  the exact weight below those bins, and histograms of what is in them; skipped if levels == 1
-  collect  (row, slice)  the exact count and weight below the bins of those histograms, and a list of what is in them
+  narrow   (row, slice)  counts and weighs what lies within some probes, distances inside the spans; so the next launch
+                         starts with narrower ones. `rounds` of them, left at once where few tokens are in doubt
+  collect  (row, slice)  lists the logits that are still in doubt
   settle   (row)         bisects that list
 
 Sums are whole numbers, hence the same in any order: no result depends on tiles, on the batch, or on who adds first.
-Kernels that need the same distances, bins or edges compute them anew: so with operations that the compiler cannot fuse.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -30,25 +29,25 @@ from flexmoe.kernels.triton.argmax import LOWEST, candidate_logit, number
 _UNITS = tl.constexpr(2.0**44)
 REACH = tl.constexpr(30.5)  # exp(-30.5) is less than one unit
 _COLDEST = tl.constexpr(COLDEST)
-_NEAREST = tl.constexpr(1e-30)
 _ALL = tl.constexpr(2**31 - 1)
-# By how much a weight, or the sum of some, may be off by rounding: more than it ever is.
-_ABOVE = tl.constexpr(1.0 + 2.0**-13)
-_BELOW = tl.constexpr(1.0 - 2.0**-12)
-_SLACK = tl.constexpr(2.0**20)  # units; weights of that many tokens may have lost less than one each
+_MOST = tl.constexpr(2**63 - 1)
+_LIMB = tl.constexpr(18)  # bits; sums of 2048 fit an int32, which a warp adds up in one instruction
+_LIMB_MASK = tl.constexpr(2**18 - 1)
+_COUNT_SHIFT = tl.constexpr(20)  # sums of 2048 of the highest limb are below
+_ONE = tl.constexpr(2**20)
+WIDEST_SLICE = 2048
 
-# A row's tally: histograms [coarse, fine of top_k, fine of top_p] of BINS words, then these words.
-_BEFORE = tl.constexpr(0)  # by `fine`: weight below top_k's coarse bin, below top_p's, and count below top_k's
-_MASS = tl.constexpr(4)  # by `collect`: weight below the span of top_k's bound and inside, the same of top_p's
-_COUNT = tl.constexpr(8)  # the same counts, but that of what lies below the span of top_p's
-_ENDS = tl.constexpr(12)  # bits ^ _ALL of the least distance inside, bits of the largest: for top_k, for top_p
-_LISTED = tl.constexpr(16)
-_SUMS = 32  # so many that rows stay aligned
+# A row's tally: of each round [probes, counts, weights] of LANES words; then the spans that it started with, _SPANS
+# words (the first round's: the largest logit alone), and those that `collect` started with; then these words.
+_SPANS = tl.constexpr(16)
+_PEAK = tl.constexpr(12)
+_ENDS = tl.constexpr(0)  # bits ^ _ALL of the least distance listed, bits of the largest: for top_k, for top_p
+_LISTED = tl.constexpr(4)
 
 
-def tally_words(bins: int) -> int:
+def tally_words(rounds: int, lanes: int) -> int:
     """How many int64, zero at first, these kernels need for a row."""
-    return 3 * bins + _SUMS
+    return rounds * 3 * lanes + (rounds + 2) * 16
 
 
 @triton.jit
@@ -74,157 +73,125 @@ def filters_of(temperature_ptr, top_k_ptr, top_p_ptr, row, V):
 
 
 @triton.jit
-def _four(a, b, c, d):
-    """Four vectors [N] as one [N, 2, 2]: reduced or scanned together, they wait for other warps once."""
-    return tl.join(tl.join(a, c), tl.join(b, d))
-
-
-@triton.jit
-def _split_four(joined):
-    """The four of [..., 2, 2]."""
-    ac, bd = tl.split(joined)
-    a, c = tl.split(ac)
-    b, d = tl.split(bd)
-    return a, b, c, d
-
-
-@triton.jit
-def _row(peaks_ptr, depths_ptr, temperature, row, C, BLOCK_C: tl.constexpr):
-    """Largest logit, what to divide by, the largest distance that matters, and whether there is something to draw.
-
-    The lowest finite logit's distance matters, unless weights are 0 before; it is never 0 itself.
-    """
+def _range_of(peaks_ptr, depths_ptr, row, C, BLOCK_C: tl.constexpr):
+    """Largest and lowest finite logit of a row."""
     chunks = tl.arange(0, BLOCK_C)
     peaks = tl.load(peaks_ptr + row * C + chunks, mask=chunks < C, other=LOWEST)
     depths = tl.load(depths_ptr + row * C + chunks, mask=chunks < C, other=LOWEST)
     peak, depth = tl.split(tl.max(tl.join(peaks, depths), 0))
-    peak, floor = candidate_logit(peak), number(depth.to(tl.int32) ^ -1)
-    temperature, drawn = divisor(temperature, peak)
-    return peak, temperature, tl.maximum(tl.minimum(tl.div_rn(peak - floor, temperature), REACH), _NEAREST), drawn
+    return candidate_logit(peak), number(depth.to(tl.int32) ^ -1)
 
 
 @triton.jit
-def _bin(distance, start, scale, BINS: tl.constexpr):
-    """Which bin of a histogram; those before its start are in the first one, those past its end in the last one."""
-    return tl.maximum(tl.minimum((distance - start) * scale, BINS - 1.0), 0.0).to(tl.int32)
+def _spans_ptr(tally_ptr, index, ROUNDS: tl.constexpr, LANES: tl.constexpr):
+    """Where the spans are that round `index` started with; past the last round, collect's; past those, the sums."""
+    return tally_ptr + ROUNDS * 3 * LANES + index * _SPANS
 
 
 @triton.jit
-def _most(histogram, start, scale, BINS: tl.constexpr):
-    """The most that the tokens in each bin may weigh, in units; and the share of it that they weigh at least."""
-    width = tl.div_rn(1.0, scale)
-    near = tl.fma(tl.arange(0, BINS).to(tl.float32), width, start)
-    most = (tl.exp(-near) * (_ABOVE * _UNITS)).to(tl.int64)
-    return histogram * most, (tl.exp(-width) * _BELOW).to(tl.float64)
+def _load_span(ptr):
+    """A span: (too small, large enough, tokens within either, units of weight within either)."""
+    low, high = tl.load(ptr).to(tl.int32), tl.load(ptr + 1).to(tl.int32)
+    low, high = low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
+    return low, high, tl.load(ptr + 2), tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5)
 
 
 @triton.jit
-def _bin_of_k(histogram, count, most, k, BINS: tl.constexpr):
-    """From running sums: the bin of top_k's bound, past the last if there are no k tokens; the most weight below it,
-    and up to its end.
-    """
-    few = count < k
-    past = tl.where(few, tl.arange(0, BINS) + 1, 0).to(tl.int64)
-    upto = tl.where(count - histogram < k, most, 0)
-    bin_k, below, upto, _ = _split_four(tl.max(_four(past, tl.where(few, most, 0), upto, upto), 0))
-    return bin_k.to(tl.int32), below, upto
+def _store_span(ptr, span):
+    tl.store(ptr, span[0].to(tl.int32, bitcast=True).to(tl.int64))
+    tl.store(ptr + 1, span[1].to(tl.int32, bitcast=True).to(tl.int64))
+    for i in tl.static_range(2, 6):
+        tl.store(ptr + i, span[i])
 
 
 @triton.jit
-def _bins_of_p(p, before, most, share, least_total, most_total, BINS: tl.constexpr):
-    """First and last bin where top_p's bound may lie. before: the weight below all bins, exactly; most, share: of them.
-
-    The bound's bin is the first whose running sum reaches p * total; only limits of either are known.
-    """
-    early = (p * least_total - before.to(tl.float64)).to(tl.int64)
-    late = ((p * most_total.to(tl.float64) - before.to(tl.float64) + _SLACK) / share).to(tl.int64) + 1
-    both = tl.sum((most < early).to(tl.int32) + ((most < late).to(tl.int32) << 16))
-    return both & 0xFFFF, tl.minimum(both >> 16, BINS - 1)
-
-
-@triton.jit
-def _coarse_bins(histogram, scale, k, p, by_p, BINS: tl.constexpr):
-    """Bin of top_k's bound (BINS: all tokens stay), first and last bin of top_p's (first BINS: it asks for none)."""
-    most, share = _most(histogram, 0.0, scale, BINS)
-    count, most = tl.split(tl.cumsum(tl.join(histogram, most), 0))
-    bin_k, below, upto = _bin_of_k(histogram, count, most, k, BINS)
-    first_p, last_p = _bins_of_p(p, below * 0, most, share, below.to(tl.float64) * share - _SLACK, upto, BINS)
-    return bin_k, tl.where(by_p, first_p, BINS), tl.minimum(last_p, bin_k)
-
-
-@triton.jit
-def _fine_scale(scale, first, last, BINS: tl.constexpr):
-    """Start and scale of the fine histogram of coarse bins first..last."""
-    span = tl.maximum(last - first + 1, 1)
-    return tl.div_rn(first.to(tl.float32), scale), tl.div_rn(scale * BINS, span.to(tl.float32))
-
-
-@triton.jit
-def _coarse_doubt(distance, reach, scale, bin_k, first_p, last_p, BINS: tl.constexpr):
-    """Of each distance: surely within top_k's bound? perhaps? and the same of top_p's."""
-    within = distance <= reach
-    place = _bin(distance, 0.0, scale, BINS)
-    inside_p = within & (place >= first_p) & (place <= last_p)
-    return within & (place < bin_k), within & (place == bin_k), within & (place < first_p), inside_p
-
-
-@triton.jit
-def _fine_doubt(distance, doubt, fine_k, fine_p, before, scale, bin_k, first_p, last_p, k, p, BINS: tl.constexpr):
-    """The same, from the fine histograms fine_k, fine_p [BINS] and what lies `before` them. doubt: of _coarse_doubt."""
-    below_k, inside_k, below_p, inside_p = doubt
-    mass_k, mass_p, count_k = before
-    start_k, scale_k = _fine_scale(scale, bin_k, bin_k, BINS)
-    start_p, scale_p = _fine_scale(scale, first_p, last_p, BINS)
-    place_k, place_p = _bin(distance, start_k, scale_k, BINS), _bin(distance, start_p, scale_p, BINS)
-    most_k, share_k = _most(fine_k, start_k, scale_k, BINS)
-    most_p, share_p = _most(fine_p, start_p, scale_p, BINS)
-    count, most_k, most_p, _ = _split_four(tl.cumsum(_four(fine_k, most_k, most_p, most_p), 0))
-    bin_k, below, upto = _bin_of_k(fine_k, count_k + count, most_k, k, BINS)
-    least_total = mass_k.to(tl.float64) + (below.to(tl.float64) * share_k - _SLACK)
-    first_p, last_p = _bins_of_p(p, mass_p, most_p, share_p, least_total, mass_k + upto, BINS)
+def _shrink(span, probes, count, mass, small, large):
+    """The span once it is known which of the probes [LANES] are too small, or large enough."""
     return (
-        below_k | (inside_k & (place_k < bin_k)),
-        inside_k & (place_k == bin_k),
-        below_p | (inside_p & (place_p < first_p)),
-        inside_p & (place_p >= first_p) & (place_p <= last_p),
+        tl.maximum(span[0], tl.max(tl.where(small, probes, -1.0))),
+        tl.minimum(span[1], tl.min(tl.where(large, probes, float("inf")))),
+        tl.maximum(span[2], tl.max(tl.where(small, count, 0))),
+        tl.minimum(span[3], tl.min(tl.where(large, count, _MOST))),
+        tl.maximum(span[4], tl.max(tl.where(small, mass, 0))),
+        tl.minimum(span[5], tl.min(tl.where(large, mass, _MOST))),
     )
 
 
 @triton.jit
-def _add_four(sums_ptr, a, b, c, d):
-    """Add the sums of four vectors to four words. Whole numbers: whoever adds first, the result is the same."""
-    sums = tl.reshape(tl.sum(_four(a, b, c, d), 0), [4]).to(tl.int64)
-    tl.atomic_add(sums_ptr + tl.arange(0, 4), sums, mask=sums > 0, sem="relaxed")
+def _are_wide(span_k, span_p, by_p, ENOUGH: tl.constexpr):
+    """Whether too many tokens are in doubt for settle: by top_k, by top_p."""
+    return span_k[3] - span_k[2] > ENOUGH, by_p & (span_p[3] - span_p[2] > ENOUGH)
 
 
 @triton.jit
-def coarse(
-    logits_ptr, stride, V, temperature_ptr, top_k_ptr, top_p_ptr, peaks_ptr, depths_ptr, tally_ptr, C, WORDS,
-    SLICE: tl.constexpr, BINS: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+def _spans_after(
+    tally_ptr, k, p, by_p, ROUND: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr, ENOUGH: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    temperature, _k, _p, by_k, by_p = filters_of(temperature_ptr, top_k_ptr, top_p_ptr, row, V)
-    logits = tl.load(logits_ptr + row * stride + tokens, mask=tokens < V, other=float("-inf"))
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    peak, temperature, reach, drawn = _row(peaks_ptr, depths_ptr, temperature, row, C, BLOCK_C)
-    if drawn & (by_k | by_p):
-        distance, _weight, _units = weigh(logits, peak, temperature)
-        place = _bin(distance, 0.0, tl.div_rn(BINS * 1.0, reach), BINS)
-        count = tl.histogram(place, BINS, mask=distance <= reach)
-        tl.atomic_add(tally_ptr + row * WORDS + tl.arange(0, BINS), count.to(tl.int64), mask=count > 0, sem="relaxed")
+    """The spans of top_k and top_p after a round.
+
+    How much weight top_k leaves is itself known as a span; so top_p's holds whatever such a weight could ask for. Where
+    top_k asks for nothing, or for more tokens than matter, its span ends as the one distance that holds all.
+    """
+    lane = tl.arange(0, LANES)
+    ptr = tally_ptr + ROUND * 3 * LANES + lane
+    probes = tl.load(ptr).to(tl.int32).to(tl.float32, bitcast=True)
+    count, mass = tl.load(ptr + LANES), tl.load(ptr + 2 * LANES)
+    if ROUND == 0:
+        span_k = (-1.0, tl.max(probes), 0, tl.max(count), 0, tl.max(mass))
+        span_p = span_k
+        known = lane >= 0
+    else:
+        ptr = _spans_ptr(tally_ptr, ROUND, ROUNDS, LANES)
+        span_k, span_p = _load_span(ptr), _load_span(ptr + 6)
+        wide_k, wide_p = _are_wide(span_k, span_p, by_p, ENOUGH)
+        known = lane < tl.where(wide_k | wide_p, LANES, 0)  # else that round was left at once
+    span_k = _shrink(span_k, probes, count, mass, known & (count < k), known & (count >= k))
+    share = mass.to(tl.float64)
+    small = known & (share < p * span_k[4].to(tl.float64))
+    large = known & (share >= p * span_k[5].to(tl.float64))
+    return span_k, _shrink(span_p, probes, count, mass, small, large)
 
 
 @triton.jit
-def fine(
+def _probes(span_k, span_p, wide_k, wide_p, k, p, ROUND: tl.constexpr, LANES: tl.constexpr):
+    """Distances [LANES] inside the spans that are wide; half of them each, if both are.
+
+    They crowd around where the bound would be if tokens lay evenly in the span; the more, the narrower spans are.
+    """
+    lane = tl.arange(0, LANES)
+    first = tl.where(wide_k, LANES // 2, 0)
+    for_p = lane >= tl.where(wide_p, first, LANES)
+    lanes = tl.where(wide_k & wide_p, LANES // 2, LANES).to(tl.float32)
+    wanted = p * 0.5 * (span_k[4].to(tl.float64) + span_k[5].to(tl.float64))
+    guess_k = (k - span_k[2]).to(tl.float32) / tl.maximum(span_k[3] - span_k[2], 1).to(tl.float32)
+    guess_p = (wanted - span_p[4].to(tl.float64)).to(tl.float32) / tl.maximum(span_p[5] - span_p[4], 1).to(tl.float32)
+    low, high = tl.where(for_p, span_p[0], span_k[0]), tl.where(for_p, span_p[1], span_k[1])
+    guess = tl.maximum(tl.minimum(tl.where(for_p, guess_p, guess_k), 1.0), 0.0)
+    place = (2 * tl.where(for_p, lane - first, lane) + 1).to(tl.float32) / lanes - 1.0  # -1 .. 1
+    apart = place * tl.abs(place)
+    if ROUND > 1:
+        apart *= tl.abs(place)
+    low = tl.maximum(low, 0.0)
+    return low + (high - low) * (guess + apart * tl.where(place < 0.0, guess, 1.0 - guess))
+
+
+@triton.jit
+def _sum_within(distance, probes, values):
+    """Sums of int32 values [SLICE] over the distances [SLICE] within each probe [LANES]."""
+    return tl.sum(tl.where(distance[:, None] <= probes[None, :], values[:, None], 0), 0)
+
+
+@triton.jit
+def narrow(
     logits_ptr, stride, V, temperature_ptr, top_k_ptr, top_p_ptr, peaks_ptr, depths_ptr, tally_ptr, C, WORDS,
-    SLICE: tl.constexpr, BINS: tl.constexpr, BLOCK_C: tl.constexpr, PDL: tl.constexpr,
+    ROUND: tl.constexpr, ROUNDS: tl.constexpr, LANES: tl.constexpr, ENOUGH: tl.constexpr, SLICE: tl.constexpr,
+    BLOCK_C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    # size: what a program knows at the start, and what it adds.
+    tl.static_assert(SLICE <= 2048)
     row = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    lane = tl.arange(0, LANES)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     temperature, k, p, by_k, by_p = filters_of(temperature_ptr, top_k_ptr, top_p_ptr, row, V)
@@ -232,32 +199,49 @@ def fine(
     if PDL:
         tl.extra.cuda.gdc_wait()
     tally_ptr += row * WORDS
-    histogram = tl.load(tally_ptr + tl.arange(0, BINS))
-    peak, temperature, reach, drawn = _row(peaks_ptr, depths_ptr, temperature, row, C, BLOCK_C)
+    peak_ptr = _spans_ptr(tally_ptr, 0, ROUNDS, LANES) + _PEAK
+    if ROUND == 0:
+        peak, floor = _range_of(peaks_ptr, depths_ptr, row, C, BLOCK_C)
+        if tl.program_id(0) == 0:
+            tl.store(peak_ptr, peak.to(tl.int32, bitcast=True).to(tl.int64))
+    else:
+        peak = tl.load(peak_ptr).to(tl.int32).to(tl.float32, bitcast=True)
+    temperature, drawn = divisor(temperature, peak)
     if drawn & (by_k | by_p):
-        scale = tl.div_rn(BINS * 1.0, reach)
-        bin_k, first_p, last_p = _coarse_bins(histogram, scale, k, p, by_p, BINS)
-        distance, _weight, units = weigh(logits, peak, temperature)
-        below_k, inside_k, below_p, inside_p = _coarse_doubt(distance, reach, scale, bin_k, first_p, last_p, BINS)
-        mass_k, mass_p, count_k = tl.where(below_k, units, 0), tl.where(below_p, units, 0), below_k.to(tl.int64)
-        _add_four(tally_ptr + 3 * BINS + _BEFORE, mass_k, mass_p, count_k, tl.zeros_like(units))
-        # Few tokens are inside: one addition each is less work than a histogram of all.
-        one = tl.full([SLICE], 1, tl.int64)
-        start, fine_scale = _fine_scale(scale, bin_k, bin_k, BINS)
-        at = BINS + _bin(distance, start, fine_scale, BINS)
-        tl.atomic_add(tally_ptr + at, one, mask=inside_k, sem="relaxed")
-        start, fine_scale = _fine_scale(scale, first_p, last_p, BINS)
-        at = 2 * BINS + _bin(distance, start, fine_scale, BINS)
-        tl.atomic_add(tally_ptr + at, one, mask=inside_p, sem="relaxed")
+        if ROUND == 0:
+            # What is farther weighs nothing.
+            reach = tl.minimum(tl.div_rn(peak - floor, temperature), REACH)
+            probes = reach * tl.div_rn(lane.to(tl.float32), LANES - 1.0)
+            wide_k, wide_p = by_k, by_p
+        else:
+            span_k, span_p = _spans_after(tally_ptr, k, p, by_p, ROUND - 1, ROUNDS, LANES, ENOUGH)
+            wide_k, wide_p = _are_wide(span_k, span_p, by_p, ENOUGH)
+            probes = _probes(span_k, span_p, wide_k, wide_p, k, p, ROUND, LANES)
+            if tl.program_id(0) == 0:
+                ptr = _spans_ptr(tally_ptr, ROUND, ROUNDS, LANES)
+                _store_span(ptr, span_k)
+                _store_span(ptr + 6, span_p)
+        ptr = tally_ptr + ROUND * 3 * LANES + lane
+        if tl.program_id(0) == 0:
+            tl.store(ptr, probes.to(tl.int32, bitcast=True).to(tl.int64))
+        if wide_k | wide_p:
+            distance, _weight, units = weigh(logits, peak, temperature)
+            high = (units >> (2 * _LIMB)).to(tl.int32) + _ONE
+            middle, low = ((units >> _LIMB) & _LIMB_MASK).to(tl.int32), (units & _LIMB_MASK).to(tl.int32)
+            high = _sum_within(distance, probes, high).to(tl.uint32, bitcast=True).to(tl.int64)
+            middle = _sum_within(distance, probes, middle).to(tl.int64)
+            low = _sum_within(distance, probes, low).to(tl.int64)
+            mass = ((high & (_ONE - 1)) << (2 * _LIMB)) + (middle << _LIMB) + low
+            # Whole numbers: whoever adds first, the sum is the same.
+            tl.atomic_add(ptr + LANES, high >> _COUNT_SHIFT, mask=high > 0, sem="relaxed")
+            tl.atomic_add(ptr + 2 * LANES, mass, mask=mass > 0, sem="relaxed")
 
 
 @triton.jit
 def collect(
-    logits_ptr, stride, V, temperature_ptr, top_k_ptr, top_p_ptr, peaks_ptr, depths_ptr, tally_ptr, found_ptr, C,
-    WORDS, SLICE: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr, ROOM: tl.constexpr, BLOCK_C: tl.constexpr,
-    PDL: tl.constexpr,
+    logits_ptr, stride, V, temperature_ptr, top_k_ptr, top_p_ptr, tally_ptr, found_ptr, WORDS, ROUNDS: tl.constexpr,
+    LANES: tl.constexpr, ENOUGH: tl.constexpr, SLICE: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # size: one pass over the logits; its parts share what they have loaded.
     row = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     if PDL:
@@ -267,34 +251,26 @@ def collect(
     if PDL:
         tl.extra.cuda.gdc_wait()
     tally_ptr += row * WORDS
-    sums_ptr = tally_ptr + 3 * BINS
-    bins = tl.arange(0, BINS)
-    histogram = tl.load(tally_ptr + bins)
-    if LEVELS == 2:
-        fine_k, fine_p = tl.load(tally_ptr + BINS + bins), tl.load(tally_ptr + 2 * BINS + bins)
-        before_ptr = sums_ptr + _BEFORE
-        before = (tl.load(before_ptr), tl.load(before_ptr + 1), tl.load(before_ptr + 2))
-    peak, temperature, reach, drawn = _row(peaks_ptr, depths_ptr, temperature, row, C, BLOCK_C)
+    peak = tl.load(_spans_ptr(tally_ptr, 0, ROUNDS, LANES) + _PEAK).to(tl.int32).to(tl.float32, bitcast=True)
+    temperature, drawn = divisor(temperature, peak)
     if drawn & (by_k | by_p):
-        scale = tl.div_rn(BINS * 1.0, reach)
-        bin_k, first_p, last_p = _coarse_bins(histogram, scale, k, p, by_p, BINS)
-        distance, _weight, units = weigh(logits, peak, temperature)
-        doubt = _coarse_doubt(distance, reach, scale, bin_k, first_p, last_p, BINS)
-        if LEVELS == 2:
-            doubt = _fine_doubt(distance, doubt, fine_k, fine_p, before, scale, bin_k, first_p, last_p, k, p, BINS)
-        below_k, inside_k, below_p, inside_p = doubt
-        mass_k, mass_inside_k = tl.where(below_k, units, 0), tl.where(inside_k, units, 0)
-        mass_p, mass_inside_p = tl.where(below_p, units, 0), tl.where(inside_p, units, 0)
-        _add_four(sums_ptr + _MASS, mass_k, mass_inside_k, mass_p, mass_inside_p)
-        below, listed_k, listed_p = below_k.to(tl.int32), inside_k.to(tl.int32), inside_p.to(tl.int32)
-        listed = listed_k | listed_p
-        _add_four(sums_ptr + _COUNT, below, listed_k, listed_p, tl.zeros_like(listed))
+        span_k, span_p = _spans_after(tally_ptr, k, p, by_p, ROUNDS - 1, ROUNDS, LANES, ENOUGH)
+        if tl.program_id(0) == 0:
+            ptr = _spans_ptr(tally_ptr, ROUNDS, ROUNDS, LANES)
+            _store_span(ptr, span_k)
+            _store_span(ptr + 6, span_p)
+        distance, _weight, _units = weigh(logits, peak, temperature)
+        inside_k = (distance > span_k[0]) & (distance <= span_k[1])
+        inside_p = (distance > span_p[0]) & (distance <= tl.where(by_p, span_p[1], -1.0))
+        listed = (inside_k | inside_p).to(tl.int32)
         count = tl.sum(listed)
         if count > 0:
+            sums_ptr = _spans_ptr(tally_ptr, ROUNDS + 1, ROUNDS, LANES)
             bits = distance.to(tl.int32, bitcast=True)
             near_k, far_k = tl.where(inside_k, bits ^ _ALL, 0), tl.where(inside_k, bits, 0)
             near_p, far_p = tl.where(inside_p, bits ^ _ALL, 0), tl.where(inside_p, bits, 0)
-            ends = tl.reshape(tl.max(_four(near_k, far_k, near_p, far_p), 0), [4]).to(tl.int64)
+            ends = tl.max(tl.join(tl.join(near_k, near_p), tl.join(far_k, far_p)), 0)
+            ends = tl.reshape(ends, [4]).to(tl.int64)
             tl.atomic_max(sums_ptr + _ENDS + tl.arange(0, 4), ends, mask=ends > 0, sem="relaxed")
             # In the order of arrival, which sums of whole numbers do not depend on.
             first = tl.atomic_add(sums_ptr + _LISTED, count.to(tl.int64), sem="relaxed")
@@ -304,30 +280,27 @@ def collect(
 
 @triton.jit
 def _bisect(
-    src_ptr, size, peak, temperature, masses_ptr, ends_ptr, before, inside, k, wanted, BY_MASS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    src_ptr, size, peak, temperature, span, ends_ptr, k, wanted, BY_MASS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The bound by count or by weight, and the weight within it. src[:size] holds at least what is inside the span.
 
-    before, inside: tokens below the span, and in it. Distances are >= 0, so their bits, as integers, are in their
-    order. Ends with one logit in doubt, or several equal ones. Of an empty span: REACH, and the weight below it.
+    Distances are >= 0, so their bits, as integers, are in their order. Ends with one logit in doubt, or several equal
+    ones.
     """
-    mass_before = tl.load(masses_ptr)
-    mass_high = mass_before + tl.load(masses_ptr + 1)
     start = (tl.load(ends_ptr) ^ _ALL).to(tl.int32) - 1
     low, high = start, tl.load(ends_ptr + 1).to(tl.int32)
-    count_low, count_high = before, before + inside
+    count_low, count_high, mass_high = span[2], span[3], span[5]
+    empty = count_high == count_low
     while (high - low > 1) & (count_high - count_low > 1):
         middle = low + (high - low) // 2
-        count, mass = before, mass_before
+        count, mass = span[2], span[4]
         for at in range(0, size, BLOCK):
             places = at + tl.arange(0, BLOCK)
             logits = tl.load(src_ptr + places, mask=places < size, other=float("-inf"))
             distance, _weight, units = weigh(logits, peak, temperature)
             bits = distance.to(tl.int32, bitcast=True)
             within = (bits > start) & (bits <= middle)
-            both = tl.sum(tl.join(within.to(tl.int64), tl.where(within, units, 0)), 0)
-            more, heavier = tl.split(both)
+            more, heavier = tl.split(tl.sum(tl.join(within.to(tl.int64), tl.where(within, units, 0)), 0))
             count += more
             mass += heavier
         if BY_MASS:
@@ -337,14 +310,13 @@ def _bisect(
         high, low = tl.where(enough, middle, high), tl.where(enough, low, middle)
         count_high, count_low = tl.where(enough, count, count_high), tl.where(enough, count_low, count)
         mass_high = tl.where(enough, mass, mass_high)
-    return tl.where(inside > 0, high.to(tl.float32, bitcast=True), REACH), mass_high
+    return tl.where(empty, span[1], high.to(tl.float32, bitcast=True)), mass_high
 
 
 @triton.jit
 def settle(
-    logits_ptr, stride, V, temperature_ptr, top_k_ptr, top_p_ptr, peaks_ptr, depths_ptr, tally_ptr, found_ptr,
-    bound_ptr, C, WORDS, BINS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-    PDL: tl.constexpr,
+    logits_ptr, stride, V, temperature_ptr, top_k_ptr, top_p_ptr, tally_ptr, found_ptr, bound_ptr, WORDS,
+    ROUNDS: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if PDL:
@@ -352,22 +324,20 @@ def settle(
     temperature, k, p, by_k, by_p = filters_of(temperature_ptr, top_k_ptr, top_p_ptr, row, V)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    sums_ptr = tally_ptr + row * WORDS + 3 * BINS
+    tally_ptr += row * WORDS
+    peak = tl.load(_spans_ptr(tally_ptr, 0, ROUNDS, LANES) + _PEAK).to(tl.int32).to(tl.float32, bitcast=True)
+    spans_ptr = _spans_ptr(tally_ptr, ROUNDS, ROUNDS, LANES)
+    sums_ptr = _spans_ptr(tally_ptr, ROUNDS + 1, ROUNDS, LANES)
+    span_k, span_p = _load_span(spans_ptr), _load_span(spans_ptr + 6)
     src_ptr, size = found_ptr + row * ROOM, tl.load(sums_ptr + _LISTED).to(tl.int32)
-    counts_ptr, masses_ptr, ends_ptr = sums_ptr + _COUNT, sums_ptr + _MASS, sums_ptr + _ENDS
-    below, inside_k, inside_p = tl.load(counts_ptr), tl.load(counts_ptr + 1), tl.load(counts_ptr + 2)
-    peak, temperature, _reach, drawn = _row(peaks_ptr, depths_ptr, temperature, row, C, BLOCK_C)
+    temperature, drawn = divisor(temperature, peak)
     if drawn & (by_k | by_p):
         if size > ROOM:
             src_ptr = logits_ptr + row * stride
             size = V
-        bound, total = _bisect(
-            src_ptr, size, peak, temperature, masses_ptr, ends_ptr, below, inside_k, k, 0.0, False, BLOCK
-        )
+        ends_ptr = sums_ptr + _ENDS
+        bound, total = _bisect(src_ptr, size, peak, temperature, span_k, ends_ptr, k, 0.0, False, BLOCK)
         if by_p:
             wanted = p * total.to(tl.float64)
-            bound, _mass = _bisect(
-                src_ptr, size, peak, temperature, masses_ptr + 2, ends_ptr + 2, below * 0, inside_p, k, wanted, True,
-                BLOCK,
-            )  # fmt: skip
+            bound, _mass = _bisect(src_ptr, size, peak, temperature, span_p, ends_ptr + 2, k, wanted, True, BLOCK)
         tl.store(bound_ptr + row, bound)
