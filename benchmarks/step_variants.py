@@ -16,7 +16,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.triton.decode_attention import DecodeAttentionTile
 from flexmoe.kernels.triton.expert_down import DownGemvTile, DownTile
+from flexmoe.kernels.triton.expert_down import default_gemv_tile as down_tile
 from flexmoe.kernels.triton.expert_gate_up import GateUpGemvTile, GateUpTile
+from flexmoe.kernels.triton.expert_gate_up import default_gemv_tile as gate_up_tile
 from flexmoe.kernels.triton.norm_linear import DirectTile, DotTile, GemvTile
 from flexmoe.kernels.triton.route import RouteTile
 from flexmoe.layers.kv_cache import KVCache
@@ -60,6 +62,8 @@ def variants(config: ModelConfig, batch: int) -> Iterator[Variant]:
     glue = () if few else ("topk", "group_by_expert", "combine")
     for op in ("qkv", "o", "head", "decode_attention", "route", *experts, *glue):
         yield Variant(op, None)
+    if few:
+        yield from (Variant("early", pair) for pair in _early(config))
     yield from _experts(config, batch, *experts)
     yield from (Variant("decode_attention", tile) for tile in _attention(config, batch))
     yield from (Variant("route", tile) for tile in _route(batch))
@@ -94,6 +98,15 @@ def _experts(config: ModelConfig, batch: int, up: str, down: str) -> Iterator[Va
                             (16, 128, 128, 4), (32, 64, 64, 5), (64, 128, 128, 4), (64, 64, 64, 4)):  # fmt: skip
         for swap in (False, True):
             yield Variant(down, DownTile(m, n, k, 4, stages, swap))
+
+
+def _early(config: ModelConfig) -> Iterator[tuple[GateUpGemvTile, DownGemvTile]]:
+    """Both halves of the experts, the second asking for weights before the first has ended."""
+    assert config.moe is not None
+    hidden, moe, dtype = config.hidden_size, config.moe, torch.bfloat16
+    first, second = gate_up_tile(hidden, dtype), down_tile(moe.top_k, moe.expert_width, dtype)
+    yield replace(first, late_trigger=True), second
+    yield replace(first, late_trigger=True), replace(second, early_ids=True)
 
 
 def _attention(config: ModelConfig, batch: int) -> Iterator[DecodeAttentionTile]:
@@ -149,7 +162,7 @@ class Steps:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.model = Decoder(config, ParallelPlan(), "reference", 512, dtype=torch.bfloat16, device=_DEVICE).eval()
-        fill_dummy({name: p.data for name, p in self.model.named_parameters()}, 0)
+        fill_dummy({name: p.data for name, p in self.model.named_parameters()}, 0, torch.bfloat16)
         self.model.pack(in_place=True)
         self.fused = fused.FusedDecoder(self.model, 512, _DEVICE)
         buffers = self.fused._buffers
@@ -197,6 +210,13 @@ class Steps:
 @contextmanager
 def changed(steps: Steps, variant: Variant) -> Iterator[None]:
     """models/fused.py with one operation's tile set, or the operation gone."""
+    if variant.op == "early":
+        steps.fused._tiles.few_experts = lambda _rows: variant.tile  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del steps.fused._tiles.few_experts
+        return
     projection = variant.op in ("qkv", "o", "head")
     place, name = (fused.norm_linear, "norm_linear") if projection else (fused, variant.op)
     original: Callable[..., None] = getattr(place, name)
@@ -255,7 +275,11 @@ def _time(args: argparse.Namespace, steps: Steps, batch: int, wanted: list[Varia
     if args.out:
         shared = facts(_DEVICE) | {"benchmark": "step_variants", "model": args.model, "batch": batch, "layers": layers}
         for change, variant in found:
-            tile = None if variant.tile is None else {"kind": type(variant.tile).__name__, **asdict(variant.tile)}
+            tile = (
+                {"kind": type(variant.tile).__name__, **asdict(variant.tile)}
+                if is_dataclass(variant.tile)
+                else str(variant.tile)
+            )
             append(args.out, shared | {"base_us": base * 1e6, "op": variant.op, "tile": tile, "change_us": change})
 
 
@@ -269,9 +293,7 @@ def _attempt(steps: Steps, variant: Variant, work: Callable[[], Any]) -> Any:
 
 
 def _cut(config: ModelConfig, layers: int) -> ModelConfig:
-    import dataclasses
-
-    return dataclasses.replace(config, layers=config.layers[:layers])
+    return replace(config, layers=config.layers[:layers])
 
 
 def _arguments() -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from flexmoe import LLM, ConfigError, EngineError, SamplingParams
 from flexmoe.engine.cuda_graph import GraphedDecoder, bucket_of
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.layers.forward_batch import Probe
-from flexmoe.models.device_rows import Sampling
 from tests.cpu.tiny_models import tiny
 
 PROMPTS = [[5, 17, 230, 9, 44], [11] * 3, list(range(3, 40)), [7, 8]]
@@ -39,8 +39,8 @@ def graphed(llm: LLM) -> GraphedDecoder:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    def run(self: GraphedDecoder, packed: PackedRows, sampling: Sampling | None, probe: Probe | None) -> None:
-        self._model.step(packed.rows, sampling, self._cache, probe)
+    def run(self: GraphedDecoder, form: Any, packed: PackedRows, probe: Probe | None) -> None:
+        self._step(form, packed, probe)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GraphedDecoder, "_run", run)

@@ -7,6 +7,7 @@ They also stay on the device, so that the next step can be launched before the h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
-from flexmoe.models.device_rows import MAX_ROWS, DeviceDecoder, DeviceRows, Sampling
+from flexmoe.models.device_rows import MAX_ROWS, DeviceDecoder, Sampling
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.scheduler import Step
 
@@ -29,7 +30,18 @@ _BUCKETS: tuple[int, ...] = (
     *range(80, 129, 16),
     *range(160, MAX_ROWS + 1, 32),
 )
+_LONG = 1024  # keys of a row from which attention is cut finer
 _LANDED = 3  # host buffers for tokens: two steps may be on their way while a third is read
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What sets one graph apart from another: rows, whether any looks back far, how tokens are chosen."""
+
+    bucket: int
+    long: bool
+    draws: bool
+    filtered: bool
 
 
 def bucket_of(rows: int) -> int:
@@ -68,7 +80,7 @@ class GraphedDecoder:
     def __init__(self, model: DeviceDecoder, cache: KVCache, most_blocks: int, device: torch.device) -> None:
         self._model, self._cache, self._most_blocks, self._device = model, cache, most_blocks, device
         self._packed: dict[int, PackedRows] = {}
-        self._graphs: dict[tuple[int, bool | None], torch.cuda.CUDAGraph] = {}  # by rows; filtered, None if greedy
+        self._graphs: dict[_Form, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # of memory, shared by the graphs: one runs at a time
         self._tokens = [torch.zeros(MAX_ROWS, dtype=torch.int64, pin_memory=True) for _ in range(_LANDED)]
         self._turn = 0
@@ -96,7 +108,8 @@ class GraphedDecoder:
         sources = [rows.get(chunk.request, -1) for chunk in step.chunks]
         on_device = all(state.device_ready for state in states)
         packed.load(step.chunks, sources, states if on_device else (), ahead=int(after is not None))
-        self._run(packed, _sampling(packed, states) if on_device else None, probe)
+        form = _Form(packed.bucket, max(chunk.start for chunk in step.chunks) >= _LONG, *_sampled(states, on_device))
+        self._run(form, packed, probe)
         self._turn = (self._turn + 1) % _LANDED
         tokens = self._tokens[self._turn][:count]
         tokens.copy_(self._model.sampled[:count], non_blocking=True)
@@ -107,27 +120,28 @@ class GraphedDecoder:
             self._packed[bucket] = PackedRows(bucket, self._most_blocks, self._device)
         return self._packed[bucket]
 
-    def _run(self, packed: PackedRows, sampling: Sampling | None, probe: Probe | None) -> None:
-        key = (packed.bucket, None if sampling is None else sampling.filtered)
-        if probe is None and key in self._graphs:
-            self._graphs[key].replay()
+    def _run(self, form: _Form, packed: PackedRows, probe: Probe | None) -> None:
+        if probe is None and form in self._graphs:
+            self._graphs[form].replay()
             return
         # Once without a graph: kernels are compiled and memory is allocated, and this step's work is done.
-        self._model.step(packed.rows, sampling, self._cache, probe)
+        self._step(form, packed, probe)
         if probe is None:
-            self._graphs[key] = self._capture(packed.rows, sampling)
+            self._graphs[form] = self._capture(form, packed)
 
-    def _capture(self, rows: DeviceRows, sampling: Sampling | None) -> torch.cuda.CUDAGraph:
+    def _capture(self, form: _Form, packed: PackedRows) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._model.step(rows, sampling, self._cache)
+            self._step(form, packed, None)
         self._pool = self._pool or graph.pool()
         return graph
 
+    def _step(self, form: _Form, packed: PackedRows, probe: Probe | None) -> None:
+        sampling = Sampling(packed.sampling, form.filtered) if form.draws else None
+        self._model.step(packed.rows, sampling, self._cache, probe, long=form.long)
 
-def _sampling(packed: PackedRows, states: Sequence[SamplingState]) -> Sampling | None:
-    """How to sample on the device: None if all rows are greedy."""
-    params = [state.params for state in states]
-    if all(p.greedy for p in params):
-        return None
-    return Sampling(packed.sampling, filtered=any(p.top_k > 0 or p.top_p < 1.0 for p in params))
+
+def _sampled(states: Sequence[SamplingState], on_device: bool) -> tuple[bool, bool]:
+    """Whether any row draws its token on the device, and whether any of these has a top_k or a top_p."""
+    params = [state.params for state in states if on_device and not state.params.greedy]
+    return bool(params), any(p.top_k > 0 or p.top_p < 1.0 for p in params)

@@ -58,8 +58,19 @@ class DeviceDecoder(Protocol):
     logits: Tensor
     sampled: Tensor
 
-    def step(self, rows: DeviceRows, sampling: Sampling | None, cache: KVCache, probe: Probe | None = None) -> None:
-        """Compute the rows, write their keys and values, sample (greedily without `sampling`)."""
+    def step(
+        self,
+        rows: DeviceRows,
+        sampling: Sampling | None,
+        cache: KVCache,
+        probe: Probe | None = None,
+        *,
+        long: bool = False,
+    ) -> None:
+        """Compute the rows, write their keys and values, sample (greedily without `sampling`).
+
+        long: rows look back at thousands of keys; the answer is the same, up to rounding.
+        """
 
 
 def why_not_fused(config: ModelConfig, device: torch.device, backend: str) -> str:

@@ -88,7 +88,7 @@ class Buffers:
         vocab = config.vocab_size
         words = max(max(argmax.scratch_words(t, vocab), sample.scratch_words(t, vocab)) for t in steps)
         self.sampler_scratch = torch.empty(words, dtype=torch.int64, device=device)
-        parts = max(t * tiles.attention(t).splits for t in steps)  # of one head
+        parts = max(t * tiles.attention(t, long=True).splits for t in steps)  # of one head
         partial, logsum = workspace_shapes(parts, a.num_heads, a.head_dim, 1)
         self.attention = (
             torch.empty(partial, dtype=torch.float32, device=device),
@@ -112,14 +112,14 @@ class FusedLayer:
         if layer.moe is not None:
             self._router_weight = narrowest(layer.moe.router.weight.data, buffers.normed.dtype)
 
-    def attend(self, rows: DecodeRows, cos: Tensor, sin: Tensor, cache: Tensor) -> None:
+    def attend(self, rows: DecodeRows, cos: Tensor, sin: Tensor, cache: Tensor, *, long: bool) -> None:
         """x += attention(norm(x)) for all rows; writes their keys and values."""
         b, count = self._buffers, len(rows.lengths)
         x, qkv, attended = b.x[:count], b.qkv[:count], b.attended[:count]
         self._linear(x, self._qkv, qkv, norm=self._input_norm)
         decode_attention(
             qkv, cache, rows, cos, sin, attended, norm=self._qk_norm, clip=self._clip, window=self._window,
-            workspace=b.attention, tile=self._tiles.attention(count), pdl=self._pdl,
+            workspace=b.attention, tile=self._tiles.attention(count, long=long), pdl=self._pdl,
         )  # fmt: skip
         self._linear(attended, self._out, x, residual=True)
 
@@ -237,8 +237,19 @@ class FusedDecoder:
         """What steps compute in, for those who check a kernel."""
         return self._buffers
 
-    def step(self, rows: DeviceRows, sampling: Sampling | None, cache: KVCache, probe: Probe | None = None) -> None:
-        """Compute the rows, write their keys and values, sample (greedily without `sampling`)."""
+    def step(
+        self,
+        rows: DeviceRows,
+        sampling: Sampling | None,
+        cache: KVCache,
+        probe: Probe | None = None,
+        *,
+        long: bool = False,
+    ) -> None:
+        """Compute the rows, write their keys and values, sample (greedily without `sampling`).
+
+        long: cut attention for thousands of keys a row.
+        """
         b, count = self._buffers, len(rows.lengths)
         x = b.x[:count]
         embed(rows.token_ids, rows.sources, b.sampled, self._embedding, x, b.token_ids[:count], pdl=self._pdl)
@@ -246,7 +257,7 @@ class FusedDecoder:
         seen.record("embedding", -1, x)
         paged = DecodeRows(rows.lengths, rows.tables, rows.table_stride, cache.block_size)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            layer.attend(paged, self._cos, self._sin, layer_cache)
+            layer.attend(paged, self._cos, self._sin, layer_cache, long=long)
             seen.added("attention", layer.index)
             layer.feed(rows.lengths)
             if layer.stage == "moe":

@@ -44,11 +44,12 @@ class StepTiles:
         found: norm_linear.Tile | None = self._find(linear_work(self._dtype, n, k, norm=norm), rows)
         return found or norm_linear.default_tile(rows, n, k, self._dtype)
 
-    def attention(self, rows: int) -> decode_attention.DecodeAttentionTile:
-        """Of decode attention."""
+    def attention(self, rows: int, *, long: bool) -> decode_attention.DecodeAttentionTile:
+        """Of decode attention; long: over thousands of keys, not hundreds as in what was measured."""
         a, dtype = self._config.attention, self._dtype
         found: decode_attention.DecodeAttentionTile | None = self._find(attention_work(dtype, a), rows)
-        return found or decode_attention.default_tile(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=dtype)
+        tile = found or decode_attention.default_tile(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=dtype)
+        return decode_attention.for_long(tile) if long else tile
 
     def route(self, rows: int, dtype: torch.dtype) -> RouteTile | None:
         """Of the router, whose weight is of `dtype`; None: the operation's own."""
