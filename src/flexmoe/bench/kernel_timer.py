@@ -12,7 +12,7 @@ import torch
 
 Launch = Callable[[], None]
 
-_LAUNCHES = 20  # in one graph, at least: the graph's own start must not count
+_LAUNCHES = 20  # in one graph: its own start must not count
 _REPLAYS = 10
 _SECONDS = 0.03  # of replays, at most
 _FEWEST = 3
@@ -27,9 +27,9 @@ class Timing:
     p80: float
 
 
-def time_launches(launches: list[Launch]) -> Timing:
-    """Capture the closures, over and over until there are enough, in a CUDA graph; replay it against the clock."""
-    rounds = -(-_LAUNCHES // len(launches))
+def time_launches(launches: list[Launch], least: int = _LAUNCHES) -> Timing:
+    """Capture the closures, over and over until there are `least`, in a CUDA graph; replay it against the clock."""
+    rounds = -(-least // len(launches))
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())  # where the buffers are being filled
     with torch.cuda.stream(stream):

@@ -33,7 +33,7 @@ def _changed(tile: Any, other: Any) -> int:
 
 def linear_tiles(rows: int, n: int, k: int, *, norm: bool, itemsize: int) -> Iterator[Tile]:
     """For norm_linear with x [rows, k] and a weight [n, k]."""
-    if rows <= (8 if itemsize == 4 else 2):
+    if rows <= (8 if itemsize == 4 else 4):
         yield from _gemv_tiles(norm)
     if rows <= 32 and itemsize == 2:
         yield from _direct_tiles(rows, n, k, norm)
@@ -41,25 +41,29 @@ def linear_tiles(rows: int, n: int, k: int, *, norm: bool, itemsize: int) -> Ite
         yield from _dot_tiles(rows, n, k, itemsize)
 
 
+# lanes, warps_n, warps_k, rows, ahead
+_GEMV_FORMS = ((4, 1, 8, 2, 4), (4, 4, 1, 2, 8), (4, 2, 4, 1, 8), (8, 1, 8, 1, 8), (4, 1, 4, 1, 8), (4, 1, 8, 2, 8))
+
+
 def _gemv_tiles(norm: bool) -> Iterator[GemvTile]:
-    for (warps_n, warps_k), (rows, ahead) in itertools.product(((1, 4), (1, 8), (4, 1)), ((1, 8), (2, 4), (2, 8))):
-        yield GemvTile(warps_n=warps_n, warps_k=warps_k, rows=rows, ahead=ahead, x_ahead=2 if norm else 4)
+    for lanes, warps_n, warps_k, rows, ahead in _GEMV_FORMS:
+        yield GemvTile(lanes, warps_n, warps_k, rows, ahead, x_ahead=2 if norm else 4)
 
 
 # warps_n, warps_k, rows, ahead, x_ahead
 _DIRECT_FORMS = (
-    (1, 4, 1, 8, 2), (1, 4, 1, 8, 4), (1, 4, 1, 4, 4), (1, 4, 2, 4, 2), (1, 8, 1, 8, 4), (1, 8, 1, 8, 8),
-    (1, 8, 1, 4, 4), (1, 8, 2, 4, 2), (1, 16, 1, 8, 4), (1, 16, 1, 8, 8), (1, 16, 1, 4, 4),
+    (1, 4, 1, 8, 4), (2, 4, 1, 8, 4), (1, 8, 1, 8, 4), (1, 4, 2, 4, 4), (1, 4, 1, 8, 2), (1, 8, 1, 4, 4),
+    (1, 4, 2, 4, 2), (1, 8, 1, 8, 8), (1, 16, 1, 8, 4), (1, 4, 1, 4, 4), (1, 8, 2, 4, 2),
 )  # fmt: skip
-_HEAD_FORMS = ((2, 2, 1, 8, 4), (4, 1, 1, 8, 4), (4, 2, 1, 8, 2), (2, 4, 1, 8, 2))
+_HEAD_FORMS = ((2, 2, 1, 8, 4), (4, 1, 1, 8, 4), (4, 2, 1, 8, 2))
 _MANY_COLUMNS = 16384  # of a head; small programs by the hundred, so that prefetching for one would come too late
 
 
 def _direct_tiles(rows: int, n: int, k: int, norm: bool) -> Iterator[DirectTile]:
     head = n >= _MANY_COLUMNS
-    fused = (True, False) if norm and rows <= 8 else (False,)
+    fused = (False, True) if norm and rows <= 8 else (False,)
     forms = (*_HEAD_FORMS, *_DIRECT_FORMS) if head else _DIRECT_FORMS
-    for prefetch, fuse, form in itertools.product((0,) if head else (2048, 0), fused, forms):
+    for fuse, prefetch, form in itertools.product(fused, (0,) if head else (0, 2048), forms):
         warps_n, warps_k, own_rows, ahead, x_ahead = form
         registers = 8 * own_rows * ahead + (8 if fuse else 4) * x_ahead * -(-rows // 8)
         if registers <= (80 if warps_n * warps_k == 16 else 144) and (not prefetch or ahead * 32 * warps_k < k):
@@ -69,7 +73,7 @@ def _direct_tiles(rows: int, n: int, k: int, norm: bool) -> Iterator[DirectTile]
 # block_n, block_k, warps, stages
 _DOT_FORMS = (
     (64, 128, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (32, 128, 4, 5), (128, 64, 4, 4), (128, 64, 8, 4),
-    (32, 256, 4, 3), (128, 128, 8, 3),
+    (32, 64, 4, 6), (16, 256, 4, 3), (32, 256, 4, 3), (128, 128, 8, 3),
 )  # fmt: skip
 
 
@@ -100,14 +104,14 @@ def attention_tiles(
     """For decode attention: around the default's number of splits. Tensor cores would round fp32."""
     either = heads > kv_heads and rows <= 8 and itemsize == 2
     ways = (default.per_head, not default.per_head) if either else (default.per_head,)
-    splits = {max(1, default.splits // 2), default.splits, min(_MOST_SPLITS, default.splits * 2)}
+    splits = {1, max(1, default.splits // 2), default.splits, min(_MOST_SPLITS, default.splits * 2)}
     for per_head, count, (keys, warps, stages) in itertools.product(ways, sorted(splits), _ATTENTION_FORMS):
         if per_head and stages > 1:
             continue
         tile = DecodeAttentionTile(keys, warps, stages, count, keys, per_head)
         yield tile
         if count > 1:
-            yield from (replace(tile, min_split=keys * 4), replace(tile, merge_warps=2))
+            yield replace(tile, min_split=keys * 4)
 
 
 def route_tiles(rows: int, hidden: int, experts: int, itemsize: int) -> Iterator[RouteTile]:
@@ -129,11 +133,11 @@ def route_tiles(rows: int, hidden: int, experts: int, itemsize: int) -> Iterator
 def gate_up_gemv_tiles(hidden: int, itemsize: int) -> Iterator[GateUpGemvTile]:
     """Whole rows in registers or on their way through shared memory, and rows in chunks."""
     longest = min(8192 // itemsize, _power(hidden))
-    for part, pairs, warps in itertools.product((1, 2, 4), (1, 2), (4, 8, 2, 1)):
+    for part, pairs, warps in itertools.product((1, 2, 4), (1, 2), (1, 2, 4, 8)):
         columns = longest // part
         burst = warps * pairs * 2 * columns * itemsize
         whole = columns >= hidden
-        for steps, stages in ((1, 1), (2, 1), (4, 3), (8, 3)) if whole else ((1, 1), (1, 3), (2, 1)):
+        for steps, stages in ((1, 1), (2, 1), (4, 1), (4, 3)) if whole else ((1, 1), (2, 1), (1, 3)):
             fits = burst // warps <= 16384 if stages == 1 else 8192 <= burst * (stages - 1) <= _SHARED_MEMORY // 2
             if fits and columns >= 512:
                 yield GateUpGemvTile(pairs, columns, steps, warps, stages)

@@ -125,9 +125,15 @@ def _print(tuned: Tuned, ceiling: float, title: str) -> None:
 
     console = Console(highlight=False)
     console.print(title, style="bold", markup=False)
-    console.print(_table(tuned, ceiling))
+    console.print(_table(tuned))
     for limit in tuned.limits:
         console.print(f"{limit.work.op}: up to {limit.rows} rows", markup=False)
+    for effect in tuned.effects:
+        percent = 100 * effect.moved / (effect.after * 1e-6 * ceiling)
+        console.print(
+            f"{effect.rows} rows: {effect.before:.2f} us a layer before, {effect.after:.2f} after, "
+            f"{percent:.0f}% of bandwidth"
+        )
     unfinished = tuned.unfinished()
     if unfinished:
         names = ", ".join(f"{c.job.name} {c.job.rows} ({len(c.waiting)} tiles)" for c in unfinished)
@@ -136,19 +142,18 @@ def _print(tuned: Tuned, ceiling: float, title: str) -> None:
         console.print(f"Stopped: the GPU takes no more work ({tuned.lost}).", style="red", markup=False)
 
 
-def _table(tuned: Tuned, ceiling: float) -> Table:
+def _table(tuned: Tuned) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD)
-    for name in ("what", "rows", "built-in us", "tuned us", "% of bandwidth", "failed", "tile"):
+    for name in ("what", "rows", "built-in us", "tuned us", "failed", "tile"):
         table.add_column(name, justify="left" if name in ("what", "tile") else "right", no_wrap=name != "tile")
     for contest in tuned.contests:
         if not contest.us:
             continue
         tile = "" if contest.tile is None else str(contest.tile)
-        percent = f"{100 * contest.moved / (contest.us * 1e-6 * ceiling):.0f}"
         us = f"{contest.us:.2f}" if tile else "-"
-        figures = (str(contest.job.rows), f"{contest.default_us:.2f}", us, percent, str(len(contest.failures)))
+        figures = (str(contest.job.rows), f"{contest.default_us:.2f}", us, str(len(contest.failures)))
         table.add_row(contest.job.name, *figures, tile)
     return table

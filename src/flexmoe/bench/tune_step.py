@@ -1,0 +1,121 @@
+"""A decode step to tune in: a few layers of a model with random weights, as the engine runs them.
+
+Kernels of a step start before the one ahead of them has ended, and find in the caches what that one left. So what a
+tile is worth shows in a step, not alone. Enters: a ModelConfig, rows, and a table of tiles. Leaves: the microseconds of
+a step in a CUDA graph, and what one of its stages computes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flexmoe.bench.floor import expected_distinct, floor
+from flexmoe.bench.kernel_timer import Launch, Timing, time_launches
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.kernels.triton.tiles import TileTable
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import DeviceRows
+from flexmoe.models.fused import FusedDecoder
+from flexmoe.models.loader import fill_dummy
+
+# What an operation computes, so that a tile's result can be compared: what attention or the feed-forward adds to the
+# residual stream, the router's logits, and those of the head.
+Stage = Literal["attention", "feed", "router", "logits"]
+
+_LAYERS = 6  # they rotate: no cache holds the weights of all
+_SMALL_VOCABULARY = 1024
+_BLOCK = 16  # tokens of a KV block
+_CONTEXT = 256  # keys of each row
+_STEPS = 2  # in a graph
+
+Timer = Callable[[list[Launch], int], Timing]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Rows with equally long sequences, and their keys and values."""
+
+    rows: DeviceRows
+    cache: KVCache
+
+
+class MiniModel:
+    """Layers of a model; with its whole vocabulary only one, of which the head is tuned."""
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, head: bool, timer: Timer = time_launches
+    ) -> None:
+        self.config = _cut(config, 1 if head else _LAYERS, config.vocab_size if head else _SMALL_VOCABULARY)
+        self.dtype, self.device, self._timer = dtype, device, timer
+        self._model = Decoder(self.config, ParallelPlan(), "reference", _CONTEXT, dtype=dtype, device=device)
+        stored: torch.dtype = getattr(torch, config.checkpoint_dtype)
+        fill_dummy({name: param.data for name, param in self._model.eval().named_parameters()}, stored=stored)
+        self._model.pack(in_place=True)
+
+    def inputs(self, rows: int) -> Inputs:
+        """Random ones for steps of `rows`."""
+        config, blocks = self.config, -(-_CONTEXT // _BLOCK)
+        ints = functools.partial(torch.full, dtype=torch.int32, device=self.device)
+        tokens = torch.randint(config.vocab_size, (rows,), device=self.device)
+        tables = torch.randperm(rows * blocks, device=self.device).int()
+        cache = KVCache(config, rows * blocks, _BLOCK, self.dtype, self.device)
+        for layer in cache.layers:
+            layer.normal_()
+        return Inputs(DeviceRows(tokens, ints((rows,), -1), ints((rows,), _CONTEXT), tables, ints((1,), blocks)), cache)
+
+    def decoder(self, table: TileTable, rows: int) -> FusedDecoder:
+        """It computes steps of up to `rows` with the table's tiles."""
+        return FusedDecoder(self._model, _CONTEXT, self.device, table, rows)
+
+    def microseconds(self, decoder: FusedDecoder, inputs: Inputs) -> float:
+        """A layer of a step; of the model with the head: one layer and the head."""
+        step = functools.partial(decoder.step, inputs.rows, None, inputs.cache)
+        return self._timer([step], _STEPS).median / self.config.num_layers
+
+    def moved(self, rows: int) -> float:
+        """Bytes that `microseconds` must read, if all experts are equally likely."""
+        config = self.config
+        needed = floor(config, rows, _CONTEXT, self.dtype.itemsize, expected_distinct(config, rows))
+        return needed.total / config.num_layers
+
+    def output(self, decoder: FusedDecoder, inputs: Inputs, stage: Stage) -> Tensor:
+        """What the first layer's `stage` computes, or the head, in memory that held nothing but NaN."""
+        for tensor in vars(decoder.buffers).values():
+            for part in tensor if isinstance(tensor, tuple) else (tensor,):
+                if part.is_floating_point() or part.dtype is torch.uint8:
+                    part.fill_(torch.nan if part.is_floating_point() else 255)  # bytes of 255 are NaN, too
+        seen = _Seen(decoder, stage)
+        decoder.step(inputs.rows, None, inputs.cache, seen)
+        assert seen.kept is not None
+        return seen.kept
+
+
+class _Seen:
+    """A probe that keeps one stage's output."""
+
+    def __init__(self, decoder: FusedDecoder, stage: Stage) -> None:
+        self._decoder, self._stage = decoder, stage
+        self.kept: Tensor | None = None
+
+    def record(self, stage: str, layer: int, tensor: Tensor) -> None:
+        """Called by the step; layer -1 is the head."""
+        if layer > 0:
+            return
+        if self._stage == "router" and stage == "topk_ids":
+            self.kept = self._decoder.buffers.router_logits[: len(tensor)].clone()
+        elif stage == self._stage or (self._stage == "feed" and stage in ("moe", "mlp")):
+            self.kept = tensor.float()
+
+
+def _cut(config: ModelConfig, layers: int, vocabulary: int) -> ModelConfig:
+    """A few layers, those with experts first, and a smaller vocabulary."""
+    chosen = sorted(config.layers, key=lambda layer: not layer.is_moe)[:layers]
+    return replace(config, layers=tuple(chosen), vocab_size=min(vocabulary, config.vocab_size))
