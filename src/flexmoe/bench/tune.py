@@ -1,9 +1,9 @@
 """`flexmoe tune`: find the tiles that suit this GPU for a model's decode steps.
 
 Enters: a model's shapes, numbers of rows, and seconds. Leaves: a table, what it brings, and what time did not reach.
-Tiles are judged by the time of a whole step in which one of them is changed. Each job's tiles are tried in rounds,
-those most like the best so far first, and jobs take turns, so that a short run improves a little everywhere. A tile
-must give what the operation's own choice gives, and save some of the step's time once more in a duel.
+Tiles are judged by the time of a whole step in which one of them is changed. Each job's tiles are tried in rounds, some
+that are like the best so far and some from all over, and jobs take turns, so that a short run improves a little
+everywhere. A tile must give what the operation's own choice gives, and save some of the step's time in a duel, too.
 """
 
 from __future__ import annotations
@@ -72,6 +72,14 @@ class Contest:
         self.failures.append(f"{tile or self.job.name}: {type(error).__name__} {said}")
         _log.info("%s, %d rows: %s", self.job.name, self.job.rows, self.failures[-1])
         error.__traceback__ = None  # its frames hold buffers
+
+    def take(self, many: int) -> list[Any]:
+        """The next tiles: half of them those most like the best, the others from all over the rest."""
+        near, rest = self.waiting[: many // 2], self.waiting[many // 2 :]
+        others = many - many // 2
+        far = rest[:: max(1, len(rest) // others)][:others]
+        self.waiting = [tile for tile in rest if tile not in far]
+        return near + far
 
     def settle(self, won: bool) -> None:
         """After a round. Tiles most like the winner are next; a job that gains no more is left."""
@@ -181,7 +189,7 @@ class Tuner:
     def _round(self, contest: Contest) -> None:
         job, mini = contest.job, self._mini(contest.job.head)
         many = min(_MOST_ROUND, max(_LEAST_ROUND, os.cpu_count() or 1))
-        tiles, contest.waiting = contest.waiting[:many], contest.waiting[many:]
+        tiles = contest.take(many)
         inputs = mini.inputs(job.rows)
         incumbent = mini.decoder(self._table(contest, contest.tile), job.rows)
         default = mini.decoder(self._table(contest, None), job.rows) if contest.tile else incumbent
