@@ -39,10 +39,10 @@ class PackedRows:
 
     def __init__(self, bucket: int, most_blocks: int, device: torch.device) -> None:
         """most_blocks: the longest block table that a row can have."""
-        self.bucket, self._most_blocks = bucket, most_blocks
+        self.bucket = bucket
         self._head = bucket * sum(dtype.itemsize for dtype in _FIELDS.values()) + _STRIDE_BYTES
         self._head += -self._head % _STRIDE_BYTES
-        size = self._head + 4 * bucket * most_blocks
+        size = self._head + 4 * bucket * _padded(most_blocks)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
         pinned = device.type == "cuda"
         self._pinned = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
@@ -84,6 +84,11 @@ class PackedRows:
         return views
 
 
+def _padded(blocks: int) -> int:
+    """How far apart tables of so many blocks stand: on 16 bytes."""
+    return blocks + -blocks % 4
+
+
 Fields = Mapping[str, npt.NDArray[Any]]
 
 
@@ -114,8 +119,7 @@ def _write_sampling(host: Fields, states: Sequence[SamplingState], ahead: int) -
 
 def _write_tables(host: Fields, chunks: Sequence[ScheduledChunk]) -> int:
     """Each row's blocks, as far apart as the longest table is long; returns that."""
-    width = max(len(chunk.request.blocks) for chunk in chunks)
-    width += -width % 4
+    width = _padded(max(len(chunk.request.blocks) for chunk in chunks))
     host["table_stride"][0] = width
     tables = host["tables"]
     for row, chunk in enumerate(chunks):
