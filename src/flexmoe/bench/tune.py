@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from flexmoe.bench.kernel_timer import time_launches
 from flexmoe.bench.tune_candidates import nearest_first
-from flexmoe.bench.tune_jobs import FEW_ROWS, JOBS, Job, Setting, jobs
+from flexmoe.bench.tune_jobs import JOBS, Job, Setting, jobs
 from flexmoe.bench.tune_step import Inputs, MiniModel, Timer
 from flexmoe.config.model import ModelConfig
 from flexmoe.engine.device import choose_dtype
@@ -36,22 +36,25 @@ _log = logging.getLogger(__name__)
 LIMITS = "limits"
 OPS = (*JOBS, LIMITS)
 
-_LEAST_ROUND, _MOST_ROUND = 4, 8  # tiles that are compiled at once, in a thread each
+_ROUND = 8  # tiles of a job that are compiled at once
+_THREADS = 16
 _PATIENCE = 2  # rounds of a job that bring nothing, before it is left
 _MARGIN = 1.003  # of a layer's time; the least that a duel tells from chance
 _DUELS = 3
 _TOLERANCE = 2e-2  # relative distance of results; across tiles sums are rounded in another order
 _TILE_SHARE = 0.85  # of the time; the rest is for limits, and to see what all tiles bring together
-_ALONE_STEPS = (1, 2, 3, 4, 5, 6, 8, 12, FEW_ROWS)
-_GROUP_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_ALONE_STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 12)
+_GROUP_STEPS = (2, 4, 8, 16, 32, 64, 128, 256)
 
 Notify = Callable[[str], None]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 @dataclass(slots=True)
 class Contest:
     """A job and its state. tile: the best so far, None: the operation's own choice. Microseconds are of a layer, or of
-    a step of one layer and the head: `default_us` as it was at first, 0 if never timed; `us` with the best tile.
+    a step of one layer and the head: `us` with the best tile, 0 if never timed; `default_us` before it had won.
     """
 
     job: Job
@@ -163,6 +166,8 @@ class Tuner:
             tuned.contests.append(Contest(job, nearest_first(others, job.default)))
         with torch.cuda.device_of(torch.empty(0, device=self._device)):
             try:
+                for head in sorted({contest.job.head for contest in tuned.contests}):
+                    self._ready(self._mini(head), [(rows, self._known) for rows in batches])
                 self._rounds(start + seconds * _TILE_SHARE)
                 if LIMITS in ops:
                     self._limits(start + seconds)
@@ -188,8 +193,7 @@ class Tuner:
 
     def _round(self, contest: Contest) -> None:
         job, mini = contest.job, self._mini(contest.job.head)
-        many = min(_MOST_ROUND, max(_LEAST_ROUND, os.cpu_count() or 1))
-        tiles = contest.take(many)
+        tiles = contest.take(_ROUND)
         inputs = mini.inputs(job.rows)
         incumbent = mini.decoder(self._table(contest, contest.tile), job.rows)
         default = mini.decoder(self._table(contest, None), job.rows) if contest.tile else incumbent
@@ -223,8 +227,7 @@ class Tuner:
         us, tile, decoder = rival
         if us * _MARGIN >= contest.us:
             return False
-        times = [(mini.microseconds(decoder, inputs), mini.microseconds(incumbent, inputs)) for _ in range(_DUELS)]
-        ours, theirs = (min(side) for side in zip(*times, strict=True))
+        ours, theirs = self._both(mini, inputs, decoder, incumbent)
         if contest.tile is None:
             contest.default_us = theirs
         contest.us = theirs
@@ -248,15 +251,35 @@ class Tuner:
             return decoder
 
         made: list[tuple[Any, FusedDecoder]] = []
-        # Triton's interpreter, in which CPUs test this, takes one launch at a time.
-        with ThreadPoolExecutor(len(tiles) if self._device.type == "cuda" else 1) as pool:
-            for tile, result in zip(tiles, pool.map(compiled, tiles), strict=True):
-                if isinstance(result, Exception):
-                    contest.fail(tile, result)
-                else:
-                    made.append((tile, result))
+        for tile, result in zip(tiles, self._in_threads(compiled, tiles), strict=True):
+            if isinstance(result, Exception):
+                contest.fail(tile, result)
+            else:
+                made.append((tile, result))
         self._recover()
         return made
+
+    def _ready(
+        self, mini: MiniModel, wanted: Sequence[tuple[int, TileTable]]
+    ) -> list[tuple[int, Inputs, FusedDecoder]]:
+        """Decoders for numbers of rows and tables, and inputs for them, compiled by a step."""
+
+        def ready(one: tuple[int, TileTable]) -> tuple[int, Inputs, FusedDecoder]:
+            rows, table = one
+            with torch.cuda.device_of(torch.empty(0, device=self._device)):
+                inputs, decoder = mini.inputs(rows), mini.decoder(table, rows)
+                decoder.step(inputs.rows, None, inputs.cache)
+            return rows, inputs, decoder
+
+        made = self._in_threads(ready, wanted)
+        self._recover()
+        return made
+
+    def _in_threads(self, function: Callable[[Given], Made], given: Sequence[Given]) -> list[Made]:
+        # Triton's interpreter, in which CPUs test this, takes one launch at a time.
+        many = min(_THREADS, os.cpu_count() or 1) if self._device.type == "cuda" else 1
+        with ThreadPoolExecutor(many) as pool:
+            return list(pool.map(function, given))
 
     def _table(self, contest: Contest, tile: Any) -> TileTable:
         """All that is known, this tile, and the regime in which it is used."""
@@ -281,16 +304,15 @@ class Tuner:
 
     def _crossing(self, work: Work, steps: Sequence[int], fixed: list[Limit], end: float) -> Iterator[Limit]:
         """The last step up to which the way with the limit is no slower; nothing if time runs out before."""
+        if self._clock() > end:
+            return
         mini, known, last = self._mini(False), self._known.with_(self._tuned_or_untouched()), 0
-        for rows in steps:
-            if self._clock() > end:
-                return
-            inputs = mini.inputs(rows)
-            ways = [
-                mini.decoder(known.with_(TileTable(limits=[*fixed, Limit(work, limit)])), rows) for limit in (rows, 0)
-            ]
-            times = [[mini.microseconds(way, inputs) for way in ways] for _ in range(_DUELS)]
-            with_it, without = (min(side) for side in zip(*times, strict=True))
+        wanted = [
+            (rows, known.with_(TileTable(limits=[*fixed, Limit(work, limit)]))) for rows in steps for limit in (rows, 0)
+        ]
+        made = self._ready(mini, wanted)
+        for (rows, inputs, first), (_, _, second) in zip(made[::2], made[1::2], strict=True):
+            with_it, without = self._both(mini, inputs, first, second)
             self._notify(f"{work.op}, {rows} rows: {with_it:.2f} us a layer; the other way {without:.2f}")
             if with_it > without:
                 break
@@ -304,9 +326,13 @@ class Tuner:
                 return
             inputs = mini.inputs(rows)
             ways = [mini.decoder(table, rows) for table in (TileTable(), self._known.with_(self._tuned.table))]
-            times = [[mini.microseconds(way, inputs) for way in ways] for _ in range(_DUELS)]
-            before, after = (min(side) for side in zip(*times, strict=True))
+            before, after = self._both(mini, inputs, *ways)
             self._tuned.effects.append(Effect(rows, before, after, mini.moved(rows)))
+
+    def _both(self, mini: MiniModel, inputs: Inputs, first: FusedDecoder, second: FusedDecoder) -> tuple[float, float]:
+        """The microseconds of two that take turns."""
+        times = [(mini.microseconds(first, inputs), mini.microseconds(second, inputs)) for _ in range(_DUELS)]
+        return min(one for one, _ in times), min(other for _, other in times)
 
     def _alone(self) -> Work:
         setting = self._setting

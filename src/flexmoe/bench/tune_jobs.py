@@ -20,7 +20,8 @@ from flexmoe.kernels.triton.route import default_tile as default_route
 from flexmoe.kernels.triton.tiles import TileTable, Work, attention_work, expert_work, linear_work, route_work
 from flexmoe.models.fused_tiles import StepTiles
 
-FEW_ROWS = 16  # beyond these reading an expert for each row alone cannot win
+_MOST_ALONE = 8  # rows; with more, reading an expert for each row alone has not won
+_LEAST_GROUPED = 4  # rows; with fewer, grouping them has not
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def route_jobs(setting: Setting, rows: int) -> Iterator[Job]:
 def few_jobs(setting: Setting, rows: int) -> Iterator[Job]:
     """Both halves of the experts for few rows."""
     config, size = setting.config, setting.dtype.itemsize
-    if config.moe is None or rows > FEW_ROWS:
+    if config.moe is None or rows > _MOST_ALONE:
         return
     first, second = setting.untuned.few_experts(rows)
     gate_up = list(candidates.gate_up_gemv_tiles(config.hidden_size, size))
@@ -107,7 +108,7 @@ def few_jobs(setting: Setting, rows: int) -> Iterator[Job]:
 def many_jobs(setting: Setting, rows: int) -> Iterator[Job]:
     """Both halves of the experts, grouped."""
     config, size = setting.config, setting.dtype.itemsize
-    if config.moe is None:
+    if config.moe is None or rows < _LEAST_GROUPED:
         return
     shape = (rows, config.moe.top_k, config.moe.num_experts, config.hidden_size, config.moe.expert_width, setting.dtype)
     first, second = expert_gate_up.default_tile(*shape), expert_down.default_tile(*shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -100,6 +101,13 @@ def tune(
     note(f"written to {out}")
 
 
+def _changes(default: Any, tile: Any) -> str:
+    """What sets a tile apart from the operation's own choice."""
+    own = asdict(default) if type(default) is type(tile) else {}
+    words = [f"{name}={value}" for name, value in asdict(tile).items() if name not in own or own[name] != value]
+    return " ".join(words if own else [type(tile).__name__, *words])
+
+
 def _gpu(name: str) -> torch.device:
     """The device. Raises ConfigError if no Triton kernel runs on it."""
     from flexmoe.engine.device import choose_device
@@ -147,12 +155,12 @@ def _table(tuned: Tuned) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD)
-    for name in ("what", "rows", "built-in us", "tuned us", "failed", "tile"):
-        table.add_column(name, justify="left" if name in ("what", "tile") else "right", no_wrap=name != "tile")
+    for name in ("what", "rows", "built-in us", "tuned us", "failed", "changed"):
+        table.add_column(name, justify="left" if name in ("what", "changed") else "right", no_wrap=name != "changed")
     for contest in tuned.contests:
         if not contest.us:
             continue
-        tile = "" if contest.tile is None else str(contest.tile)
+        tile = "" if contest.tile is None else _changes(contest.job.default, contest.tile)
         us = f"{contest.us:.2f}" if tile else "-"
         figures = (str(contest.job.rows), f"{contest.default_us:.2f}", us, str(len(contest.failures)))
         table.add_row(contest.job.name, *figures, tile)
