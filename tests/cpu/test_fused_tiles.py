@@ -21,6 +21,20 @@ def test_pairs_read_alone_while_they_hardly_share_experts(preset: str, most: int
     assert [rows for rows in range(1, 65) if tiles.reads_alone(rows)] == list(range(1, most + 1))
 
 
+def test_the_second_half_says_when_it_may_start() -> None:
+    from flexmoe.kernels.triton.expert_down import DownGemvTile
+    from flexmoe.kernels.triton.tiles import Measured, TileTable, expert_work
+    from flexmoe.models.fused_tiles import StepTiles
+
+    config = PRESETS["qwen3-30b-a3b"].config
+    assert config.moe is not None
+    work = expert_work("expert_down_gemv", torch.bfloat16, config.hidden_size, config.moe)
+    for early in (False, True):
+        table = TileTable([Measured(work, 1, DownGemvTile(early_ids=early), 1.0, 1.0)])
+        first, second = StepTiles(table, config, torch.bfloat16).few_experts(1)
+        assert first.late_trigger is second.early_ids is early
+
+
 def test_long_contexts_are_split_more() -> None:
     from flexmoe.kernels.triton.tiles import TileTable
     from flexmoe.models.fused_tiles import StepTiles

@@ -132,7 +132,10 @@ def test_measured_tiles_and_limits(rows: int, alone: int, in_one: int) -> None:
     tiles = (
         (linear_work(dtype, made.qkv_size, hidden, norm=True), DotTile(16, 32, 16, splits=4, num_stages=2)),
         (linear_work(dtype, hidden, hidden, norm=False), DotTile(16, 32, 32, splits=2, num_stages=2)),
-        (attention_work(dtype, made.attention), DecodeAttentionTile(16, 1, 1, splits=8, min_split=16, per_head=True)),
+        (
+            attention_work(dtype, made.attention, long=False),
+            DecodeAttentionTile(16, 1, 1, splits=8, min_split=16, per_head=True),
+        ),
         (route_work(dtype, hidden, moe), RouteTile(16, 16, 32, 2, 2)),
         (expert_work("expert_gate_up_gemv", dtype, hidden, moe), GateUpGemvTile(columns=128, late_trigger=True)),
         (expert_work("expert_down_gemv", dtype, hidden, moe), DownGemvTile(1, 128, 2, early_ids=True)),

@@ -22,6 +22,7 @@ CONFIG = config(layers=(LayerConfig(is_moe=True),) * 2, checkpoint_dtype="float3
 @pytest.fixture
 def mini(monkeypatch: pytest.MonkeyPatch) -> MiniModel:
     monkeypatch.setattr(tune_step, "_CONTEXT", 20)
+    monkeypatch.setattr(tune_step, "_LONG_CONTEXT", 40)
     monkeypatch.setattr(tune_step, "_LAYERS", 1)
     timer = lambda launches, _least: Timing(10.0 * len(launches), 0.0, 0.0)
     return MiniModel(CONFIG, torch.float32, DEVICE, head=False, timer=timer)

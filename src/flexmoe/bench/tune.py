@@ -194,7 +194,7 @@ class Tuner:
     def _round(self, contest: Contest) -> None:
         job, mini = contest.job, self._mini(contest.job.head)
         tiles = contest.take(_ROUND)
-        inputs = mini.inputs(job.rows)
+        inputs = mini.inputs(job.rows, long=job.long)
         incumbent = mini.decoder(self._table(contest, contest.tile), job.rows)
         default = mini.decoder(self._table(contest, None), job.rows) if contest.tile else incumbent
         wanted = mini.output(default, inputs, job.stage)  # compiles what all tiles share
@@ -245,7 +245,7 @@ class Tuner:
             try:
                 with torch.cuda.device_of(inputs.rows.lengths):
                     decoder = mini.decoder(self._table(contest, tile), contest.job.rows)
-                    decoder.step(inputs.rows, None, inputs.cache)
+                    mini.run(decoder, inputs)
             except Exception as error:  # noqa: BLE001 - as above
                 return error
             return decoder
@@ -268,7 +268,7 @@ class Tuner:
             rows, table = one
             with torch.cuda.device_of(torch.empty(0, device=self._device)):
                 inputs, decoder = mini.inputs(rows), mini.decoder(table, rows)
-                decoder.step(inputs.rows, None, inputs.cache)
+                mini.run(decoder, inputs)
             return rows, inputs, decoder
 
         made = self._in_threads(ready, wanted)

@@ -151,7 +151,7 @@ def down_gemv_tiles(width: int, top_k: int, itemsize: int) -> Iterator[DownGemvT
         fits = burst // warps <= 16384 if stages == 1 else 8192 <= burst * (stages - 1) <= _SHARED_MEMORY // 2
         split = max(1, warps // _power(top_k))
         if fits and columns // split >= 512 // itemsize and (stages == 1 or columns < width):
-            yield DownGemvTile(outputs, columns, warps, stages)
+            yield from (DownGemvTile(outputs, columns, warps, stages, early) for early in (False, True))
 
 
 _DEPTHS = ((64, 5), (64, 4), (128, 3), (128, 4), (64, 6))  # block_k and num_stages

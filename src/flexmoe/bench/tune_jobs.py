@@ -15,7 +15,6 @@ from flexmoe.bench import tune_candidates as candidates
 from flexmoe.bench.tune_step import Stage
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.triton import expert_down, expert_gate_up
-from flexmoe.kernels.triton.decode_attention import default_tile as default_attention
 from flexmoe.kernels.triton.route import default_tile as default_route
 from flexmoe.kernels.triton.tiles import TileTable, Work, attention_work, expert_work, linear_work, route_work
 from flexmoe.models.fused_tiles import StepTiles
@@ -26,7 +25,7 @@ _LEAST_GROUPED = 4  # rows; with fewer, grouping them has not
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One work for one number of rows. name: for people. stage: where its result shows."""
+    """One work for one number of rows. name: for people. stage: where its result shows. long: of thousands of keys."""
 
     name: str
     work: Work
@@ -34,6 +33,7 @@ class Job:
     default: Any
     candidates: Sequence[Any]
     stage: Stage
+    long: bool = False
 
     @property
     def head(self) -> bool:
@@ -76,11 +76,12 @@ def _linear(setting: Setting, rows: int, name: str, n: int, k: int, stage: Stage
 
 
 def attention_jobs(setting: Setting, rows: int) -> Iterator[Job]:
-    """Decode attention."""
+    """Decode attention over hundreds of keys, and over thousands."""
     a = setting.config.attention
-    default = default_attention(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=setting.dtype)
-    tiles = list(candidates.attention_tiles(rows, a.num_heads, a.num_kv_heads, default, setting.dtype.itemsize))
-    yield Job("attention", attention_work(setting.dtype, a), rows, default, tiles, "attention")
+    for name, long in (("attention", False), ("attention long", True)):
+        default, work = setting.untuned.attention(rows, long=long), attention_work(setting.dtype, a, long=long)
+        tiles = list(candidates.attention_tiles(rows, a.num_heads, a.num_kv_heads, default, setting.dtype.itemsize))
+        yield Job(name, work, rows, default, tiles, "attention", long)
 
 
 def route_jobs(setting: Setting, rows: int) -> Iterator[Job]:

@@ -20,6 +20,7 @@ from flexmoe.bench.kernel_timer import Launch, Timing, time_launches
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.triton.tiles import TileTable
+from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
@@ -33,7 +34,8 @@ Stage = Literal["attention", "feed", "router", "logits"]
 _LAYERS = 6  # they rotate: no cache holds the weights of all
 _SMALL_VOCABULARY = 1024
 _BLOCK = 16  # tokens of a KV block
-_CONTEXT = 256  # keys of each row
+_CONTEXT, _LONG_CONTEXT = 256, 2048  # keys of each row
+_MOST_KEYS = 128 * 1024  # of all rows together: memory
 _STEPS = 2  # in a graph
 
 Timer = Callable[[list[Launch], int], Timing]
@@ -41,10 +43,11 @@ Timer = Callable[[list[Launch], int], Timing]
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Rows with equally long sequences, and their keys and values."""
+    """Rows with equally long sequences, and their keys and values; long: they are cut for thousands."""
 
     rows: DeviceRows
     cache: KVCache
+    long: bool
 
 
 class MiniModel:
@@ -55,29 +58,35 @@ class MiniModel:
     ) -> None:
         self.config = _cut(config, 1 if head else _LAYERS, config.vocab_size if head else _SMALL_VOCABULARY)
         self.dtype, self.device, self._timer = dtype, device, timer
-        self._model = Decoder(self.config, ParallelPlan(), "reference", _CONTEXT, dtype=dtype, device=device)
+        self._model = Decoder(self.config, ParallelPlan(), "reference", _LONG_CONTEXT, dtype=dtype, device=device)
         stored: torch.dtype = getattr(torch, config.checkpoint_dtype)
         fill_dummy({name: param.data for name, param in self._model.eval().named_parameters()}, stored=stored)
         self._model.pack(in_place=True)
 
-    def inputs(self, rows: int) -> Inputs:
+    def inputs(self, rows: int, *, long: bool = False) -> Inputs:
         """Random ones for steps of `rows`."""
-        config, blocks = self.config, -(-_CONTEXT // _BLOCK)
+        keys = max(_CONTEXT, min(_LONG_CONTEXT, _MOST_KEYS // rows)) if long else _CONTEXT
+        config, blocks = self.config, -(-keys // _BLOCK)
         ints = functools.partial(torch.full, dtype=torch.int32, device=self.device)
         tokens = torch.randint(config.vocab_size, (rows,), device=self.device)
         tables = torch.randperm(rows * blocks, device=self.device).int()
         cache = KVCache(config, rows * blocks, _BLOCK, self.dtype, self.device)
         for layer in cache.layers:
             layer.normal_()
-        return Inputs(DeviceRows(tokens, ints((rows,), -1), ints((rows,), _CONTEXT), tables, ints((1,), blocks)), cache)
+        on_device = DeviceRows(tokens, ints((rows,), -1), ints((rows,), keys), tables, ints((1,), blocks))
+        return Inputs(on_device, cache, long)
 
     def decoder(self, table: TileTable, rows: int) -> FusedDecoder:
         """It computes steps of up to `rows` with the table's tiles."""
-        return FusedDecoder(self._model, _CONTEXT, self.device, table, rows)
+        return FusedDecoder(self._model, _LONG_CONTEXT, self.device, table, rows)
+
+    def run(self, decoder: FusedDecoder, inputs: Inputs, probe: Probe | None = None) -> None:
+        """One step."""
+        decoder.step(inputs.rows, None, inputs.cache, probe, long=inputs.long)
 
     def microseconds(self, decoder: FusedDecoder, inputs: Inputs) -> float:
         """A layer of a step; of the model with the head: one layer and the head."""
-        step = functools.partial(decoder.step, inputs.rows, None, inputs.cache)
+        step = functools.partial(self.run, decoder, inputs)
         return self._timer([step], _STEPS).median / self.config.num_layers
 
     def moved(self, rows: int) -> float:
@@ -93,7 +102,7 @@ class MiniModel:
                 if part.is_floating_point() or part.dtype is torch.uint8:
                     part.fill_(torch.nan if part.is_floating_point() else 255)  # bytes of 255 are NaN, too
         seen = _Seen(decoder, stage)
-        decoder.step(inputs.rows, None, inputs.cache, seen)
+        self.run(decoder, inputs, seen)
         assert seen.kept is not None
         return seen.kept
 

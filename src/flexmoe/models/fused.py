@@ -88,7 +88,7 @@ class Buffers:
         vocab = config.vocab_size
         words = max(max(argmax.scratch_words(t, vocab), sample.scratch_words(t, vocab)) for t in steps)
         self.sampler_scratch = torch.empty(words, dtype=torch.int64, device=device)
-        parts = max(t * tiles.attention(t, long=True).splits for t in steps)  # of one head
+        parts = max(t * tiles.attention(t, long=long).splits for t in steps for long in (False, True))  # of one head
         partial, logsum = workspace_shapes(parts, a.num_heads, a.head_dim, 1)
         self.attention = (
             torch.empty(partial, dtype=torch.float32, device=device),

@@ -47,11 +47,14 @@ class StepTiles:
         return found or norm_linear.default_tile(rows, n, k, self._dtype)
 
     def attention(self, rows: int, *, long: bool) -> decode_attention.DecodeAttentionTile:
-        """Of decode attention; long: over thousands of keys, not hundreds as in what was measured."""
+        """Of decode attention; long: over thousands of keys, not hundreds."""
         a, dtype = self._config.attention, self._dtype
-        found: decode_attention.DecodeAttentionTile | None = self._find(attention_work(dtype, a), rows)
-        tile = found or decode_attention.default_tile(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=dtype)
-        return decode_attention.for_long(tile) if long else tile
+        found: decode_attention.DecodeAttentionTile | None = self._find(attention_work(dtype, a, long=long), rows)
+        if found is not None:
+            return found
+        if long:
+            return decode_attention.for_long(self.attention(rows, long=False))
+        return decode_attention.default_tile(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=dtype)
 
     def route(self, rows: int, dtype: torch.dtype) -> RouteTile | None:
         """Of the router, whose weight is of `dtype`; None: the operation's own."""
@@ -59,12 +62,12 @@ class StepTiles:
         return found
 
     def few_experts(self, rows: int) -> GemvTiles:
-        """Of both halves of the experts, read for each row alone; they agree on when the second half starts."""
+        """Of both halves of the experts, read for each row alone; the second one says when it may start."""
         hidden, moe, dtype = self._config.hidden_size, self._moe, self._dtype
         first = self._expert("expert_gate_up_gemv", rows) or expert_gate_up.default_gemv_tile(hidden, dtype)
         second = self._expert("expert_down_gemv", rows)
         second = second or expert_down.default_gemv_tile(moe.top_k, moe.expert_width, dtype)
-        return first, replace(second, early_ids=second.early_ids and first.late_trigger)
+        return replace(first, late_trigger=second.early_ids), second
 
     def many_experts(self, rows: int) -> GroupedTiles:
         """Of both halves of the experts, grouped; None: the operation's own."""

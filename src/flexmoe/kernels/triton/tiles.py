@@ -90,10 +90,10 @@ def linear_work(dtype: torch.dtype, n: int, k: int, *, norm: bool) -> Work:
     return Work.of("norm_linear", dtype, N=n, K=k, norm=int(norm))
 
 
-def attention_work(dtype: torch.dtype, attention: AttentionConfig) -> Work:
-    """Decode attention."""
+def attention_work(dtype: torch.dtype, attention: AttentionConfig, *, long: bool) -> Work:
+    """Decode attention over hundreds of keys, or, if `long`, thousands."""
     heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    return Work.of("decode_attention", dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return Work.of("decode_attention", dtype, heads=heads, kv_heads=kv_heads, head_dim=head_dim, long=int(long))
 
 
 def route_work(dtype: torch.dtype, hidden: int, moe: MoEConfig) -> Work:
