@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from harness import Case, run
 from torch import Tensor
 
+from flexmoe.bench.tune_candidates import attention_tiles
 from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.triton.decode_attention import (
     DecodeAttentionTile,
@@ -42,11 +43,6 @@ SHAPES = (
     Shape("TinyMistral", 32, 8, 32),
 )
 CONTEXTS = {1: (200, 1024, 8192), 4: (200, 1024), 8: (200, 1024), 32: (200, 1024), 128: (200, 1024), 256: (200, 1024)}
-# keys, warps, stages
-_FORMS = (
-    (16, 1, 1), (16, 2, 1), (16, 4, 1), (32, 2, 1), (32, 4, 1), (32, 8, 1), (64, 4, 1), (64, 8, 1),
-    (32, 4, 3), (32, 4, 5), (32, 4, 7), (64, 4, 5),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,28 +95,18 @@ def launches(shape: Shape, batch: int, context: int, tile: DecodeAttentionTile) 
     return [functools.partial(launch, rows) for rows in given.rows]
 
 
-def tiles(shape: Shape, batch: int, context: int) -> Iterator[DecodeAttentionTile]:
+def tiles(shape: Shape, batch: int) -> Iterator[DecodeAttentionTile]:
     """The default, and others around its number of splits."""
     default = default_tile(batch, shape.num_heads, shape.num_kv_heads, shape.head_dim)
     yield default
-    shared = shape.num_heads > shape.num_kv_heads
-    forms = [(per_head, *form) for per_head in ((False, True) if shared else (True,)) for form in _FORMS]
-    for splits, (per_head, keys, warps, stages) in itertools.product(
-        sorted({max(1, default.splits // 2), default.splits, min(64, default.splits * 2), 1}), forms
-    ):
-        if (per_head and (stages > 1 or (shared and batch > 8))) or (splits == 1 and context > 1024):
-            continue
-        tile = DecodeAttentionTile(keys, warps, stages, splits, keys, per_head)
-        yield tile
-        if keys == 16 and splits > 1:
-            yield replace(tile, min_split=64)
+    yield from attention_tiles(batch, shape.num_heads, shape.num_kv_heads, default, _DTYPE.itemsize)
 
 
 def cases() -> Iterator[Case]:
     """All models, batches, contexts and tiles."""
     for shape, (batch, contexts) in itertools.product(SHAPES, CONTEXTS.items()):
         for context in contexts:
-            for tile in tiles(shape, batch, context):
+            for tile in tiles(shape, batch):
                 name = f"{shape.name} batch {batch} context {context}"
                 make = functools.partial(launches, shape, batch, context, tile)
                 yield Case(name, {"tile": tile}, _bytes(shape, batch, context), make)

@@ -14,7 +14,6 @@ from flexmoe.kernels.triton.group_by_expert import group_by_expert
 
 WIDTHS = {"Mixtral": 14336, "Qwen3-30B": 768, "OLMoE": 1024, "TinyMistral": 4096}
 FEW, MANY = (1, 2, 4, 8), (4, 8, 16, 32, 64, 128, 256, 2048, 8192)
-SHARED_MEMORY = 227 * 1024  # bytes a program may have
 _ROTATE = 160 * 10**6  # bytes, more than twice the L2 cache
 
 
@@ -79,4 +78,4 @@ def buffers(shape: Shape, batch: int) -> list[Buffers]:
     return made
 
 
-__all__ = ["FEW", "MANY", "SHAPES", "SHARED_MEMORY", "WIDTHS", "Buffers", "Shape", "buffers", "expected_bytes"]
+__all__ = ["FEW", "MANY", "SHAPES", "WIDTHS", "Buffers", "Shape", "buffers", "expected_bytes"]

@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from harness import Case, run
 from torch import Tensor
 
-from flexmoe.kernels.triton.norm_linear import (
-    DirectTile,
-    DotTile,
-    GemvTile,
-    Tile,
-    default_tile,
-    norm_linear,
-    scratch_bytes,
-)
+from flexmoe.bench.tune_candidates import linear_tiles
+from flexmoe.kernels.triton.norm_linear import Tile, default_tile, norm_linear, scratch_bytes
 
 _CACHE_BYTES = 192 << 20  # of rotating weights, at least: three times L2
 _DTYPE = torch.bfloat16
@@ -56,51 +49,8 @@ SHAPES = (
 def tiles(shape: Shape, batch: int) -> Iterator[Tile | str]:
     """What competes: the default first, plain torch (without norm and residual) last."""
     yield default_tile(batch, shape.n, shape.k, _DTYPE)
-    if batch <= 2:
-        yield from _gemv_tiles(shape)
-    if batch <= 32:
-        yield from _direct_tiles(shape, batch)
-    if batch >= 8:
-        yield from _dot_tiles(shape, batch)
+    yield from linear_tiles(batch, shape.n, shape.k, norm=shape.norm, itemsize=_DTYPE.itemsize)
     yield "torch"
-
-
-def _gemv_tiles(shape: Shape) -> Iterator[GemvTile]:
-    for (warps_n, warps_k), (rows, ahead) in itertools.product(((1, 4), (1, 8), (4, 1)), ((1, 8), (2, 4), (2, 8))):
-        yield GemvTile(warps_n=warps_n, warps_k=warps_k, rows=rows, ahead=ahead, x_ahead=2 if shape.norm else 4)
-
-
-# warps_n, warps_k, rows, ahead, x_ahead
-_FORMS = (
-    (1, 16, 1, 8, 4), (1, 16, 1, 8, 8), (1, 16, 1, 4, 4), (1, 8, 1, 8, 8), (1, 8, 1, 8, 4), (1, 8, 1, 4, 4),
-    (1, 8, 2, 4, 2), (1, 4, 1, 8, 4), (1, 4, 1, 8, 2), (1, 4, 1, 4, 4), (1, 4, 2, 4, 2),
-)  # fmt: skip
-_HEAD_FORMS = ((2, 2, 1, 8, 4), (4, 1, 1, 8, 4), (4, 2, 1, 8, 2), (2, 4, 1, 8, 2))
-
-
-def _direct_tiles(shape: Shape, batch: int) -> Iterator[DirectTile]:
-    fused = (True, False) if shape.norm and batch <= 8 and not shape.head else (False,)
-    prefetches = (0,) if shape.head else (0, 2048)
-    forms = _FORMS + _HEAD_FORMS if shape.head else _FORMS
-    for (warps_n, warps_k, rows, ahead, x_ahead), fuse, prefetch in itertools.product(forms, fused, prefetches):
-        registers = 8 * rows * ahead + (8 if fuse else 4) * x_ahead * -(-batch // 8)
-        if registers <= (80 if warps_n * warps_k == 16 else 144) and (not prefetch or ahead * 32 * warps_k < shape.k):
-            yield DirectTile(warps_n, warps_k, rows, ahead, x_ahead, prefetch=prefetch, fuse_norm=fuse)
-
-
-# block_n, block_k, warps, stages
-_DOT_FORMS = ((32, 128, 4, 5), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4))
-
-
-def _dot_tiles(shape: Shape, batch: int) -> Iterator[DotTile]:
-    largest = min(128, max(16, 1 << (batch - 1).bit_length()))
-    for block_t, (block_n, block_k, warps, stages), splits, prefetch in itertools.product(
-        {largest, min(64, largest)}, _DOT_FORMS, (1, 2, 4, 8), (0, 1024)
-    ):
-        programs = -(-shape.n // block_n) * -(-batch // block_t) * splits
-        fits = (block_t + block_n) * block_k * 2 * stages <= 200_000
-        if fits and shape.k >= 512 * splits and (programs >= 100 or splits == 4) and (splits == 1 or programs <= 400):
-            yield DotTile(block_t, block_n, block_k, splits, warps, stages, prefetch if not shape.head else 0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ import torch
 from harness import Case, run
 from moe_shapes import BATCHES, DTYPE, SHAPES, Shape
 
+from flexmoe.bench.tune_candidates import route_tiles
 from flexmoe.kernels.triton.route import RouteTile, default_tile, route
 
 _COLD_BYTES = 128 << 20
@@ -38,26 +39,7 @@ def launches(shape: Shape, batch: int, tile: RouteTile) -> list[Callable[[], Non
 def tiles(shape: Shape, batch: int) -> Iterator[RouteTile]:
     """The default, and others of both ways where they are not hopeless."""
     yield default_tile(batch, shape.hidden, shape.experts, DTYPE.itemsize)
-    if batch <= 256:
-        for block_e, warps in itertools.product((1, 2, 4, 8), (2, 4, 8, 16)):
-            held = block_e * shape.hidden // (32 * warps)
-            if block_e <= shape.experts and 8 <= held <= 64 and batch * shape.experts // block_e <= 8192:
-                yield RouteTile(1, block_e, 0, warps, 1)
-    if batch < 16:
-        return
-    for (block_t, block_e), block_k, warps, stages in itertools.product(
-        ((16, 16), (32, 32), (64, 32), (64, 64), (64, 128)), (64, 128, 256), (2, 4), (4,)
-    ):
-        fits = (block_t + block_e) * block_k * DTYPE.itemsize * stages <= 160 << 10
-        fills = (block_t * block_e) // warps in range(64, 2049)
-        if (
-            fits
-            and fills
-            and (block_t < 64 or block_k < 256)
-            and block_e < 2 * max(16, shape.experts)
-            and block_t <= batch
-        ):
-            yield RouteTile(block_t, block_e, block_k, warps, stages)
+    yield from route_tiles(batch, shape.hidden, shape.experts, DTYPE.itemsize)
 
 
 def cases() -> Iterator[Case]:

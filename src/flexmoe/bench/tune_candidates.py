@@ -122,7 +122,7 @@ def route_tiles(rows: int, hidden: int, experts: int, itemsize: int) -> Iterator
             yield RouteTile(1, block_e, 0, warps, 1)
     if rows < 16 or itemsize == 4:  # exact products of fp32 weights: the operation's own tiles fit these alone
         return
-    sides = ((16, 16), (32, 32), (64, 32), (64, 64))
+    sides = ((16, 16), (32, 32), (64, 32), (64, 64), (64, 128))
     for (block_t, block_e), block_k, warps in itertools.product(sides, (64, 128, 256), (2, 4)):
         fits = (block_t + block_e) * block_k * itemsize * 4 <= 160 << 10
         useful = block_e < 2 * max(16, experts) and block_t <= rows and 64 <= block_t * block_e // warps <= 2048
