@@ -105,7 +105,7 @@ class Effect:
 
 @dataclass(slots=True)
 class Tuned:
-    """contests: all jobs. lost: the error after which the GPU took no more work, or ""."""
+    """contests: all jobs. lost: the error that ended the run before its time, or ""."""
 
     contests: list[Contest] = field(default_factory=list)
     limits: list[Limit] = field(default_factory=list)
@@ -172,8 +172,8 @@ class Tuner:
                 if LIMITS in ops:
                     self._limits(start + seconds)
                 self._effects(batches, start + seconds)
-            except _DeviceLostError as error:
-                tuned.lost = str(error)
+            except (_DeviceLostError, torch.cuda.OutOfMemoryError) as error:
+                tuned.lost = str(error).splitlines()[0]
         return tuned
 
     def _rounds(self, end: float) -> None:

@@ -56,7 +56,8 @@ class MiniModel:
     def __init__(
         self, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, head: bool, timer: Timer = time_launches
     ) -> None:
-        self.config = _cut(config, 1 if head else _LAYERS, config.vocab_size if head else _SMALL_VOCABULARY)
+        layers = 1 if head else _affordable_layers(config, dtype, device)
+        self.config = _cut(config, layers, config.vocab_size if head else _SMALL_VOCABULARY)
         self.dtype, self.device, self._timer = dtype, device, timer
         self._model = Decoder(self.config, ParallelPlan(), "reference", _LONG_CONTEXT, dtype=dtype, device=device)
         stored: torch.dtype = getattr(torch, config.checkpoint_dtype)
@@ -122,6 +123,14 @@ class _Seen:
             self.kept = self._decoder.buffers.router_logits[: len(tensor)].clone()
         elif stage == self._stage or (self._stage == "feed" and stage in ("moe", "mlp")):
             self.kept = tensor.float()
+
+
+def _affordable_layers(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """As many as half of the free memory holds, at most `_LAYERS`."""
+    if device.type != "cuda":
+        return _LAYERS
+    layer = config.num_parameters() // config.num_layers * dtype.itemsize
+    return max(1, min(_LAYERS, torch.cuda.mem_get_info(device)[0] // 2 // layer))
 
 
 def _cut(config: ModelConfig, layers: int, vocabulary: int) -> ModelConfig:

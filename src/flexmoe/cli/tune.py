@@ -74,8 +74,8 @@ def tune(
     """Fit the GPU kernels to MODEL.
 
     MODEL is a folder, a name on the Hub, a preset (`flexmoe models` lists them) or nothing for the built-in model; its
-    weights are not needed. Times ways to cut the work of a decode step on this GPU, keeps those that beat the built-in
-    choice by 2% and give the same result, and writes them where every engine on this machine finds them.
+    weights are not needed. Times decode steps of a few layers of its shape, with one way after the other to cut their
+    work; keeps what saves time and gives the same result, and writes it where every engine on this machine finds it.
 
     \b
     Examples:
@@ -96,8 +96,11 @@ def tune(
         raise ConfigError("this user has no home for a cache folder; say where to write with --out FILE.")
     ceiling = read_bandwidth(gpu)
     tuned = tune_model(config, gpu, dtype, batches, ops, seconds, notify=note)
-    write(out, read(out).with_(tuned.table), name)
     _print(tuned, ceiling, f"{model or 'the built-in model'} on {name}")
+    try:
+        write(out, read(out).with_(tuned.table), name)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}; give another --out FILE.") from error
     note(f"written to {out}")
 
 
@@ -147,7 +150,7 @@ def _print(tuned: Tuned, ceiling: float, title: str) -> None:
         names = ", ".join(f"{c.job.name} {c.job.rows} ({len(c.waiting)} tiles)" for c in unfinished)
         console.print(f"Not tried for lack of time: {names}. More --seconds reach them.", style="dim", markup=False)
     if tuned.lost:
-        console.print(f"Stopped: the GPU takes no more work ({tuned.lost}).", style="red", markup=False)
+        console.print(f"Stopped before its time: {tuned.lost}", style="red", markup=False)
 
 
 def _table(tuned: Tuned) -> Table:
