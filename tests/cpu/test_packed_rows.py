@@ -69,3 +69,9 @@ def test_a_temperature_too_cold_for_fp32_still_draws() -> None:
     state = SamplingState(SamplingParams(temperature=1e-60), 0)
     packed.load(decodes(rows_of([4])), [-1], [state], ahead=0)
     assert packed.sampling.temperature.item() > 0
+
+
+def test_a_top_k_beyond_all_numbers_of_the_device_keeps_all() -> None:
+    packed = PackedRows(1, 1, CPU)
+    packed.load(decodes(rows_of([4])), [-1], [SamplingState(SamplingParams(top_k=2**40), 0)], ahead=0)
+    assert packed.sampling.top_k.item() == 2**31 - 1

@@ -31,6 +31,7 @@ _FIELDS: Mapping[str, torch.dtype] = {
     "sources": torch.int32,
     "lengths": torch.int32,
 }
+_ALL = 2**31 - 1  # a top_k that keeps every token
 _STRIDE_BYTES = 16  # the table stride, and room so that the tables behind it are aligned
 
 
@@ -111,7 +112,7 @@ def _write_sampling(host: Fields, states: Sequence[SamplingState], ahead: int) -
     host["temperature"][count:] = 0.0
     if not host["temperature"].any():
         return
-    host["top_k"][:count] = [state.params.top_k for state in states]
+    host["top_k"][:count] = [min(state.params.top_k, _ALL) for state in states]
     host["top_p"][:count] = [state.params.top_p for state in states]
     host["min_p"][:count] = [state.params.min_p for state in states]
     host["uniform"][:count] = [state.uniform(ahead) for state in states]

@@ -22,7 +22,7 @@ PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, an
 _LEAST_CAPABILITY = (8, 0)  # of the GPU: matrix units for bf16
 _HEAD_DIMS = (16, 256)
 _MOST_TOP_K, _MOST_EXPERTS = 16, 1024
-_MOST_TOKENS = 2**19  # of the vocabulary, and one more: sums of more weights do not fit 64 bits
+_MOST_TOKENS = 500_000  # of the vocabulary: sums of more weights may not fit 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ def why_not_fused(config: ModelConfig, device: torch.device, backend: str) -> st
     least, most = _HEAD_DIMS
     if not least <= config.attention.head_dim <= most:
         return f"head_dim {config.attention.head_dim} is outside of {least} to {most}"
-    if config.vocab_size >= _MOST_TOKENS:
-        return f"a vocabulary of {config.vocab_size} tokens is not below {_MOST_TOKENS}"
+    if config.vocab_size > _MOST_TOKENS:
+        return f"a vocabulary of {config.vocab_size} tokens is above {_MOST_TOKENS}"
     if config.moe is not None and config.moe.top_k > _MOST_TOP_K:
         return f"{config.moe.top_k} experts a token are more than {_MOST_TOP_K}"
     if config.moe is not None and config.moe.num_experts > _MOST_EXPERTS:
