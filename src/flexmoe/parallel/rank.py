@@ -10,6 +10,7 @@ and without spinning, and the driver's process never waits in a collective that 
 from __future__ import annotations
 
 import os
+import pickle
 import select
 import signal
 import sys
@@ -81,7 +82,7 @@ def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> 
             number, command, payload = message
             answer = _carry_out(handler, command, payload)
             if answer is not None:
-                connection.send((number, *answer))
+                put(connection, (number, *answer))
         handler.close()
     except BaseException as error:  # noqa: BLE001 - whatever it was, the driver is told, and the process ends
         traceback.print_exc()
@@ -110,9 +111,14 @@ def _carry_out(handler: Handler, command: str, payload: Any) -> tuple[str, Any] 
 def _tell(connection: Connection, message: tuple[int, str, Any]) -> None:
     """Send, unless nobody listens any more."""
     try:
-        connection.send(message)
+        put(connection, message)
     except OSError:
         return
+
+
+def put(connection: Connection, message: Any) -> None:
+    """Send a message by value. Connection.send would pass tensors as shared memory, which this end may not outlive."""
+    connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
 
 def _counters(setup: Setup) -> MutableSequence[int]:
