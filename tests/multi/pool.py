@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,12 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._folder = Path(tempfile.mkdtemp(prefix="flexmoe-pool-"))
         self._ranks: Supervisor | None = None
 
     @property
     def ranks(self) -> Supervisor:
         if self._ranks is None:
-            launched = spawn("tests.multi.worker", self.size, self._folder, TIMEOUT)
+            launched = spawn("tests.multi.worker", self.size, TIMEOUT)
             self._ranks = Supervisor(launched, TIMEOUT, str)
         return self._ranks
 
@@ -45,7 +42,6 @@ class Pool:
     def close(self) -> None:
         if self._ranks is not None:
             self._ranks.close()
-        shutil.rmtree(self._folder)
 
 
 def llm_of(engine: Engine) -> LLM:

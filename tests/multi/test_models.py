@@ -142,9 +142,10 @@ def test_both_layouts_of_checkpoints(pools: dict[int, Pool], layout: Any) -> Non
 @pytest.mark.parametrize("plan", ["expert-2", "hybrid-4"])
 def test_dummy_weights_are_those_of_one_process(pools: dict[int, Pool], plan: str) -> None:
     options = {**OPTIONS, "load_format": "dummy"}
-    with LLM(tiny("mixtral"), **options) as one, pools[size_of(plan)].llm(
-        tiny("mixtral"), **options, **PLANS[plan]
-    ) as llm:
+    with (
+        LLM(tiny("mixtral"), **options) as one,
+        pools[size_of(plan)].llm(tiny("mixtral"), **options, **PLANS[plan]) as llm,
+    ):
         assert generate(llm) == generate(one)
 
 
@@ -157,7 +158,10 @@ def test_sampling_is_that_of_one_process(pools: dict[int, Pool]) -> None:
         SamplingParams(temperature=0.7, n=3, max_tokens=5),
         SamplingParams(temperature=0, stop=["e"], max_tokens=8),
     ]
-    with LLM(tiny("qwen2_moe"), **OPTIONS) as one, pools[2].llm(tiny("qwen2_moe"), **OPTIONS, **PLANS["expert-2"]) as llm:
+    with (
+        LLM(tiny("qwen2_moe"), **OPTIONS) as one,
+        pools[2].llm(tiny("qwen2_moe"), **OPTIONS, **PLANS["expert-2"]) as llm,
+    ):
         for ours, theirs in zip(llm.generate(PROMPTS, params), one.generate(PROMPTS, params), strict=True):
             assert [o.token_ids for o in ours.outputs] == [o.token_ids for o in theirs.outputs]
             assert [o.text for o in ours.outputs] == [o.text for o in theirs.outputs]

@@ -6,12 +6,9 @@ ranks; the first rank samples and answers. Why the driver is no rank itself stan
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -32,7 +29,7 @@ from flexmoe.parallel import launch
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.scheduler import Step
 
-_MODULE = "flexmoe.engine.worker"
+_MODULE = "flexmoe.engine.worker"  # whose run() is the program of a child
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +141,7 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     ), RankedRunner(ranks, device, keep=keep)  # fmt: skip
 
 
-def launch_ranks(options: EngineConfig, module: str = _MODULE) -> Supervisor:
+def launch_ranks(options: EngineConfig) -> Supervisor:
     """The processes of a plan, nothing loaded yet: children of this one, or those that torchrun started."""
     plan, timeout = options.parallel, options.launch.worker_timeout
     patience = 1.5 * timeout + 10  # of collectives: the supervisor, which knows who hangs, comes first
@@ -159,14 +156,7 @@ def launch_ranks(options: EngineConfig, module: str = _MODULE) -> Supervisor:
         if setup.rank > 0:
             raise SystemExit(launch.report(setup, Worker))
         return Supervisor(launch.gather(setup, Worker), timeout, describe)
-    folder = Path(tempfile.mkdtemp(prefix="flexmoe-ranks-"))
-    try:
-        supervisor = Supervisor(launch.spawn(module, plan.num_ranks, folder, patience), timeout, describe)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(supervisor, shutil.rmtree, folder, ignore_errors=True)
-    return supervisor
+    return Supervisor(launch.spawn(_MODULE, plan.num_ranks, patience), timeout, describe)
 
 
 def _decided(options: EngineConfig, source: ModelSource, device: torch.device) -> tuple[EngineConfig, torch.dtype]:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, field
@@ -57,19 +59,32 @@ class Member:
 
 @dataclass(slots=True)
 class Launched:
-    """Ranks that were started. store: where they meet, held by whoever made it. beats: None if they cannot be read."""
+    """Ranks that were started. store: where they meet, held by whoever made it. beats: None if they cannot be read.
+
+    folder: of their logs and counters.
+    """
 
     members: list[Member]
     beats: Beats | None = None
     store: Any = field(default=None, repr=False)
+    folder: Path | None = None
+
+    def release(self) -> None:
+        """Let go of everything but the processes, which must have ended."""
+        for member in self.members:
+            member.close()
+        self.store = self.beats = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def spawn(module: str, size: int, folder: Path, timeout: float) -> Launched:
-    """Start `size` processes that call `run()` of a module; their logs and counters go into `folder`."""
+def spawn(module: str, size: int, timeout: float) -> Launched:
+    """Start `size` processes that call `run()` of a module. timeout: seconds that a collective of theirs may take."""
+    folder = Path(tempfile.mkdtemp(prefix="flexmoe-ranks-"))
     # Bound here and not in the first rank: the port is free for sure, and nobody has to tell it.
     store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
     beats = Beats(folder / "beats", size, create=True)
-    launched = Launched([], beats, store)
+    launched = Launched([], beats, store, folder)
     try:
         for rank in range(size):
             launched.members.append(_start(module, rank, folder / f"rank{rank}.log"))
@@ -80,7 +95,7 @@ def spawn(module: str, size: int, folder: Path, timeout: float) -> Launched:
     except BaseException:
         for member in launched.members:
             member.kill()
-            member.close()
+        launched.release()
         raise
     return launched
 

@@ -133,6 +133,6 @@ def _counters(setup: Setup) -> MutableSequence[int]:
 def _pulse(lifeline: int, counters: MutableSequence[int]) -> None:
     """Show that the process runs; end it when the driver's end of the lifeline closes, even if it died unawares."""
     while True:
+        counters[LIFE] += 1
         if select.select([lifeline], [], [], _PULSE_SECONDS)[0]:
             os._exit(1)
-        counters[LIFE] += 1

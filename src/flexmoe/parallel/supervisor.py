@@ -33,7 +33,8 @@ _TICK_SECONDS = 0.25
 # When one rank dies its peers report broken connections: wait so long for the one that died without a word.
 _GRACE_SECONDS = 0.4
 _EXIT_SECONDS = 4.0
-_LAST_LINES, _LAST_BYTES = 6, 4096
+_IMPORT_SECONDS = 120.0  # until a new process shows its first sign of life
+_LAST_LINES, _LAST_BYTES = 6, 2**14
 
 
 class _Trouble(NamedTuple):
@@ -133,9 +134,7 @@ class Supervisor:
             for thread in self._threads:  # they end now: a connection is not closed under their hands
                 if thread is not threading.current_thread():
                     thread.join(1.0)
-            for member in self.members:
-                member.close()
-            self._launched.store = self._launched.beats = None
+            self._launched.release()
         self._inbox.put(None)
 
     def _send(self) -> None:
@@ -229,7 +228,8 @@ class Supervisor:
         if work != old_work:
             self._moved = now
         self._seen = work, life, since
-        still = [rank for rank, moved in enumerate(since) if now - max(moved, self._moved) > self._timeout]
+        limits = [self._timeout if life[r] else max(self._timeout, _IMPORT_SECONDS) for r in range(len(life))]
+        still = [rank for rank, moved in enumerate(since) if now - max(moved, self._moved) > limits[rank]]
         if still:
             return self.members[still[0]]
         if self._patient or now - self._moved <= self._timeout:
@@ -252,7 +252,9 @@ def _last_words(member: Member) -> str:
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
     except OSError:
         return "its log cannot be read."
-    last = [line for line in lines if line][-_LAST_LINES:]
+    # A fatal signal's stack is of little use in one line; what was said before it is.
+    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
+    last = [line for line in lines[: fatal + 1] if line][-_LAST_LINES:]
     return f"its log ends: {' | '.join(last)}" if last else "its log is empty."
 
 
