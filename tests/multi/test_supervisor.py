@@ -31,6 +31,13 @@ PROMPTS = [[5, 6, 7], [8, 9]]
 LIMIT = 5.0  # seconds from a death to the error
 
 
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Folders of ranks go here, where no other test makes any."""
+    tiny("mixtral")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 class Nothing:
     """What a start leaves behind: the children and open ports of before, folders of ranks."""
 
