@@ -25,14 +25,8 @@ from typing import Any
 import torch
 
 from flexmoe.bench.bandwidth import read_bandwidth
+from flexmoe.bench.kernel_timer import Launch, Timing, time_launches
 from flexmoe.bench.record import append, facts
-
-Launch = Callable[[], None]
-
-_LAUNCHES = 20  # in one graph, at least: the graph's own start must not count
-_REPLAYS = 10
-_SECONDS = 0.03  # of replays, at most
-_FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -47,15 +41,6 @@ class Case:
     params: dict[str, Any]
     bytes_moved: int
     launches: Callable[[], list[Launch]]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds a launch."""
-
-    median: float
-    p20: float
-    p80: float
 
 
 def run(op: str, cases: Iterable[Case]) -> None:
@@ -74,37 +59,6 @@ def run(op: str, cases: Iterable[Case]) -> None:
         if args.out:
             append(args.out, shared | rows[-1])
     _print(rows, args.top)
-
-
-def time_launches(launches: list[Launch]) -> Timing:
-    """Capture the closures, over and over until there are enough, in a CUDA graph; replay it against the clock."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for launch in launches:  # compiles, and lets lazy libraries set up what may not be set up while capturing
-            launch()
-    stream.synchronize()
-    rounds = -(-_LAUNCHES // len(launches))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for launch in launches * rounds:
-            launch()
-    graph.replay()
-    torch.cuda.synchronize()
-    return _replay(graph, rounds * len(launches))
-
-
-def _replay(graph: torch.cuda.CUDAGraph, count: int) -> Timing:
-    """The times of a graph of `count` launches: ten replays or 30 ms of them, whichever is less."""
-    took: list[float] = []
-    while len(took) < _FEWEST or (len(took) < _REPLAYS and sum(took) < _SECONDS * 1e6 / count):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        took.append(start.elapsed_time(end) * 1e3 / count)
-    p20, median, p80 = torch.tensor(took).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return Timing(median, p20, p80)
 
 
 def _measured(cases: Iterable[Case], args: argparse.Namespace) -> Iterator[tuple[Case, Timing]]:

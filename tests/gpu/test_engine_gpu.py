@@ -1,4 +1,4 @@
-"""The engine on an NVIDIA GPU, through plain PyTorch: the tokens of the CPU, and of transformers."""
+"""The engine on an NVIDIA GPU, decoding in Triton kernels: the tokens of the CPU, and of transformers."""
 
 from __future__ import annotations
 

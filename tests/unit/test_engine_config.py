@@ -129,7 +129,7 @@ def test_a_timeout_is_a_positive_number(value: object) -> None:
     [
         ("dtype", "auto, float32, bfloat16, float16"),
         ("load_format", "auto, safetensors, dummy"),
-        ("expert_backend", "auto, reference, cpu"),
+        ("expert_backend", "auto, reference, cpu, triton"),
     ],
 )
 def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:

@@ -40,6 +40,14 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    """Positive integers with commas between them; each once, in the order given."""
+    words = [word.strip() for word in value.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) for word in words):
+        raise click.BadParameter(f"{value!r} is not a list of positive integers; use for instance 1,8,32.")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
 def _default(part: type, name: str) -> Any:
     return next(field.default for field in fields(part) if field.name == name)
 

@@ -13,7 +13,7 @@ from flexmoe.errors import ConfigError, UnknownOptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-EXPERT_BACKENDS = ("auto", "reference", "cpu")
+EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ class Engine:
             self._started, self.runner = start_ranks(options, ranks)
         else:
             self._started = started = start(options)
-            self.runner = ModelRunner(started.model, started.cache, started.device)
+            self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed)
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self._start_anew()
@@ -194,7 +194,7 @@ class Engine:
             "dtype": str(s.dtype).removeprefix("torch."),
             "threads": s.threads,
             "expert_backend": s.backend,
-            "decode_kernels": f"torch ({s.native_reason})" if s.native_reason else "C",
+            "decode_kernels": s.decode_kernels,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.options.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.options.scheduler.max_num_batched_tokens,

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from flexmoe.engine.batch import build_batch, build_paged_rows
+from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
@@ -41,10 +42,18 @@ class Landed:
 
 
 class ModelRunner:
-    """Owns the model and its KV cache; holds no request."""
+    """Owns the model and its KV cache; holds no request.
 
-    def __init__(self, model: Decoder, cache: KVCache, device: torch.device) -> None:
+    Decodes have a path of their own where there is one, also beside prompts: on a CPU the C kernels, on a GPU the
+    Triton kernels in graphs. Everything else goes through the decoder in torch.
+    """
+
+    def __init__(
+        self, model: Decoder, cache: KVCache, device: torch.device, graphed: GraphedDecoder | None = None
+    ) -> None:
+        """graphed: the model's decode steps as CUDA graphs on this cache."""
         self.model, self.cache, self.device = model, cache, device
+        self._graphed = graphed
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
         self._sampler = Sampler()
         # Remembered, since a thread that is new to torch starts with what any thread set last: the 1 of `_decode`, too.
@@ -58,7 +67,10 @@ class ModelRunner:
         step: launched just now with these states, not waited for. The rows of the step behind it are decodes of
         requests that `step` samples for, in the same order; some may be left out.
         """
-        return False
+        graphed = self._graphed
+        if graphed is None or self.probe is not None or not _decodes_only(step, graphed.max_rows):
+            return False
+        return all(state.device_ready for state in states)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Begin to compute a step; see `run`. Steps take effect on the cache in the order of their launches.
@@ -69,6 +81,10 @@ class ModelRunner:
         chunk is the one token that `after` samples for its request, which the host does not know: chunk.start is
         len(request.token_ids), and a draw uses state.uniform(ahead=1).
         """
+        if self._graphed is not None and _decodes_only(step, self._graphed.max_rows):
+            self._check_process()
+            assert after is None or isinstance(after, GraphFlight)
+            return self._graphed.launch(step, states, after, self.probe)
         assert after is None, "can_run_ahead was false"
         return Landed(self.run(step, states))
 
@@ -77,16 +93,16 @@ class ModelRunner:
 
         states: one for each chunk that samples, in order.
 
-        Decodes go through the C kernels even beside prefills, in a pass of their own: otherwise a request's rounding,
-        in bf16 its tokens too, would depend on whether another one's prompt is computed in the same step. Measured, the
-        two passes take as long as one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of
-        torch's products; in fp32 that has not been seen to change a token.
+        Decodes and prompts are two passes: otherwise a request's rounding, in bf16 its tokens too, would depend on
+        whether another one's prompt is computed in the same step. Measured on a CPU, the two passes take as long as
+        one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of torch's products; in fp32 that
+        has not been seen to change a token.
         """
         self._check_process()
-        decodes, native = step.num_decodes, self.model.native
-        if native is None or not 0 < decodes <= native.max_rows:
+        decodes, path = step.num_decodes, self._graphed or self.model.native
+        if path is None or not 0 < decodes <= path.max_rows:
             return self._run(step, states)
-        sampled = self._decode(native, Step(step.chunks[:decodes], decodes, []), states[:decodes])
+        sampled = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
         if decodes == len(step.chunks):
             return sampled
         others = self._run(Step(step.chunks[decodes:], 0, []), states[decodes:])
@@ -100,8 +116,14 @@ class ModelRunner:
                 "that uses it, for instance with multiprocessing.get_context('spawn')."
             )
 
+    def _decode(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+        if self._graphed is not None:
+            return self._graphed.launch(step, states, None, self.probe).wait()
+        assert self.model.native is not None
+        return self._decode_native(self.model.native, step, states)
+
     @torch.inference_mode()
-    def _decode(self, native: NativeDecoder, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def _decode_native(self, native: NativeDecoder, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
         # Torch's threads stay out: after any work they spin for a while on the cores that the C threads need.
         # Measured: 6 ms instead of 1 for a step of 8 rows, from one parallel argmax.
         _use_torch_threads(1)
@@ -122,6 +144,10 @@ class ModelRunner:
         if not len(logits):  # another rank samples
             return SampleOutput([], [])
         return self._sampler.sample(logits, states)
+
+
+def _decodes_only(step: Step, max_rows: int) -> bool:
+    return 0 < len(step.chunks) == step.num_decodes <= max_rows
 
 
 def _use_torch_threads(count: int) -> None:

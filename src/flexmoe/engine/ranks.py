@@ -51,7 +51,7 @@ class StartedRanks:
     dtype: torch.dtype
     threads: int
     backend: str
-    native_reason: str
+    decode_kernels: str
     max_model_len: int
 
     @property
@@ -136,7 +136,7 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     first = reports[0]
     size = CacheSize(sum(report.cache_bytes for report in reports.values()))
     return StartedRanks(
-        source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, "several ranks",
+        source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, "torch (several ranks)",
         first.max_model_len,
     ), RankedRunner(ranks, device, keep=keep)  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,21 @@ import torch
 from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.shard import check
+from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.device import choose_device, choose_dtype, set_threads
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
 from flexmoe.models.slices import num_parameters
-from flexmoe.moe.experts import BACKENDS, default_backend
+from flexmoe.moe.experts import BACKENDS, default_backend, why_not_triton
 from flexmoe.parallel.mesh import Mesh
+
+_log = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are in: a CPU's is shared with other programs, a GPU's is ours.
 _CPU_CACHE_SHARE, _GPU_CACHE_SHARE = 0.25, 0.9
@@ -36,13 +41,14 @@ class Started:
     source: ModelSource
     model: Decoder
     cache: KVCache
+    graphed: GraphedDecoder | None  # on a GPU, unless the Triton kernels cannot decode this model
     num_blocks: int
     tokenizer: Tokenizer | None
     device: torch.device
     dtype: torch.dtype
     threads: int
     backend: str
-    native_reason: str  # why the C kernels do not decode, "" if they do
+    decode_kernels: str  # "C", "Triton", or why torch decodes
     max_model_len: int
 
     @property
@@ -71,11 +77,31 @@ def start(options: EngineConfig, mesh: Mesh | None = None) -> Started:
     tokenizer = load_tokenizer(options, source) if alone else None
     native_reason = why_not_native(config, dtype, device, backend) if alone else "several ranks"
     model = _build(options, mesh, source, max_model_len, backend, dtype, device)
-    model.pack(None if native_reason else threads)
+    model.pack(None if native_reason else threads, in_place=device.type == "cuda")
     cache = KVCache(mesh.shard(config).local, num_blocks, options.cache.block_size, dtype, device)
+    decode_kernels = f"torch ({native_reason})" if native_reason else "C"
+    graphed = None
+    if device.type == "cuda" and alone and mesh.plan.placements:
+        decode_kernels = "torch (experts in places of their own)"
+    elif device.type == "cuda" and alone:
+        graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
     return Started(
-        source, model, cache, num_blocks, tokenizer, device, dtype, threads, backend, native_reason, max_model_len
-    )
+        source, model, cache, graphed, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
+        max_model_len,
+    )  # fmt: skip
+
+
+def _graphed(
+    model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str
+) -> tuple[GraphedDecoder | None, str]:
+    """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode."""
+    reason = why_not_fused(model.config, device, backend)
+    if reason:
+        return None, f"torch ({reason})"
+    from flexmoe.models.fused import FusedDecoder  # imports triton, which a start on a CPU need not wait for
+
+    most_blocks = -(-max_model_len // cache.block_size)
+    return GraphedDecoder(FusedDecoder(model, max_model_len, device), cache, most_blocks, device), "Triton"
 
 
 def load_tokenizer(options: EngineConfig, source: ModelSource) -> Tokenizer | None:
@@ -108,10 +134,17 @@ def _build(
 
 def _choose_backend(name: str, device: torch.device) -> str:
     backend = default_backend(device) if name == "auto" else name
-    if backend == "cpu" and device.type != "cpu":
-        raise ConfigError(f"expert_backend='cpu' cannot run on device={str(device)!r}; use one of auto, reference.")
     if backend not in BACKENDS:
         raise ConfigError(f"expert_backend={backend!r} is not one of {', '.join(BACKENDS)}.")
+    if backend == "cpu" and device.type != "cpu":
+        raise ConfigError(f"expert_backend='cpu' cannot run on device={str(device)!r}; use one of auto, reference.")
+    reason = why_not_triton(device)
+    if backend == "triton" and reason:
+        raise ConfigError(
+            f"expert_backend='triton' cannot run on device={str(device)!r}: {reason}; use one of auto, reference."
+        )
+    if name == "auto" and device.type == "cuda" and reason:
+        _log.warning("Experts run on the slow backend 'reference', not on 'triton': %s.", reason)
     return backend
 
 

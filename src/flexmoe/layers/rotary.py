@@ -14,14 +14,19 @@ class Rotary:
     """Looks up cos and sin [T, 1, R] of positions [T]; the first half of sin is negated (see `apply_rotary`)."""
 
     def __init__(self, config: RopeConfig, max_position: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        frequencies, scale = inverse_frequencies(config)
-        angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)  # [P, R/2]
-        cos, sin = angles.cos() * scale, angles.sin() * scale
+        cos, sin = rotary_tables(config, max_position)
         self._cos = torch.cat((cos, cos), -1)[:, None].to(device=device, dtype=dtype)
         self._sin = torch.cat((-sin, sin), -1)[:, None].to(device=device, dtype=dtype)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+
+def rotary_tables(config: RopeConfig, max_position: int) -> tuple[Tensor, Tensor]:
+    """cos and sin fp32 [P, R/2] of the positions below max_position."""
+    frequencies, scale = inverse_frequencies(config)
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def inverse_frequencies(config: RopeConfig) -> tuple[Tensor, float]:

@@ -102,10 +102,10 @@ class Decoder(nn.Module):
         self.mesh = mesh or Mesh(plan)
         vocab = self.mesh.shard(config).vocab
         self.embed_tokens = Embedding(vocab, config.hidden_size, dtype=dtype, device=device, group=self.mesh.tp)
-        self._layers = [
+        self.decoder_layers = [
             DecoderLayer(config, i, self.mesh, backend, dtype=dtype, device=device) for i in range(config.num_layers)
         ]
-        self.layers = nn.ModuleList(self._layers)
+        self.layers = nn.ModuleList(self.decoder_layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.lm_head: Linear | None = None
         if not config.tie_embeddings:
@@ -113,17 +113,18 @@ class Decoder(nn.Module):
         self.native: NativeDecoder | None = None
         self.rotary = Rotary(config.attention.rope, max_position, dtype=dtype, device=device)
 
-    def pack(self, native_threads: int | None = None) -> None:
+    def pack(self, native_threads: int | None = None, *, in_place: bool = False) -> None:
         """Make the loaded weights ready for use; called once.
 
-        native_threads: decode in the C kernels with so many threads. They read the weights as they were loaded;
-        without them each part may choose a layout of its own.
+        native_threads: decode in the C kernels with so many threads. in_place: other kernels read the weights. Both as
+        they were loaded; without either, each part may choose a layout of its own.
         """
+        prepack = native_threads is None and not in_place
         for module in list(self.modules()):
             if isinstance(module, (Linear, ExpertWeights)):
-                module.pack(prepack=native_threads is None)
+                module.pack(prepack=prepack)
         if native_threads is not None:
-            layers = [layer.native() for layer in self._layers]
+            layers = [layer.native() for layer in self.decoder_layers]
             max_rows = most_rows(self.config, self.embed_tokens.weight.dtype)
             self.native = NativeDecoder(layers, self._outer_weights(), native_threads, max_rows)
 

@@ -30,13 +30,13 @@ _MOST_CHOICES = 16
 
 
 @triton.jit
-def _ordered(bits):
+def ordered(bits):
     """Bits of fp32 as int32 in the order of the numbers, and back."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _key(exponential, valid):
+def key_of(exponential, valid):
     """An exponential (>= 0 or NaN) -> the integer it is compared by."""
     bits = tl.where(exponential == exponential, exponential.to(tl.int32, bitcast=True), _NAN_KEY)
     return tl.where(valid, bits, _PADDING_KEY)
@@ -79,16 +79,16 @@ def _exponentials(logits_ptr, E, BLOCK_E: tl.constexpr, WIDTH: tl.constexpr):
     for g in tl.static_range(GROUPS):
         ids = g * WIDTH + lane
         logits += (tl.load(logits_ptr + ids, mask=ids < E, other=float("-inf")),)
-    best = _ordered(logits[0].to(tl.int32, bitcast=True))
+    best = ordered(logits[0].to(tl.int32, bitcast=True))
     for g in tl.static_range(1, GROUPS):
-        best = tl.maximum(best, _ordered(logits[g].to(tl.int32, bitcast=True)))
-    top = _ordered(tl.max(best, 0)).to(tl.float32, bitcast=True)
+        best = tl.maximum(best, ordered(logits[g].to(tl.int32, bitcast=True)))
+    top = ordered(tl.max(best, 0)).to(tl.float32, bitcast=True)
     keys = tl.tuple(())
     total = tl.zeros([WIDTH], tl.float32)
     for g in tl.static_range(GROUPS):
         exponential = tl.exp(logits[g] - top)
         valid = g * WIDTH + lane < E
-        keys += (_key(exponential, valid),)
+        keys += (key_of(exponential, valid),)
         total += tl.where(valid, exponential, 0.0)
     return keys, tl.sum(total, 0)
 
@@ -156,6 +156,30 @@ def select_experts(logits_ptr, E, BLOCK_E: tl.constexpr, K: tl.constexpr, RENORM
 
 
 @triton.jit
+def store_choices(
+    logits_ptr,
+    ids_ptr,
+    weights_ptr,
+    lengths_ptr,
+    row,
+    E,
+    stride,
+    BLOCK_E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """Write the K choices of one row; where lengths_ptr (or None) says that it is padding, -1 and 0."""
+    live = True
+    if lengths_ptr is not None:
+        live = tl.load(lengths_ptr + row) > 0
+    experts, weights = _choices(logits_ptr + row * stride, E, BLOCK_E, WIDTH, K, RENORMALIZE)
+    for k in tl.static_range(K):
+        tl.store(ids_ptr + row * K + k, tl.where(live, experts[k], -1))
+        tl.store(weights_ptr + row * K + k, tl.where(live, weights[k], 0.0))
+
+
+@triton.jit
 def _topk(
     logits_ptr,
     ids_ptr,
@@ -172,14 +196,8 @@ def _topk(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    live = True
-    if lengths_ptr is not None:
-        live = tl.load(lengths_ptr + row) > 0
     # One warp a row, so one vector holds the row whatever its width.
-    experts, weights = _choices(logits_ptr + row * stride, E, BLOCK_E, BLOCK_E, K, RENORMALIZE)
-    for k in tl.static_range(K):
-        tl.store(ids_ptr + row * K + k, tl.where(live, experts[k], -1))
-        tl.store(weights_ptr + row * K + k, tl.where(live, weights[k], 0.0))
+    store_choices(logits_ptr, ids_ptr, weights_ptr, lengths_ptr, row, E, stride, BLOCK_E, BLOCK_E, K, RENORMALIZE)
 
 
 def topk(

@@ -6,15 +6,28 @@ Leaves: [R, H], for each row the weighted sum of the experts it found here.
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+
 import torch
 
 from flexmoe.moe.experts.cpu import CPUExperts
 from flexmoe.moe.experts.reference import ReferenceExperts
 from flexmoe.moe.experts.weights import ExpertWeights
 
-BACKENDS: dict[str, type[ExpertWeights]] = {
-    "reference": ReferenceExperts,
-    "cpu": CPUExperts,
+_LEAST_CAPABILITY = (8, 0)  # bf16 on the tensor cores
+
+
+def _triton() -> type[ExpertWeights]:
+    from flexmoe.moe.experts.triton import TritonExperts  # imports triton, for which a start without it shall not wait
+
+    return TritonExperts
+
+
+BACKENDS: dict[str, Callable[[], type[ExpertWeights]]] = {
+    "reference": lambda: ReferenceExperts,
+    "cpu": lambda: CPUExperts,
+    "triton": _triton,
 }
 
 
@@ -22,9 +35,22 @@ def make_experts(
     backend: str, num_slots: int, hidden_size: int, width: int, *, dtype: torch.dtype, device: torch.device
 ) -> ExpertWeights:
     """The experts of one layer for `backend`, with unfilled weights gate_up [S, 2F, H] and down [S, H, F]."""
-    return BACKENDS[backend](num_slots, hidden_size, width, dtype=dtype, device=device)
+    return BACKENDS[backend]()(num_slots, hidden_size, width, dtype=dtype, device=device)
 
 
 def default_backend(device: torch.device) -> str:
     """The fastest backend for a device."""
-    return "cpu" if device.type == "cpu" else "reference"
+    if device.type == "cpu":
+        return "cpu"
+    return "reference" if why_not_triton(device) else "triton"
+
+
+def why_not_triton(device: torch.device) -> str:
+    """Why the backend `triton` cannot run on a device, or "" if it can."""
+    if device.type != "cuda":
+        return "it needs an NVIDIA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere"
+    return ""

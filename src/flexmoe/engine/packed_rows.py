@@ -1,0 +1,124 @@
+"""PackedRows: the inputs of a decode step in one buffer, so that one copy brings them to the device.
+
+Enters: a step's chunks and the samplers' states. Leaves: device tensors that are always at the same address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.kernels.sample import COLDEST, SampleParams
+from flexmoe.models.device_rows import DeviceRows
+from flexmoe.scheduling.scheduler import ScheduledChunk
+
+# Buffers on the host that take turns: of one step that runs, one that waits behind it, one that is being written.
+# Before one is written again its copy must be over: for steps that were given up nobody else waits.
+_BUFFERS = 3
+# The wide ones first, so that each is aligned whatever the number of rows.
+_FIELDS: Mapping[str, torch.dtype] = {
+    "token_ids": torch.int64,
+    "uniform": torch.float64,
+    "top_p": torch.float64,
+    "temperature": torch.float32,
+    "min_p": torch.float32,
+    "top_k": torch.int32,
+    "sources": torch.int32,
+    "lengths": torch.int32,
+}
+_STRIDE_BYTES = 16  # the table stride, and room so that the tables behind it are aligned
+
+
+class PackedRows:
+    """Inputs of steps padded to `bucket` rows, on the host and on the device."""
+
+    def __init__(self, bucket: int, most_blocks: int, device: torch.device) -> None:
+        """most_blocks: the longest block table that a row can have."""
+        self.bucket, self._most_blocks = bucket, most_blocks
+        self._head = bucket * sum(dtype.itemsize for dtype in _FIELDS.values()) + _STRIDE_BYTES
+        self._head += -self._head % _STRIDE_BYTES
+        size = self._head + 4 * bucket * most_blocks
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        pinned = device.type == "cuda"
+        self._pinned = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
+        self._host = [{k: v.numpy() for k, v in self._views(buffer).items()} for buffer in self._pinned]
+        self._sent = [torch.cuda.Event() for _ in range(_BUFFERS)] if pinned else []
+        self._turn = 0
+        on_device = self._views(self._device)
+        self.rows = DeviceRows(**{name: on_device[name] for name in DeviceRows.__slots__})
+        self.sampling = SampleParams(**{name: on_device[name] for name in SampleParams.__slots__})
+
+    def load(
+        self, chunks: Sequence[ScheduledChunk], sources: Sequence[int], states: Sequence[SamplingState], ahead: int
+    ) -> None:
+        """Send the rows of a step to the device, behind what runs there.
+
+        sources: for each row its place among the last step's tokens, which the host does not know yet, or -1.
+        ahead: how many tokens of each state are not known yet.
+        """
+        self._turn = (self._turn + 1) % _BUFFERS
+        host = self._host[self._turn]
+        if self._sent:
+            self._sent[self._turn].synchronize()
+        _write_tokens(host, chunks, sources)
+        _write_sampling(host, states, ahead)
+        width = _write_tables(host, chunks)
+        size = self._head + 4 * self.bucket * width
+        self._device[:size].copy_(self._pinned[self._turn][:size], non_blocking=True)
+        if self._sent:
+            self._sent[self._turn].record()
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        views, start = {}, 0
+        for name, dtype in _FIELDS.items():
+            stop = start + self.bucket * dtype.itemsize
+            views[name] = buffer[start:stop].view(dtype)
+            start = stop
+        views["table_stride"] = buffer[self._head - _STRIDE_BYTES : self._head - _STRIDE_BYTES + 4].view(torch.int32)
+        views["tables"] = buffer[self._head :].view(torch.int32)
+        return views
+
+
+Fields = Mapping[str, npt.NDArray[Any]]
+
+
+def _write_tokens(host: Fields, chunks: Sequence[ScheduledChunk], sources: Sequence[int]) -> None:
+    count = len(chunks)
+    host["sources"][:count] = sources
+    host["sources"][count:] = -1
+    known = [c.request.token_ids[c.start] if s < 0 else 0 for c, s in zip(chunks, sources, strict=True)]
+    host["token_ids"][:count] = known
+    host["token_ids"][count:] = 0
+    host["lengths"][:count] = [chunk.start + 1 for chunk in chunks]
+    host["lengths"][count:] = 0
+
+
+def _write_sampling(host: Fields, states: Sequence[SamplingState], ahead: int) -> None:
+    """Rows without a state, and padded ones, are greedy: that is the cheapest."""
+    count = len(states)
+    temperatures = [state.params.temperature for state in states]
+    host["temperature"][:count] = [t and max(t, COLDEST) for t in temperatures]  # fp32 would make a colder one 0
+    host["temperature"][count:] = 0.0
+    if not host["temperature"].any():
+        return
+    host["top_k"][:count] = [state.params.top_k for state in states]
+    host["top_p"][:count] = [state.params.top_p for state in states]
+    host["min_p"][:count] = [state.params.min_p for state in states]
+    host["uniform"][:count] = [state.uniform(ahead) for state in states]
+
+
+def _write_tables(host: Fields, chunks: Sequence[ScheduledChunk]) -> int:
+    """Each row's blocks, as far apart as the longest table is long; returns that."""
+    width = max(len(chunk.request.blocks) for chunk in chunks)
+    width += -width % 4
+    host["table_stride"][0] = width
+    tables = host["tables"]
+    for row, chunk in enumerate(chunks):
+        blocks = chunk.request.blocks
+        tables[row * width : row * width + len(blocks)] = blocks
+    return width

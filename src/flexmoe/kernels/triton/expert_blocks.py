@@ -1,0 +1,59 @@
+"""Which expert's rows a program of a grouped kernel computes.
+
+Enters: counts int32 [S], how many rows each slot got. Leaves: a grid that does not depend on the counts, and for each
+of its programs a slot and a block of that slot's rows; programs past the last block have nothing to do.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LANES = tl.constexpr(32)
+
+
+def grid_blocks(tokens: int, top_k: int, slots: int, block: int) -> tuple[int, bool]:
+    """How many blocks of so many rows there can be, whoever chooses whom; and whether each slot has its own (ONE_EACH).
+
+    No slot gets more than `tokens` rows. All together get tokens * top_k, and each that gets any wastes less than a
+    block.
+    """
+    assignments = tokens * top_k
+    most = (assignments + min(slots, assignments) * (block - 1)) // block
+    if slots * -(-tokens // block) <= most:
+        return slots * -(-tokens // block), tokens <= block
+    return most, False
+
+
+def block_rows(tokens: int, top_k: int, slots: int) -> int:
+    """A block that holds nearly all slots' rows under uniform routing, so that weights are read once; at most 128."""
+    active = slots * (1 - (1 - min(1.0, top_k / slots)) ** tokens)
+    mean = tokens * top_k / max(active, 1.0)
+    most: int = triton.next_power_of_2(int(mean + 3 * mean**0.5))
+    return min(128, max(16, most))
+
+
+@triton.jit
+def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, ONE_EACH: tl.constexpr):
+    """The index-th block, slot after slot: (slot, first row, rows of the slot); no rows: there is no such block.
+
+    ONE_EACH: no slot can have more than one block, so block and slot are one. Otherwise blocks are counted up 32 slots
+    at a time: a vector of one warp's width is held by every warp, so there are no barriers.
+    """
+    if ONE_EACH:
+        return index, index * 0, tl.load(counts_ptr + index)
+    slot = index * 0
+    before = index * 0  # blocks of the slots before `slot`
+    passed = index * 0  # blocks of all slots before this group
+    for g in tl.static_range((S + _LANES - 1) // _LANES):
+        ids = g * _LANES + tl.arange(0, _LANES)
+        counts = tl.load(counts_ptr + ids, mask=ids < S, other=0)
+        ends = passed + tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, 0)
+        skipped = ends <= index
+        slot += tl.sum(skipped.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(skipped, ends, 0), 0))
+        passed = tl.max(ends, 0)
+    count = tl.load(counts_ptr + tl.minimum(slot, S - 1))
+    return slot, (index - before) * BLOCK_M, tl.where(slot < S, count, 0)

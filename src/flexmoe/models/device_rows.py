@@ -1,0 +1,99 @@
+"""What a decode step on a GPU is given, and who computes it. Torch only: no Triton, which a CPU start need not import.
+
+Enters and leaves: device tensors at fixed addresses, so that a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexmoe.config.model import ModelConfig
+from flexmoe.kernels.sample import SampleParams
+from flexmoe.layers.forward_batch import Probe
+from flexmoe.layers.kv_cache import KVCache
+
+MAX_ROWS = 256  # of one step: the dense kernels hold all rows beside a weight that they read once
+PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
+_LEAST_CAPABILITY = (8, 0)  # of the GPU: matrix units for bf16
+_HEAD_DIMS = (16, 256)
+_MOST_TOP_K, _MOST_EXPERTS = 16, 1024
+_MOST_TOKENS = 2**19  # of the vocabulary, and one more: sums of more weights do not fit 64 bits
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """T rows, each the latest token of a sequence; padded ones have length 0.
+
+    token_ids: int64 [T]. sources: int32 [T]; where >= 0 the token is the one that the step before sampled in that row.
+    lengths: int32 [T], keys of each row, this token included. tables: int32, the blocks of row t from
+    t * table_stride; table_stride: int32 [1].
+    """
+
+    token_ids: Tensor
+    sources: Tensor
+    lengths: Tensor
+    tables: Tensor
+    table_stride: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How each of T rows is sampled. filtered: whether any of them has a top_k or a top_p."""
+
+    params: SampleParams
+    filtered: bool
+
+
+class DeviceDecoder(Protocol):
+    """A decoder whose steps wait for nothing.
+
+    logits: fp32 [R, V]; sampled: int64 [R], R up to MAX_ROWS, -1 where logits are not numbers. Both of the latest step.
+    """
+
+    logits: Tensor
+    sampled: Tensor
+
+    def step(
+        self,
+        rows: DeviceRows,
+        sampling: Sampling | None,
+        cache: KVCache,
+        probe: Probe | None = None,
+        *,
+        long: bool = False,
+    ) -> None:
+        """Compute the rows, write their keys and values, sample (greedily without `sampling`).
+
+        long: rows look back at thousands of keys; the answer is the same, up to rounding.
+        """
+
+
+def why_not_fused(config: ModelConfig, device: torch.device, backend: str) -> str:
+    """Why the Triton kernels cannot decode this model, or "" if they can."""
+    if device.type != "cuda" or backend != "triton":
+        return f"device {device.type} with expert backend {backend}"
+    least, most = _HEAD_DIMS
+    if not least <= config.attention.head_dim <= most:
+        return f"head_dim {config.attention.head_dim} is outside of {least} to {most}"
+    if config.vocab_size >= _MOST_TOKENS:
+        return f"a vocabulary of {config.vocab_size} tokens is not below {_MOST_TOKENS}"
+    if config.moe is not None and config.moe.top_k > _MOST_TOP_K:
+        return f"{config.moe.top_k} experts a token are more than {_MOST_TOP_K}"
+    if config.moe is not None and config.moe.num_experts > _MOST_EXPERTS:
+        return f"{config.moe.num_experts} experts are more than {_MOST_EXPERTS}"
+    return why_no_triton(device)
+
+
+def why_no_triton(device: torch.device) -> str:
+    """Why no Triton kernel runs on a CUDA device, or "" if they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return ""

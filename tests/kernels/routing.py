@@ -1,0 +1,39 @@
+"""Who chooses which expert: the shapes of routing that kernels for experts must stand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.kernels.support import DEVICE
+
+
+def spread(T: int, E: int, K: int) -> Tensor:
+    """K different experts for each of T tokens, all experts alike: int32 [T, K]."""
+    return torch.rand(T, E).argsort(-1)[:, :K].to(device=DEVICE, dtype=torch.int32)
+
+
+def crowded(T: int, E: int, K: int) -> Tensor:
+    """All tokens on the same K experts, the last one first; the others get nobody."""
+    return torch.arange(E - 1, E - K - 1, -1, dtype=torch.int32, device=DEVICE).repeat(T, 1)
+
+
+def gaps(T: int, E: int, K: int) -> Tensor:
+    """Some choices are not here (-1), and a padded row chose nothing."""
+    ids = spread(T, E, K)
+    ids[torch.rand(T, K, device=DEVICE) < 0.4] = -1
+    ids[T // 2] = -1
+    return ids
+
+
+ROUTINGS = [spread, crowded, gaps]
+
+
+def grouped(ids: Tensor, E: int, spare: int = 3) -> tuple[Tensor, Tensor]:
+    """rows [E, T + spare] and counts [E] of ids [T, K]; behind the valid rows stands what must not be followed."""
+    rows = torch.full((E, ids.shape[0] + spare), 2**30, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(E, dtype=torch.int32, device=DEVICE)
+    for expert in range(E):
+        chosen = (ids.flatten() == expert).nonzero().flatten()
+        rows[expert, : len(chosen)], counts[expert] = chosen.int(), len(chosen)
+    return rows, counts
