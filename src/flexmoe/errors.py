@@ -10,6 +10,7 @@
     ├── RequestError(ValueError)         a prompt or its sampling parameters are refused
     ├── MissingDependencyError           an optional package is not installed; prints the pip line
     └── EngineError(RuntimeError)        the engine was closed or died
+        └── RankError                    one of its processes died or hangs; says which
 
 Messages say what was wrong, the value, the limit and the remedy, in that order.
 """
@@ -67,3 +68,11 @@ class MissingDependencyError(FlexMoEError):
 
 class EngineError(FlexMoEError, RuntimeError):
     """The engine was closed or died."""
+
+
+class RankError(EngineError):
+    """A process of the engine died or hangs, and with it the engine. rank: which; exit_code: None if it hangs."""
+
+    def __init__(self, message: str, rank: int, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.rank, self.exit_code = rank, exit_code

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexmoe.config.engine import LoadConfig
-from flexmoe.config.plan import ExpertPlacement
+from flexmoe.config.plan import ExpertPlacement, ParallelPlan
+from flexmoe.config.shard import Shard
 from flexmoe.errors import CheckpointError
 from flexmoe.models import families
 from flexmoe.models.hub import ModelSource, open_model
@@ -167,7 +168,8 @@ def test_a_rank_reads_its_slots_only_and_fills_replicas(layout: Any) -> None:
     placement = ExpertPlacement(4, ((0, 2), (3, 1, 3)))
     slots = list(placement.local_slots(1))
     params = empty(source, slots=len(slots))
-    part = load_weights(source, params, placement, rank=1)
+    plan = ParallelPlan(expert_parallel_size=2, data_parallel_size=2, placements={None: placement})
+    part = load_weights(source, params, Shard(plan, source.config, rank=1))
     assert_same(params, {name: t[slots] if t.dim() == 3 else t for name, t in full.items()})
     experts = sum(t.nbytes for t in full.values() if t.dim() == 3)
     assert whole.bytes_read == sum(t.nbytes for t in full.values())

@@ -27,7 +27,6 @@ from tests.cpu.paging import decode_step, scattered, slot
 from tests.cpu.tiny_decoders import (
     CPU,
     NEEDS_COMPILER,
-    Placed,
     by_c,
     by_c_with_stages,
     by_torch,
@@ -37,6 +36,7 @@ from tests.cpu.tiny_decoders import (
     empty,
     filled_cache,
     in_fp32,
+    placed,
 )  # fmt: skip
 from tests.cpu.tiny_models import CASES, tiny
 
@@ -191,7 +191,7 @@ def test_equal_scores_average_the_values(dtype: torch.dtype) -> None:
 def test_experts_in_other_slots(slots: tuple[int, ...], dtype: torch.dtype) -> None:
     """Shuffled, and with more slots than experts: choices are logical ids, weights lie in physical slots."""
     plain = decoder(config(layers=(MOE, MOE)), dtype)
-    moved = empty(plain.config, dtype, Placed(slots))
+    moved = empty(plain.config, dtype, placed(plain.config.moe.num_experts, slots))
     weights = dict(plain.named_parameters())
     for name, parameter in moved.named_parameters():
         source = weights[name].data

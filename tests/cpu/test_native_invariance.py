@@ -34,7 +34,7 @@ COUNTS = [*range(1, 17), 31, 64]
 
 def with_threads(model: Decoder, threads: int) -> NativeDecoder:
     """Another native decoder on the same weights."""
-    layers = [layer.native() for layer in model._layers]
+    layers = [layer.native() for layer in model.decoder_layers]
     return NativeDecoder(layers, model._outer_weights(), threads, 64)
 
 

@@ -263,7 +263,7 @@ def test_generate_before_compile() -> None:
         ({"max_seq_length": "256"}, TypeError, "not an int"),
         ({"generation_config": {"do_sample": False}}, TypeError, "not a GenerationConfig"),
         ({"generation_config": ff.GenerationConfig(do_sample=True, topp=2.0)}, ValueError, "topp=2.0 is not a number"),
-        ({"model_specific_tensor_parallelism_degree": 2}, ValueError, "tensor_parallelism_degree=2: .* use 1"),
+        ({"model_specific_pipeline_parallelism_degree": 2}, ValueError, "pipeline_parallelism_degree=2: .* use 1"),
     ],
 )
 def test_wrong_compile(options: dict[str, object], kind: type[Exception], said: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,17 +44,12 @@ def config(attention: dict[str, Any] | None = None, moe: dict[str, Any] | None =
     return replace(_CONFIG, attention=own_attention, moe=replace(_CONFIG.moe, **(moe or {})), **changes)
 
 
-@dataclass(frozen=True)
-class Placed:
+def placed(num_experts: int, slots: tuple[int, ...]) -> ParallelPlan:
     """A plan by which the one rank holds experts in these slots."""
-
-    slots: tuple[int, ...]
-
-    def placement(self, num_experts: int) -> ExpertPlacement:
-        return ExpertPlacement(num_experts, (self.slots,))
+    return ParallelPlan(placements={None: ExpertPlacement(num_experts, (slots,))})
 
 
-def empty(config: ModelConfig, dtype: torch.dtype = torch.float32, plan: Any = None) -> Decoder:
+def empty(config: ModelConfig, dtype: torch.dtype = torch.float32, plan: ParallelPlan | None = None) -> Decoder:
     return Decoder(config, plan or ParallelPlan(), "cpu", config.max_position, dtype=dtype, device=CPU).eval()
 
 

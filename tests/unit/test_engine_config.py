@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flexmoe.config.engine import CacheConfig, DeviceConfig, EngineConfig, LoadConfig, SchedulerConfig
-from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.engine import CacheConfig, DeviceConfig, EngineConfig, LaunchConfig, LoadConfig, SchedulerConfig
+from flexmoe.config.plan import ExpertPlacement, ParallelPlan
 from flexmoe.errors import ConfigError, UnknownOptionError
 
 # For each part, every option of it with a value that is not its default.
@@ -31,7 +31,8 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
             "progress": True,
         },
     ),
-    "parallel": (ParallelPlan, {}),  # this version accepts their defaults only
+    "parallel": (ParallelPlan, {}),  # some of its defaults only, and degrees that go together: tested below
+    "launch": (LaunchConfig, {"worker_timeout": 5.0}),
 }
 COUNTS = ["block_size", "max_num_seqs", "max_num_batched_tokens"]
 OPTIONAL_COUNTS = ["kv_cache_memory", "num_blocks", "max_model_len", "threads"]
@@ -98,9 +99,29 @@ def test_none_leaves_a_count_to_the_engine(name: str) -> None:
     assert EngineConfig.from_options({name: None}) == EngineConfig()
 
 
-@pytest.mark.parametrize("name", DEGREES)
-def test_one_process_is_all_there_is(name: str) -> None:
-    assert refusal(**{name: 2}) == f"{name}=2: this version runs a model in one process; use 1."
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "data_parallel_size"])
+def test_degrees_that_are_not_served_yet(name: str) -> None:
+    assert refusal(**{name: 2}) == f"{name}=2: this version does not divide a model like that; use 1."
+
+
+def test_degrees_and_dispatch_reach_the_plan() -> None:
+    options = {"tensor_parallel_size": 4, "expert_parallel_size": 2, "moe_dispatch": "all_to_all"}
+    assert EngineConfig.from_options(options).parallel == ParallelPlan(4, 2, moe_dispatch="all_to_all")
+
+
+def test_a_plan_is_given_whole(tmp_path: Path) -> None:
+    plan = ParallelPlan(2, 2, placements={None: ExpertPlacement(3, ((0, 1), (2,)))})
+    plan.write(tmp_path / "plan.json")
+    for given in (plan, plan.to_json(), tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        assert EngineConfig.from_options({"plan": given}).parallel == plan
+    assert EngineConfig.from_options({"plan": plan, "tensor_parallel_size": 2}).parallel == plan
+    said = "tensor_parallel_size=4, but the plan says 2; give one of them."
+    assert refusal(plan=plan, tensor_parallel_size=4) == said
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "1", True, None, float("nan")])
+def test_a_timeout_is_a_positive_number(value: object) -> None:
+    assert refusal(worker_timeout=value) == f"worker_timeout={value!r} is not a positive number of seconds."
 
 
 @pytest.mark.parametrize(

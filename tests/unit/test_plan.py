@@ -52,5 +52,5 @@ def test_every_expert_must_be_somewhere(slots: tuple[tuple[int, ...], ...], word
 
 def test_a_plan_places_experts_by_its_expert_parallel_degree() -> None:
     assert ParallelPlan().placement(8) == ExpertPlacement.contiguous(8)
-    assert ParallelPlan(expert_parallel_size=4).placement(6).slots == ((0, 1), (2, 3), (4,), (5,))
+    assert ParallelPlan(4, expert_parallel_size=4).placement(6).slots == ((0, 1), (2, 3), (4,), (5,))
     assert ParallelPlan(tensor_parallel_size=4).placement(6).slots == ((0, 1, 2, 3, 4, 5),)

@@ -41,7 +41,7 @@ class FlexMoE:
         self._llm = LLM(model, load_format=load_format, enable_prefix_caching=False, **options)
         self.seconds = time.perf_counter() - start
         self._about = self._llm.describe() | {"model": subject.name}
-        runner = self._llm.engine.runner
+        runner = self._llm.engine.local_runner
         self.device = runner.device
         self.dtype: torch.dtype = runner.model.embed_tokens.weight.dtype
 
@@ -66,12 +66,12 @@ class FlexMoE:
         counter = ExpertCounter(len(prompts))
 
         def watch() -> None:
-            self._llm.engine.runner.probe = counter
+            self._llm.engine.local_runner.probe = counter
 
         try:
             self._run(prompts, count, watch)
         finally:
-            self._llm.engine.runner.probe = None
+            self._llm.engine.local_runner.probe = None
         return counter.means()
 
     def release(self) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class FlexMoE:
 
         Raises ConfigError if the engine put them into a layout of its own.
         """
-        model = self._llm.engine.runner.model
+        model = self._llm.engine.local_runner.model
         weights = {name: parameter.data for name, parameter in model.named_parameters()}
         complete = sum(weight.numel() for weight in weights.values()) == self._llm.config.num_parameters()
         del model

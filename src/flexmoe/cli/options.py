@@ -20,6 +20,7 @@ from flexmoe.config.engine import (
     LoadConfig,
     SchedulerConfig,
 )
+from flexmoe.config.plan import DEGREES, MOE_DISPATCH
 from flexmoe.config.sampling import SamplingParams
 
 Function = Callable[..., Any]
@@ -108,6 +109,18 @@ _MODEL_OPTIONS = (
         help=f"Tokens in a block of that memory.  [default: {_default(CacheConfig, 'block_size')}]",
     ),
     click.option("--seed", type=int, help="Seed of the samples, and of dummy weights.  [default: 0]"),
+    click.option("--tensor-parallel-size", type=_positive, help="Processes that share each layer.  [default: 1]"),
+    click.option(
+        "--expert-parallel-size", type=_positive, help="Over how many of them whole experts are spread.  [default: 1]"
+    ),
+    click.option("--pipeline-parallel-size", type=_positive, help="Stages of layers.  [default: 1]"),
+    click.option("--data-parallel-size", type=_positive, help="Replicas of attention.  [default: 1]"),
+    click.option(
+        "--moe-dispatch",
+        type=click.Choice(MOE_DISPATCH),
+        help="Add the ranks' results, or send tokens to their experts.  [default: auto]",
+    ),
+    click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan as a JSON file, for all these."),
     debug_option,
 )
 
@@ -125,6 +138,9 @@ _MODEL_NAMES = (
     "kv_cache_memory",
     "block_size",
     "seed",
+    *DEGREES,
+    "moe_dispatch",
+    "plan",
 )
 
 

@@ -89,7 +89,7 @@ def trace_step(engine: Engine) -> Timeline:
 @contextlib.contextmanager
 def _attached(engine: Engine, timeline: Timeline) -> Iterator[None]:
     """Within, the engine's stages leave marks. The model is asked by its probe, the rest by hooks and wrappers."""
-    runner = engine.runner
+    runner = engine.local_runner
     with contextlib.ExitStack() as stack:
         stack.enter_context(_marked(engine.scheduler, "schedule", timeline))
         stack.enter_context(_marked(engine.scheduler, "update", timeline))

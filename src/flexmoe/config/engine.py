@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from flexmoe.config.plan import ParallelPlan
@@ -65,6 +66,16 @@ class LoadConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """The processes of a model on several ranks.
+
+    worker_timeout: seconds without any sign of work from the ranks that owe an answer, after which they count as hung.
+    """
+
+    worker_timeout: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """All options of one engine."""
 
@@ -72,25 +83,32 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     parallel: ParallelPlan = field(default_factory=ParallelPlan)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     seed: int = 0
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
-        """Build from flat option names (`max_num_seqs=8`, ...), each checked; unknown names are refused."""
+        """Build from flat option names (`max_num_seqs=8`, ...), each checked; unknown names are refused.
+
+        plan: a ParallelPlan, the dictionary that its to_json() gives, or a file that holds it, instead of degrees.
+        """
         parts = {"load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig,
-                 "parallel": ParallelPlan, "device": DeviceConfig}  # fmt: skip
+                 "parallel": ParallelPlan, "launch": LaunchConfig, "device": DeviceConfig}  # fmt: skip
         owner = {f.name: part for part, kind in parts.items() for f in fields(kind)}
         values: dict[str, dict[str, Any]] = {part: {} for part in parts}
-        seed = 0
+        whole = {"seed": 0, "plan": None}
         for name, value in options.items():
-            if name == "seed":
-                seed = value
+            if name in whole:
+                whole[name] = value
             elif name in owner:
                 values[owner[name]][name] = value
             else:
-                raise UnknownOptionError(name, [*owner, "seed"], "LLM")
-        return cls(**{part: kind(**values[part]) for part, kind in parts.items()}, seed=seed)
+                raise UnknownOptionError(name, [*owner, *whole], "LLM")
+        made: dict[str, Any] = {part: kind(**values[part]) for part, kind in parts.items()}
+        if whole["plan"] is not None:
+            made["parallel"] = _read_plan(whole["plan"], values["parallel"])
+        return cls(**made, seed=whole["seed"])  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.device.dtype, DTYPES)
@@ -133,12 +151,26 @@ class EngineConfig:
             raise ConfigError(f"seed={self.seed!r} is not an integer.")
 
     def _check_parallel(self) -> None:
-        for f in fields(ParallelPlan):
-            degree = getattr(self.parallel, f.name)
-            if not isinstance(degree, int) or isinstance(degree, bool) or degree < 1:
-                raise ConfigError(f"{f.name}={degree!r} is not a positive integer.")
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
+            degree = getattr(self.parallel, name)
             if degree != 1:
-                raise ConfigError(f"{f.name}={degree}: this version runs a model in one process; use 1.")
+                raise ConfigError(f"{name}={degree}: this version does not divide a model like that; use 1.")
+        timeout: object = self.launch.worker_timeout
+        if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
+            raise ConfigError(f"worker_timeout={timeout!r} is not a positive number of seconds.")
+
+
+def _read_plan(plan: Any, degrees: Mapping[str, Any]) -> ParallelPlan:
+    """The plan given whole. Raises ConfigError if degrees were given beside it that say otherwise."""
+    found: ParallelPlan
+    if isinstance(plan, ParallelPlan):
+        found = plan
+    else:
+        found = ParallelPlan.read(Path(plan)) if isinstance(plan, str | PathLike) else ParallelPlan.from_json(plan)
+    for name, value in degrees.items():
+        if value != getattr(found, name):
+            raise ConfigError(f"{name}={value!r}, but the plan says {getattr(found, name)!r}; give one of them.")
+    return found
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

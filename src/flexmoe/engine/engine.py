@@ -27,10 +27,12 @@ from flexmoe.engine.chat_template import ChatTemplate
 from flexmoe.engine.detokenizer import Detokenizer
 from flexmoe.engine.model_runner import Flight, ModelRunner
 from flexmoe.engine.outputs import RequestOutput
+from flexmoe.engine.ranks import RankedRunner, StartedRanks, start_ranks
 from flexmoe.engine.sampler import SampleOutput, SamplingState
-from flexmoe.engine.startup import start
+from flexmoe.engine.startup import Started, start
 from flexmoe.engine.tracking import Sample, Tracked
-from flexmoe.errors import EngineError, RequestError
+from flexmoe.errors import ConfigError, EngineError, RequestError
+from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.request import Request, RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
@@ -61,12 +63,18 @@ class _Launched:
 class Engine:
     """Runs a model for many requests at once."""
 
-    def __init__(self, options: EngineConfig) -> None:
+    def __init__(self, options: EngineConfig, ranks: Supervisor | None = None) -> None:
+        """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own."""
         self.options = options
-        self._started = start(options)
+        self._started: Started | StartedRanks
+        self.runner: ModelRunner | RankedRunner
+        if options.parallel.num_ranks > 1:
+            self._started, self.runner = start_ranks(options, ranks)
+        else:
+            self._started = started = start(options)
+            self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed)
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
-        self.runner = ModelRunner(self._started.model, self._started.cache, self._started.device, self._started.graphed)
         self._start_anew()
         self._numbers = itertools.count()
         self._closed = False
@@ -168,7 +176,10 @@ class Engine:
             self.discard(list(self._tracked))
             self._closed = True
             self._ahead = None
+            runner = self.runner
             del self.runner, self._started
+            if isinstance(runner, RankedRunner):
+                runner.close()
 
     def describe(self) -> dict[str, Any]:
         """What the engine runs with; printed at start."""
@@ -191,7 +202,14 @@ class Engine:
             "block_size": self.options.cache.block_size,
             "kv_cache_bytes": s.cache.num_bytes,
             "prefix_caching": self.options.cache.enable_prefix_caching,
-        }
+        } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
+
+    @property
+    def local_runner(self) -> ModelRunner:
+        """The runner of a model in this process. Raises ConfigError if the model is spread over several."""
+        if isinstance(self.runner, RankedRunner):
+            raise ConfigError("this looks into a model of one process; use degrees of parallelism of 1.")
+        return self.runner
 
     def _check_open(self) -> None:
         if self._closed:

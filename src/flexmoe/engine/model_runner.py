@@ -140,7 +140,10 @@ class ModelRunner:
         hidden = self.model(batch, self.cache)
         if not states:
             return SampleOutput([], [])
-        return self._sampler.sample(self.model.logits(hidden, batch), states)
+        logits = self.model.logits(hidden, batch)
+        if not len(logits):  # another rank samples
+            return SampleOutput([], [])
+        return self._sampler.sample(logits, states)
 
 
 def _decodes_only(step: Step, max_rows: int) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.device import choose_device, choose_dtype, set_threads
 from flexmoe.engine.tokenizer import Tokenizer
@@ -22,7 +23,9 @@ from flexmoe.models.device_rows import why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
+from flexmoe.models.slices import num_parameters
 from flexmoe.moe.experts import BACKENDS, default_backend, why_not_triton
+from flexmoe.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
 
@@ -53,31 +56,35 @@ class Started:
         return self.source.config
 
 
-def start(options: EngineConfig) -> Started:
-    """Load the model and allocate the KV cache. Every problem is raised before the cache is allocated."""
+def start(options: EngineConfig, mesh: Mesh | None = None) -> Started:
+    """Load the model and allocate the KV cache. Every problem is raised before the cache is allocated.
+
+    mesh: this rank's place among several, which all start together. Such a rank loads no tokenizer.
+    """
+    mesh = mesh or Mesh(options.parallel)
     device = choose_device(options.device.device)
     source = open_model(options.load)
     config = source.config
+    check(options.parallel, config)
     max_model_len = _max_model_len(options, config)
     backend = _choose_backend(options.device.expert_backend, device)
     threads = set_threads(options.device.threads)
-    in_c = not why_not_native(config, torch.bfloat16, device, backend)
+    alone = mesh.world.size == 1
+    in_c = alone and not why_not_native(config, torch.bfloat16, device, backend)
     dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c)
     # The KV cache is checked before the weights are read: a refusal should not cost minutes.
-    num_blocks = _num_blocks(options, config, max_model_len, dtype, device)
-    tokenizer = None
-    if source.folder is not None and (options.load.load_format != "dummy" or _has_tokenizer(source)):
-        tokenizer = Tokenizer.from_folder(source.folder)
-    native_reason = why_not_native(config, dtype, device, backend)
-    model = _build(options, source, max_model_len, backend, dtype, device)
+    num_blocks = mesh.world.minimum(_num_blocks(options, mesh, config, max_model_len, dtype, device), device)
+    tokenizer = load_tokenizer(options, source) if alone else None
+    native_reason = why_not_native(config, dtype, device, backend) if alone else "several ranks"
+    model = _build(options, mesh, source, max_model_len, backend, dtype, device)
     model.pack(None if native_reason else threads, in_place=device.type == "cuda")
-    cache = KVCache(config, num_blocks, options.cache.block_size, dtype, device)
-    decode_kernels = "C"
+    cache = KVCache(mesh.shard(config).local, num_blocks, options.cache.block_size, dtype, device)
+    decode_kernels = f"torch ({native_reason})" if native_reason else "C"
     graphed = None
-    if device.type == "cuda":
+    if device.type == "cuda" and alone and mesh.plan.placements:
+        decode_kernels = "torch (experts in places of their own)"
+    elif device.type == "cuda" and alone:
         graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
-    elif native_reason:
-        decode_kernels = f"torch ({native_reason})"
     return Started(
         source, model, cache, graphed, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
         max_model_len,
@@ -97,12 +104,18 @@ def _graphed(
     return GraphedDecoder(FusedDecoder(model, max_model_len, device), cache, most_blocks, device), "Triton"
 
 
-def _has_tokenizer(source: ModelSource) -> bool:
-    return source.folder is not None and (source.folder / "tokenizer.json").is_file()
+def load_tokenizer(options: EngineConfig, source: ModelSource) -> Tokenizer | None:
+    """The model's tokenizer; None for a preset, and for dummy weights whose folder has none."""
+    if source.folder is None:
+        return None
+    if options.load.load_format == "dummy" and not (source.folder / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_folder(source.folder)
 
 
 def _build(
     options: EngineConfig,
+    mesh: Mesh,
     source: ModelSource,
     max_model_len: int,
     backend: str,
@@ -110,13 +123,12 @@ def _build(
     device: torch.device,
 ) -> Decoder:
     config = source.config
-    model = Decoder(config, options.parallel, backend, max_model_len, dtype=dtype, device=device).eval()
+    model = Decoder(config, mesh.plan, backend, max_model_len, dtype=dtype, device=device, mesh=mesh).eval()
     params = {name: param.data for name, param in model.named_parameters()}
     if options.load.load_format == "dummy":
-        fill_dummy(params, options.seed, getattr(torch, config.checkpoint_dtype))
+        fill_dummy(params, options.seed, getattr(torch, config.checkpoint_dtype), mesh.shard(config))
     else:
-        placement = options.parallel.placement(config.moe.num_experts) if config.moe else None
-        load_weights(source, params, placement, progress=options.load.progress)
+        load_weights(source, params, mesh.shard(config), progress=options.load.progress)
     return model
 
 
@@ -147,12 +159,17 @@ def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
 
 
 def _num_blocks(
-    options: EngineConfig, config: ModelConfig, max_model_len: int, dtype: torch.dtype, device: torch.device
+    options: EngineConfig,
+    mesh: Mesh,
+    config: ModelConfig,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> int:
     """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
-    free = _free_beside_weights(config, dtype, device)
+    free = _free_beside_weights(mesh, config, dtype, device)
     per_context = -(-max_model_len // options.cache.block_size)
-    size = block_bytes(config, options.cache.block_size, dtype)
+    size = block_bytes(mesh.shard(config).local, options.cache.block_size, dtype)
     blocks = _given_blocks(options.cache, size, per_context * size)
     if blocks is not None:
         if blocks * size > free:
@@ -189,14 +206,16 @@ def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int
     return blocks
 
 
-def _free_beside_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
-    free = _available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    weights = config.num_parameters() * dtype.itemsize
+    free = _available_memory() // mesh.machine_size if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    weights = num_parameters(mesh.shard(config)) * dtype.itemsize
     if weights > free:
+        share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
         raise ConfigError(
-            f"the weights take {_gib(weights)} in {str(dtype).removeprefix('torch.')}, but only {_gib(free)} of memory "
-            f"are free on device {str(device)!r}; use a smaller model{' or a 16-bit dtype' * (dtype.itemsize > 2)}."
+            f"the weights{share} take {_gib(weights)} in {str(dtype).removeprefix('torch.')}, but only {_gib(free)} of "
+            f"memory are free on device {str(device)!r}; use a smaller model"
+            f"{' or a 16-bit dtype' * (dtype.itemsize > 2)}."
         )
     return free - weights
 

@@ -1,4 +1,4 @@
-"""Embedding: a row of the table for each token."""
+"""Embedding: a row of the table for each token; with several ranks, each holds some rows of the table."""
 
 from __future__ import annotations
 
@@ -6,14 +6,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoe.parallel.comm import Group
+
 
 class Embedding(nn.Module):
     """token_ids [T] -> [T, H]."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        vocab: range,
+        hidden_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: Group | None = None,
+    ) -> None:
+        """vocab: the tokens whose rows are here; those of all ranks of the group are the whole vocabulary."""
         super().__init__()
-        weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self._vocab = vocab
+        self._group = None if group is None or group.size == 1 else group
+        weight = torch.empty(len(vocab), hidden_size, dtype=dtype, device=device)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
+        if self._group is None:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self._vocab.start
+        elsewhere = (local < 0) | (local >= len(self._vocab))
+        rows = F.embedding(local.masked_fill_(elsewhere, 0), self.weight)
+        return self._group.all_reduce(rows.masked_fill_(elsewhere[:, None], 0), "embedding")

@@ -6,13 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.kernels.linear import PackedLinear
+from flexmoe.parallel.comm import Group
 
 
 class Linear(nn.Module):
-    """[T, in] -> [T, out]. `pack()` must be called after loading and before the first use."""
+    """[T, in] -> [T, out]. `pack()` must be called after loading and before the first use.
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    summed: the ranks that each hold some of the columns; their products are added, and the bias once.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        summed: Group | None = None,
+    ) -> None:
         super().__init__()
+        self._summed = None if summed is None or summed.size == 1 else summed
         weight = torch.empty(out_size, in_size, dtype=dtype, device=device)
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.bias: nn.Parameter | None = None
@@ -23,10 +37,12 @@ class Linear(nn.Module):
     def pack(self, *, prepack: bool) -> None:
         """Make the layer ready. prepack: hand the weight to a layout of its own and forget it here."""
         assert self.weight is not None
-        self._packed = PackedLinear(self.weight.data, None if self.bias is None else self.bias.data, prepack=prepack)
+        bias = None if self.bias is None or (self._summed and self._summed.index > 0) else self.bias.data
+        self._packed = PackedLinear(self.weight.data, bias, prepack=prepack)
         if prepack:
             self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         assert self._packed is not None, "Linear.pack() was not called after loading"
-        return self._packed(x)
+        y = self._packed(x)
+        return y if self._summed is None else self._summed.all_reduce(y, "linear")

@@ -23,6 +23,7 @@ from flexmoe.layers.rotary import Rotary, inverse_frequencies
 from flexmoe.models.native import NativeDecoder, layer_weights, most_rows
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts.weights import ExpertWeights
+from flexmoe.parallel.mesh import Mesh
 
 
 class DecoderLayer(nn.Module):
@@ -32,27 +33,31 @@ class DecoderLayer(nn.Module):
         self,
         config: ModelConfig,
         index: int,
-        plan: ParallelPlan,
+        mesh: Mesh,
         backend: str,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """config: of the whole model; this rank's share of it is made."""
         super().__init__()
+        shard = mesh.shard(config)
+        config = shard.local
         layer = config.layers[index]
         self.index = index
         self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
-        self.attention = Attention(config, layer.window, dtype=dtype, device=device)
+        self.attention = Attention(
+            config, layer.window, dtype=dtype, device=device, group=mesh.tp, kv_replicas=shard.kv_replicas
+        )
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.moe: MoEBlock | None = None
         self.mlp: GatedMLP | None = None
         if layer.is_moe and config.moe is not None:
-            placement = plan.placement(config.moe.num_experts)
-            self.moe = MoEBlock(config, index, placement, backend, dtype=dtype, device=device)
+            placement = mesh.plan.placement(config.moe.num_experts, index)
+            self.moe = MoEBlock(config, index, placement, backend, dtype=dtype, device=device, mesh=mesh)
         else:
-            self.mlp = GatedMLP(
-                config.hidden_size, config.dense_width, bias=config.dense_bias, dtype=dtype, device=device
-            )
+            width, bias = config.dense_width, config.dense_bias
+            self.mlp = GatedMLP(config.hidden_size, width, bias=bias, dtype=dtype, device=device, summed=mesh.tp)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
         attended = self.attention(self.input_norm(x), cos, sin, cache, batch)
@@ -86,19 +91,25 @@ class Decoder(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        mesh: Mesh | None = None,
     ) -> None:
-        """max_position: how many positions the rotary tables cover; the rest describes the parts."""
+        """max_position: how many positions the rotary tables cover; the rest describes the parts.
+
+        config: of the whole model. mesh: this rank's place in the plan; None for a plan of one rank.
+        """
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.mesh = mesh or Mesh(plan)
+        vocab = self.mesh.shard(config).vocab
+        self.embed_tokens = Embedding(vocab, config.hidden_size, dtype=dtype, device=device, group=self.mesh.tp)
         self.decoder_layers = [
-            DecoderLayer(config, i, plan, backend, dtype=dtype, device=device) for i in range(config.num_layers)
+            DecoderLayer(config, i, self.mesh, backend, dtype=dtype, device=device) for i in range(config.num_layers)
         ]
         self.layers = nn.ModuleList(self.decoder_layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.lm_head: Linear | None = None
         if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+            self.lm_head = Linear(config.hidden_size, len(vocab), bias=False, dtype=dtype, device=device)
         self.native: NativeDecoder | None = None
         self.rotary = Rotary(config.attention.rope, max_position, dtype=dtype, device=device)
 
@@ -135,10 +146,20 @@ class Decoder(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
-        """Logits [N, V] of the batch's sample rows, in the model's dtype."""
+        """Logits [N, V] of the batch's sample rows, in the model's dtype; [0, V] on ranks that do not sample."""
         if batch.sample_rows is not None:
             hidden = hidden.index_select(0, batch.sample_rows)
         logits: Tensor = F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        if self.mesh.tp.size > 1:
+            logits = self._whole_rows(logits)
         if batch.probe is not None:
             batch.probe.record("logits", -1, logits)
         return logits
+
+    def _whole_rows(self, part: Tensor) -> Tensor:
+        """Logits [N, V] on the first rank of each part [N, v], the last of which may be shorter; elsewhere [0, V]."""
+        size = -(-self.config.vocab_size // self.mesh.tp.size)
+        parts = self.mesh.tp.gather(F.pad(part, (0, size - part.shape[1])), "logits")  # [P, N, v]
+        if parts is None:
+            return part.new_empty(0, self.config.vocab_size)
+        return parts.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]

@@ -1,7 +1,7 @@
 """Weights into tensors that exist already. Enters: a ModelSource and the decoder's parameters. Leaves: them, filled.
 
-It streams: shards are opened one at a time (memory-mapped), and of each only the rows that this rank needs are copied,
-at most `_CHUNK_BYTES` at once. So host memory peaks at the parameters' own size plus one shard.
+It streams: files are opened one at a time (memory-mapped), and of each only the rows and columns that this rank needs
+are copied, at most `_CHUNK_BYTES` at once. So host memory peaks at the parameters' own size plus one file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from flexmoe.config.plan import ExpertPlacement
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.shard import Shard
 from flexmoe.errors import CheckpointError
+from flexmoe.models import families
 from flexmoe.models.checkpoint import ITEM_SIZES, Match, open_checkpoint, validate
 from flexmoe.models.families.layout import Piece
 from flexmoe.models.hub import ModelSource
+from flexmoe.models.slices import Cut, cuts
 
 # Large enough to copy at full speed, small enough that converting on the way to a GPU costs no memory to speak of.
 _CHUNK_BYTES = 32 * 2**20
@@ -41,13 +44,18 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Rows to write: `rows` from `start` of a parameter, or of one slot of it. source: expert of a fused tensor."""
+    """Rows to write: `rows` from `start` of a parameter, or of one slot of it, all columns.
+
+    first, columns: where they are in the stored tensor (columns None: all). source: expert of a fused tensor.
+    """
 
     param: str
     start: int
     rows: int
     slot: int | None = None
     source: int | None = None
+    first: int = 0
+    columns: range | None = None
 
     def target(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The rows, as a view."""
@@ -59,23 +67,19 @@ Work = tuple[Match, list[Copy]]
 
 
 def load_weights(
-    source: ModelSource,
-    params: Mapping[str, torch.Tensor],
-    placement: ExpertPlacement | None = None,
-    rank: int = 0,
-    progress: bool = False,
+    source: ModelSource, params: Mapping[str, torch.Tensor], shard: Shard | None = None, progress: bool = False
 ) -> LoadReport:
     """Fill `params` (the decoder's, by name) from the checkpoint, converting to each one's dtype and device.
 
-    placement: which experts the slots of `rank` hold; None: all, in order. A parameter of the model that is not in
-    `params` is not read. Errors: CheckpointError, for a file that cannot be read; `open_model` has checked the rest.
+    shard: what this rank holds; None: all of it. A parameter of the model that is not in `params` is not read.
+    Errors: CheckpointError, for a file that cannot be read; `open_model` has checked the rest.
     """
     if source.folder is None:
         raise CheckpointError(f"{source.name!r} is a preset without weights; use load_format='dummy'.")
     start = time.perf_counter()
     matches = source.matches or validate(open_checkpoint(source.folder), source.config)
-    slots = _local_slots(source, placement, rank)
-    work = _plan([match for match in matches if match.piece.param in params], slots)
+    held = cuts(shard or Shard(ParallelPlan(), source.config))
+    work = _plan([match for match in matches if match.piece.param in params], held)
     files = sorted({match.tensor.file for match, _ in work})
     _check_complete(work, params)
     with _bar(sum(_bytes_to_read(*item) for item in work), progress) as advance, torch.no_grad():
@@ -85,16 +89,38 @@ def load_weights(
     return LoadReport(time.perf_counter() - start, total, len(work), len(files))
 
 
-def fill_dummy(params: Mapping[str, torch.Tensor], seed: int = 0, stored: torch.dtype | None = None) -> None:
+def fill_dummy(
+    params: Mapping[str, torch.Tensor],
+    seed: int = 0,
+    stored: torch.dtype | None = None,
+    shard: Shard | None = None,
+) -> None:
     """Random weights, in place. Each parameter's values depend on its name, shape, dtype, device and the seed only.
 
     Matrices are normal with variance 1 / columns, so that activations keep their size; embeddings are unit normal,
     norms 1 and biases 0. stored: what a checkpoint would hold them in. A parameter in a wider dtype, such as a router,
     gets values that are exact in that one, so that whoever keeps it narrow computes with the same numbers.
+
+    shard: what this rank holds. Each parameter is then made whole, one at a time, and cut: all ranks together hold the
+    numbers that one would.
     """
+    if shard is not None and shard.plan.num_ranks > 1:
+        whole = families.parameters(shard.config)
+        for name, cut in cuts(shard).items():
+            full = torch.empty(whole[name].shape, dtype=params[name].dtype, device=params[name].device)
+            _fill_one(name, full, seed, stored or full.dtype)
+            params[name].copy_(_cut_out(full, cut))
+        return
     # Each parameter has its own generator, so threads change the time only: a generator runs on one core.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(lambda item: _fill_one(item[0], item[1], seed, stored or item[1].dtype), params.items()))
+
+
+def _cut_out(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
+    part = whole if cut.slots is None else whole[list(cut.slots)]
+    dim = 0 if cut.slots is None else 1
+    part = torch.cat([part.narrow(dim, rows.start, len(rows)) for rows in cut.rows], dim)
+    return part if cut.columns is None else part[..., cut.columns.start : cut.columns.stop]
 
 
 @torch.no_grad()
@@ -118,26 +144,33 @@ def _seed(name: str, seed: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # torch takes signed 64 bits
 
 
-def _local_slots(source: ModelSource, placement: ExpertPlacement | None, rank: int) -> tuple[int, ...]:
-    if source.config.moe is None:
-        return ()
-    return (placement or ExpertPlacement.contiguous(source.config.moe.num_experts)).local_slots(rank)
-
-
-def _plan(matches: list[Match], slots: tuple[int, ...]) -> list[Work]:
+def _plan(matches: list[Match], held: Mapping[str, Cut]) -> list[Work]:
     """What to copy from which tensor, in the order of bytes on disk; tensors that this rank does not need drop out."""
     ordered = sorted(matches, key=lambda match: match.tensor.offset)
-    return [(match, copies) for match in ordered if (copies := _copies(match.piece, slots))]
+    return [(match, copies) for match in ordered if (copies := _copies(match.piece, held[match.piece.param]))]
 
 
-def _copies(piece: Piece, slots: tuple[int, ...]) -> list[Copy]:
+def _copies(piece: Piece, cut: Cut) -> list[Copy]:
     """Where a stored tensor goes: rows of a parameter, or of every slot that holds its expert (replicas too)."""
-    param, start = piece.param, piece.start
+    found = []
+    start = 0
+    for held in cut.rows:
+        first, stop = max(held.start, piece.start), min(held.stop, piece.start + piece.shape[1 if piece.fused else 0])
+        if first < stop:
+            place = (start + first - held.start, stop - first)
+            for slot, source in _slots(piece, cut):
+                found.append(Copy(piece.param, *place, slot, source, first - piece.start, cut.columns))
+        start += len(held)
+    return found
+
+
+def _slots(piece: Piece, cut: Cut) -> list[tuple[int | None, int | None]]:
+    """The slots that a stored tensor fills, each with the expert to take from it if it holds them all."""
     if piece.fused:
-        return [Copy(param, start, piece.shape[1], slot, expert) for slot, expert in enumerate(slots)]
+        return list(enumerate(cut.slots or ()))
     if piece.expert is None:
-        return [Copy(param, start, piece.shape[0])]
-    return [Copy(param, start, piece.shape[0], slot) for slot, held in enumerate(slots) if held == piece.expert]
+        return [(None, None)]
+    return [(slot, None) for slot, expert in enumerate(cut.slots or ()) if expert == piece.expert]
 
 
 def _check_complete(work: list[Work], params: Mapping[str, torch.Tensor]) -> None:
@@ -152,10 +185,13 @@ def _check_complete(work: list[Work], params: Mapping[str, torch.Tensor]) -> Non
 
 
 def _bytes_to_read(match: Match, copies: list[Copy]) -> int:
-    """Of the tensor: all, or of a fused one the experts that are asked for."""
-    if not match.piece.fused:
-        return match.tensor.num_bytes
-    return match.tensor.num_bytes // match.piece.shape[0] * len({copy.source for copy in copies})
+    """Of the tensor what is asked for, rows for several slots counted once."""
+    tensor = match.tensor
+    whole = tensor.shape[1:] if match.piece.fused else tensor.shape
+    total = 0
+    for rows, columns in {(c.source, c.first): (c.rows, c.columns) for c in copies}.values():
+        total += rows * (math.prod(whole[1:]) if columns is None else len(columns))
+    return total * ITEM_SIZES[tensor.dtype]
 
 
 def _read_file(
@@ -181,10 +217,11 @@ def _row_bytes(match: Match) -> int:
 
 def _copy_rows(rows: Any, copy: Copy, target: torch.Tensor, step: int) -> None:
     """`step` rows at a time: slices of a memory map are views, so only the converted rows are ever a copy."""
+    columns = () if copy.columns is None else (slice(copy.columns.start, copy.columns.stop),)
     for begin in range(0, copy.rows, step):
         end = min(begin + step, copy.rows)
-        part = rows[begin:end] if copy.source is None else rows[copy.source, begin:end]
-        target[begin:end].copy_(part)
+        place = (slice(copy.first + begin, copy.first + end), *columns)
+        target[begin:end].copy_(rows[place] if copy.source is None else rows[(copy.source, *place)])
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.moe.block import MoEBlock
+from flexmoe.moe.dispatch import LocalDispatcher
 
 # Multiply-adds a layer from which torch's matrix products win: they use the processor's tile units, at the price of
 # Python between them. Measured crossings: 16 rows of 12 M weights a layer in bf16, beyond 32 rows in fp32.
@@ -114,13 +115,14 @@ def _add_attention(weights: LayerWeights, attention: Attention) -> None:
 
 
 def _add_experts(weights: LayerWeights, moe: MoEBlock) -> None:
-    experts, router = moe.experts, moe.router
+    experts, router, dispatcher = moe.experts, moe.router, moe.dispatcher
+    assert isinstance(dispatcher, LocalDispatcher), "the C kernels run a whole model on one rank"
     weights.numbers.update(
         num_experts=router.weight.shape[0], num_slots=experts.num_slots, top_k=router.top_k,
         renormalize=int(router.renormalize), expert_width=experts.width,
     )  # fmt: skip
     weights.tensors.update(
-        router=router.weight.data, slot_of=moe.dispatcher.slot_of, gate_up=experts.gate_up.data, down=experts.down.data
+        router=router.weight.data, slot_of=dispatcher.slot_of, gate_up=experts.gate_up.data, down=experts.down.data
     )
     if moe.shared is not None:
         _add_dense(weights, moe.shared)

@@ -4,6 +4,9 @@ T tokens, H hidden size, E logical experts, K experts a token. The router names 
 dispatcher brings each token to where those experts live and names them as physical slots there (WHERE); the expert
 backend computes the weighted sum of the experts' outputs for the rows it got (HOW); the dispatcher brings the sums
 back and adds those that belong to one token. Any dispatcher works with any backend.
+
+The shared expert, which every token takes, goes along: `own` gives the rows that this rank computes it for, and
+`combine` adds it before the ranks' results are put together.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from flexmoe.config.plan import ExpertPlacement
 from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
-from flexmoe.moe.dispatch import LocalDispatcher
+from flexmoe.moe.dispatch import make_dispatcher
 from flexmoe.moe.experts import make_experts
 from flexmoe.moe.router import Router
+from flexmoe.parallel.mesh import Mesh
 
 
 class MoEBlock(nn.Module):
@@ -33,15 +37,18 @@ class MoEBlock(nn.Module):
         *,
         dtype: torch.dtype,
         device: torch.device,
+        mesh: Mesh,
     ) -> None:
+        """config: with the widths of this rank."""
         super().__init__()
         moe = config.moe
         assert moe is not None, f"layer {layer} is not a MoE layer"
         self.layer = layer
         self.router = Router(config.hidden_size, moe, device=device)
-        self.dispatcher = LocalDispatcher(placement, device)
+        self.dispatcher = make_dispatcher(placement, mesh, device)
+        num_slots = len(placement.local_slots(mesh.place.ep))
         self.experts = make_experts(
-            backend, len(placement.local_slots(0)), config.hidden_size, moe.expert_width, dtype=dtype, device=device
+            backend, num_slots, config.hidden_size, moe.expert_width, dtype=dtype, device=device
         )
         self.shared: GatedMLP | None = None
         self.shared_gate: Linear | None = None
@@ -57,8 +64,8 @@ class MoEBlock(nn.Module):
             batch.probe.record("topk_weights", self.layer, topk_weights)
         routed = self.dispatcher.dispatch(x, topk_ids, topk_weights)
         out = self.experts(routed.x, routed.slot_ids, routed.weights)  # one weighted sum a row
-        out = self.dispatcher.combine(out, routed)  # [T, H]
-        return out if self.shared is None else out + self._shared_output(self.shared, x)
+        shared = None if self.shared is None else self._shared_output(self.shared, self.dispatcher.own(x))
+        return self.dispatcher.combine(out, routed, shared)  # [T, H]
 
     def _shared_output(self, shared: GatedMLP, x: Tensor) -> Tensor:
         """The expert that every token takes, scaled by its gate where the model has one."""

@@ -47,7 +47,7 @@ def at_a_stroke(llm: LLM, answer: Answer, tie: float) -> Pass:
     logits at most `tie` apart), it is made to take the reference's choice: all that follows stays comparable.
     """
     use_scheduler(llm, [answer.sequence], max_tokens=1)
-    model = llm.engine.runner.model
+    model = llm.engine.local_runner.model
     choices: dict[int, Tensor] = {}
     with _replayed(model, answer.recording, tie, choices):
         recording, _ = _recorded(llm, answer.sequence, max_tokens=1)
@@ -87,11 +87,11 @@ def choice_gaps(ids: Tensor, reference: Recording, layer: int) -> Tensor:
 
 def _recorded(llm: LLM, prompt: tuple[int, ...], max_tokens: int) -> tuple[Recording, RequestOutput]:
     recording = Recording()
-    llm.engine.runner.probe = recording
+    llm.engine.local_runner.probe = recording
     try:
         (output,) = generate(llm, [prompt], max_tokens)
     finally:
-        llm.engine.runner.probe = None
+        llm.engine.local_runner.probe = None
     return recording, output
 
 

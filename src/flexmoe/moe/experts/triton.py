@@ -20,10 +20,10 @@ class TritonExperts(ExpertWeights):
     """The grouped Triton kernels. On a CPU they run in Triton's interpreter only, for tests."""
 
     def forward(self, x: Tensor, slot_ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.empty_like(x)
         (R, K), S = slot_ids.shape, self.num_slots
-        if R == 0:
-            return out
+        if R == 0 or S == 0:  # a rank without rows, or without experts
+            return torch.zeros_like(x)
+        out = torch.empty_like(x)
         x, slot_ids, weights = x.contiguous(), slot_ids.contiguous(), weights.contiguous()
         rows = torch.empty(S, R, dtype=torch.int32, device=x.device)
         counts = torch.empty(S, dtype=torch.int32, device=x.device)

@@ -1,0 +1,185 @@
+"""An engine whose model is spread over ranks. Enters: options. Leaves: what Engine needs to run it like one in-process.
+
+The driver (this process) keeps scheduler, sampling states and detokenizers. It sends each step as plain data to all
+ranks; the first rank samples and answers. Why the driver is no rank itself stands in parallel/supervisor.py.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from flexmoe.config.engine import EngineConfig
+from flexmoe.config.layout import RankLayout
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.shard import check
+from flexmoe.engine.device import choose_device, choose_dtype, physical_cores
+from flexmoe.engine.model_runner import Flight
+from flexmoe.engine.sampler import SampleOutput, SamplingState
+from flexmoe.engine.startup import load_tokenizer
+from flexmoe.engine.tokenizer import Tokenizer
+from flexmoe.engine.wire import pack
+from flexmoe.engine.worker import RankReport, Worker
+from flexmoe.errors import ConfigError
+from flexmoe.models.hub import ModelSource, open_model
+from flexmoe.parallel import launch
+from flexmoe.parallel.supervisor import Supervisor
+from flexmoe.scheduling.scheduler import Step
+
+_MODULE = "flexmoe.engine.worker"  # whose run() is the program of a child
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Bytes of the KV caches of all ranks."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartedRanks:
+    """What the engine runs with; the fields of `startup.Started` that do not need the model."""
+
+    source: ModelSource
+    cache: CacheSize
+    num_blocks: int
+    tokenizer: Tokenizer | None
+    device: torch.device
+    dtype: torch.dtype
+    threads: int
+    backend: str
+    decode_kernels: str
+    max_model_len: int
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.source.config
+
+
+@dataclass(frozen=True, slots=True)
+class _RemoteFlight:
+    """A step that the ranks compute."""
+
+    ranks: Supervisor
+    number: int
+
+    def wait(self) -> SampleOutput:
+        found: SampleOutput = self.ranks.wait(self.number)[0]
+        return found
+
+
+class RankedRunner:
+    """A ModelRunner's interface on top of the ranks."""
+
+    def __init__(self, ranks: Supervisor, device: torch.device, *, keep: bool) -> None:
+        """keep: leave the processes to whoever made them; close() only unloads the model."""
+        self.ranks, self.device, self._keep = ranks, device, keep
+        self._end = weakref.finalize(self, _nothing if keep else ranks.kill)  # also when the interpreter ends
+
+    def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
+        """Not yet: the first rank would have to feed the tokens of one step into the next."""
+        return False
+
+    def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
+        """Send a step to all ranks. Raises RankError if one has failed."""
+        assert after is None, "can_run_ahead was false"
+        return _RemoteFlight(self.ranks, self.ranks.post("step", pack(step, states), "computing a step", owed=[0]))
+
+    def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+        """Send a step and wait for its tokens."""
+        return self.launch(step, states).wait()
+
+    def traffic(self) -> list[dict[str, float]]:
+        """Bytes that each rank sent since the last call, by label."""
+        everyone = range(len(self.ranks.members))
+        found = self.ranks.wait(self.ranks.post("traffic", None, "counting bytes", owed=everyone))
+        return [found[rank] for rank in everyone]
+
+    def close(self) -> None:
+        """Unload the model and end the processes. Raises RankError if one dies or hangs over it."""
+        self._end.detach()
+        if not self._keep:
+            self.ranks.close()
+            return
+        everyone = range(len(self.ranks.members))
+        self.ranks.wait(self.ranks.post("stop", None, "closing", owed=everyone))
+
+
+def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple[StartedRanks, RankedRunner]:
+    """Start the processes and the model in them. What cannot fit is refused before any is started.
+
+    ranks: processes that run already, as many as the plan has ranks; they outlive the engine.
+
+    Under torchrun this returns on the first process only: the others serve as ranks, and exit.
+    """
+    plan = options.parallel
+    source = open_model(options.load)
+    check(plan, source.config)
+    device = choose_device(options.device.device)
+    if ranks is None:
+        _check_gpus(device, plan.num_ranks)
+    options, dtype = _decided(options, source, device)
+    tokenizer = load_tokenizer(options, source)
+    keep = ranks is not None
+    ranks = ranks or launch_ranks(options)
+    try:
+        everyone = range(plan.num_ranks)
+        number = ranks.post("start", options, "loading the model", owed=everyone, patient=True)
+        reports: dict[int, RankReport] = ranks.wait(number)
+    except BaseException:
+        if not keep:
+            ranks.kill()
+        raise
+    first = reports[0]
+    size = CacheSize(sum(report.cache_bytes for report in reports.values()))
+    return StartedRanks(
+        source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, "torch (several ranks)",
+        first.max_model_len,
+    ), RankedRunner(ranks, device, keep=keep)  # fmt: skip
+
+
+def launch_ranks(options: EngineConfig) -> Supervisor:
+    """The processes of a plan, nothing loaded yet: children of this one, or those that torchrun started."""
+    plan, timeout = options.parallel, options.launch.worker_timeout
+    patience = 1.5 * timeout + 10  # of collectives: the supervisor, which knows who hangs, comes first
+    describe = RankLayout(plan).describe
+    if launch.joined_by_torchrun():
+        setup = launch.torchrun_setup(patience)
+        if setup.size != plan.num_ranks:
+            raise ConfigError(
+                f"torchrun started {setup.size} processes, but the plan has {plan.num_ranks} ranks (pipeline x data x "
+                f"tensor); use --nproc-per-node={plan.num_ranks}, or degrees that fit."
+            )
+        if setup.rank > 0:
+            raise SystemExit(launch.report(setup, Worker))
+        return Supervisor(launch.gather(setup, Worker), timeout, describe)
+    return Supervisor(launch.spawn(_MODULE, plan.num_ranks, patience), timeout, describe)
+
+
+def _decided(options: EngineConfig, source: ModelSource, device: torch.device) -> tuple[EngineConfig, torch.dtype]:
+    """The options with everything decided that ranks might decide differently: files, number format, threads."""
+    dtype = choose_dtype(options.device.dtype, source.config, device, few_rows_in_c=False)
+    threads = options.device.threads or max(1, physical_cores() // options.parallel.num_ranks)
+    own = replace(options.device, dtype=str(dtype).removeprefix("torch."), threads=threads, device=device.type)
+    model = source.name if source.folder is None else str(source.folder.absolute())
+    load = replace(options.load, model=model, revision=None, force_download=False, progress=False)
+    return replace(options, device=own, load=load), dtype
+
+
+def _check_gpus(device: torch.device, num_ranks: int) -> None:
+    if device.type != "cuda" or launch.joined_by_torchrun():
+        return
+    if ":" in str(device):
+        raise ConfigError(f"device={str(device)!r} names one GPU, but the plan has {num_ranks} ranks; use cuda.")
+    if num_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"the plan has {num_ranks} ranks (pipeline x data x tensor), but there are {torch.cuda.device_count()} "
+            "GPUs; use lower degrees, or device='cpu'."
+        )
+
+
+def _nothing() -> None:
+    """For a runner that leaves its processes to others."""

@@ -1,0 +1,107 @@
+"""A step as plain data, for ranks in other processes. Enters: a Step and sampling states. Leaves: the same, elsewhere.
+
+Only what a forward pass reads goes along: new tokens, positions, block tables. So a rank remembers nothing between
+steps, and a step that was given up leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.scheduling.request import Request
+from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+
+Ints = npt.NDArray[np.int32]
+
+_ARGMAX = SamplingState(SamplingParams(temperature=0.0), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class WireStep:
+    """N chunks: their tokens and blocks one after the other, with the counts of each; states of those that sample.
+
+    None stands for a state that asks for the argmax and nothing else, as most do.
+    """
+
+    num_decodes: int
+    starts: Ints
+    num_tokens: Ints
+    num_blocks: Ints
+    samples: list[bool]
+    contiguous: list[bool]
+    tokens: Ints
+    blocks: Ints
+    states: list[SamplingState | None]
+
+
+class _Tail:
+    """The tokens from number `start` on, under the numbers they have in the whole sequence."""
+
+    __slots__ = ("_start", "_tokens")
+
+    def __init__(self, start: int, tokens: list[int]) -> None:
+        self._start, self._tokens = start, tokens
+
+    def __len__(self) -> int:
+        return self._start + len(self._tokens)
+
+    def __getitem__(self, place: slice | SupportsIndex) -> Any:
+        if isinstance(place, slice):
+            start, stop, _ = place.indices(len(self))
+            assert start >= self._start, "a token that was not sent"
+            return self._tokens[start - self._start : stop - self._start]
+        index = int(place)
+        return self._tokens[index if index < 0 else index - self._start]
+
+
+class _WireRequest(Request):
+    """Of a request what a forward pass reads."""
+
+    __slots__ = ()
+
+    def __init__(self, start: int, tokens: list[int], blocks: list[int], contiguous: bool) -> None:
+        self.token_ids = _Tail(start, tokens)  # type: ignore[assignment]
+        self.blocks, self.contiguous = blocks, contiguous
+
+
+def pack(step: Step, states: Sequence[SamplingState]) -> WireStep:
+    """The step, with what its requests hold now."""
+    chunks = step.chunks
+    tokens: list[int] = []
+    blocks: list[int] = []
+    for chunk in chunks:
+        tokens += chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+        blocks += chunk.request.blocks
+    return WireStep(
+        step.num_decodes,
+        np.array([chunk.start for chunk in chunks], np.int32),
+        np.array([chunk.num_tokens for chunk in chunks], np.int32),
+        np.array([len(chunk.request.blocks) for chunk in chunks], np.int32),
+        [chunk.samples for chunk in chunks],
+        [chunk.request.contiguous for chunk in chunks],
+        np.array(tokens, np.int32),
+        np.array(blocks, np.int32),
+        [None if state.plain_greedy else state for state in states],
+    )
+
+
+def unpack(wire: WireStep) -> tuple[Step, list[SamplingState]]:
+    """The step as a runner takes it."""
+    tokens, blocks = wire.tokens.tolist(), wire.blocks.tolist()
+    chunks, token, block = [], 0, 0
+    for start, num_tokens, num_blocks, samples, contiguous in zip(
+        wire.starts.tolist(), wire.num_tokens.tolist(), wire.num_blocks.tolist(), wire.samples, wire.contiguous,
+        strict=True,
+    ):  # fmt: skip
+        own_tokens, own_blocks = tokens[token : token + num_tokens], blocks[block : block + num_blocks]
+        request = _WireRequest(start, own_tokens, own_blocks, contiguous)
+        chunks.append(ScheduledChunk(request, start, num_tokens, samples))
+        token, block = token + num_tokens, block + num_blocks
+    return Step(chunks, wire.num_decodes, []), [state or _ARGMAX for state in wire.states]

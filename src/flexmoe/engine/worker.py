@@ -1,0 +1,111 @@
+"""One rank of an engine. Enters: commands of the driver, see engine/ranks.py. Leaves: reports, and tokens.
+
+    start   join the others, load this rank's share of the model; answers a RankReport
+    step    compute one step; the first rank answers a SampleOutput, the others nothing
+    traffic answers the bytes sent since the last call, by label
+    stop    let go of the model, so that another may be started
+
+`run` is the whole program of a child; under torchrun the user's own process serves.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import MutableSequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from flexmoe.config.engine import EngineConfig
+from flexmoe.engine.device import choose_device
+from flexmoe.engine.model_runner import ModelRunner
+from flexmoe.engine.startup import start
+from flexmoe.engine.wire import WireStep, unpack
+from flexmoe.parallel import mesh as meshes
+from flexmoe.parallel.mesh import Mesh
+from flexmoe.parallel.rank import SILENT, Setup, main
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What a rank runs with. cache_bytes: of its own KV cache."""
+
+    num_blocks: int
+    cache_bytes: int
+    threads: int
+    backend: str
+    max_model_len: int
+
+
+class Worker:
+    """Holds a rank's model and runs steps of it."""
+
+    def __init__(self, setup: Setup, beats: MutableSequence[int]) -> None:
+        self.setup, self._beats = setup, beats
+        self.mesh: Mesh | None = None
+        self.runner: ModelRunner | None = None
+
+    def handle(self, command: str, payload: Any) -> Any:
+        """Carry out one command of the driver."""
+        if command == "step":
+            return self.step(payload)
+        if command == "start":
+            return self.start(payload)
+        if command == "traffic":
+            return self.mesh.traffic.take() if self.mesh else {}
+        assert command == "stop", f"unknown command {command!r}"
+        return self.stop()
+
+    def start(self, options: EngineConfig) -> RankReport:
+        """Load this rank's share of the model. All ranks are told at once."""
+        options = self._on_own_device(options)
+        device = choose_device(options.device.device)
+        self.connect(options, device)
+        started = start(options, self.mesh)
+        self.runner = ModelRunner(started.model, started.cache, started.device)
+        cache_bytes = started.cache.num_bytes
+        return RankReport(started.num_blocks, cache_bytes, started.threads, started.backend, started.max_model_len)
+
+    def connect(self, options: EngineConfig, device: torch.device) -> Mesh:
+        """Join the world, once, and form the plan's groups."""
+        setup = self.setup
+        if not torch.distributed.is_initialized():
+            meshes.join(setup.host, setup.port, setup.rank, setup.size, device, setup.timeout)
+        self.mesh = Mesh.connect(options.parallel, setup.rank, setup.timeout)
+        self.mesh.machine_size = setup.machine_size
+        self.mesh.traffic.beats = self._beats
+        return self.mesh
+
+    def step(self, wire: WireStep) -> Any:
+        """Compute one step; all ranks do so at once."""
+        assert self.runner is not None
+        sampled = self.runner.run(*unpack(wire))
+        return sampled if self.setup.rank == 0 else SILENT
+
+    def stop(self) -> None:
+        """Let go of the model."""
+        self.runner = None
+        if self.mesh is not None:
+            self.mesh.close()
+            self.mesh = None
+        gc.collect()
+
+    def close(self) -> None:
+        """Leave the world."""
+        self.stop()
+        meshes.leave()
+
+    def _on_own_device(self, options: EngineConfig) -> EngineConfig:
+        """On GPUs each rank of a machine takes one of its own."""
+        if choose_device(options.device.device).type != "cuda":
+            return options
+        device = f"cuda:{self.setup.local_rank}"
+        torch.cuda.set_device(device)
+        return replace(options, device=replace(options.device, device=device))
+
+
+def run() -> None:
+    """The life of a child process; see parallel/launch.py."""
+    main(Worker, sys.argv[1:])

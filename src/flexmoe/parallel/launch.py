@@ -1,0 +1,166 @@
+"""Start the ranks of a model. Enters: how many, and the module that each runs. Leaves: Members, and where they meet.
+
+`spawn` makes them children of this process, each with a log of its own. Under `torchrun` the processes are there
+already: `joined_by_torchrun` says so, `gather` collects them on the first, and `report` is what the others do.
+
+Children are new interpreters, not multiprocessing's: a user's script needs no `if __name__` guard then, and nothing of
+it runs twice.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, MutableSequence
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from flexmoe.parallel.beats import Beats
+from flexmoe.parallel.mesh import SAFE_ENVIRONMENT, TCPStore
+from flexmoe.parallel.rank import Handler, Setup, serve
+
+_LOOPBACK = "127.0.0.1"
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_CONTROL = "flexmoe/control"  # key of the store under which the first rank says where it listens
+
+
+@dataclass(slots=True)
+class Member:
+    """One rank as its supervisor sees it. process, log and lifeline: of a child; None for a rank started elsewhere."""
+
+    rank: int
+    connection: Connection
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+    lifeline: int | None = None
+
+    def kill(self) -> None:
+        """End the process; when this returns it is gone."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def close(self) -> None:
+        """Let go of what leads to the process. May be called twice."""
+        if self.lifeline is not None:
+            os.close(self.lifeline)
+            self.lifeline = None
+        self.connection.close()
+
+
+@dataclass(slots=True)
+class Launched:
+    """Ranks that were started. store: where they meet, held by whoever made it. beats: None if they cannot be read.
+
+    folder: of their logs and counters.
+    """
+
+    members: list[Member]
+    beats: Beats | None = None
+    store: Any = field(default=None, repr=False)
+    folder: Path | None = None
+
+    def release(self) -> None:
+        """Let go of everything but the processes, which must have ended."""
+        for member in self.members:
+            member.close()
+        self.store = self.beats = None
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def spawn(module: str, size: int, timeout: float) -> Launched:
+    """Start `size` processes that call `run()` of a module. timeout: seconds that a collective of theirs may take."""
+    folder = Path(tempfile.mkdtemp(prefix="flexmoe-ranks-"))
+    # Bound here and not in the first rank: the port is free for sure, and nobody has to tell it.
+    store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    beats = Beats(folder / "beats", size, create=True)
+    launched = Launched([], beats, store, folder)
+    try:
+        for rank in range(size):
+            launched.members.append(_start(module, rank, folder / f"rank{rank}.log"))
+        for member in launched.members:
+            place = (member.rank, size, member.rank, size)
+            setup = Setup(*place, _LOOPBACK, store.port, timeout, str(folder / "beats"))
+            member.connection.send(setup)
+    except BaseException:
+        for member in launched.members:
+            member.kill()
+        launched.release()
+        raise
+    return launched
+
+
+def _start(module: str, rank: int, log: Path) -> Member:
+    ours, theirs = socket.socketpair()
+    lifeline, held = os.pipe()
+    paths = [path or str(Path.cwd()) for path in sys.path]
+    with theirs, log.open("wb") as output:
+        ends = [str(theirs.fileno()), str(lifeline)]
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-X", "faulthandler", "-c", f"from {module} import run; run()", *ends],
+            env={**os.environ, **SAFE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)},
+            pass_fds=(theirs.fileno(), lifeline),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=0,  # a terminal's Ctrl-C is for the driver alone
+        )
+    os.close(lifeline)
+    return Member(rank, Connection(ours.detach()), process, log, held)
+
+
+def joined_by_torchrun() -> bool:
+    """Whether torchrun, or something that speaks like it, started this process as one of several."""
+    return all(name in os.environ for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def torchrun_setup(timeout: float) -> Setup:
+    """This process's place among those that torchrun started."""
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return Setup(rank, size, local, machine, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
+
+
+def gather(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler]) -> Launched:
+    """On the first process of torchrun: connections to all ranks. It works as a rank itself, in a thread."""
+    os.environ.update(SAFE_ENVIRONMENT)
+    store = TCPStore(setup.host, setup.port, is_master=False)
+    key = secrets.token_bytes(32)
+    with Listener((_address(setup), 0), backlog=setup.size, authkey=key) as listener:
+        host, port = listener.address
+        store.set(_CONTROL, f"{host} {port} {key.hex()}")
+        members = [Member(*_accept(listener)) for _ in range(setup.size - 1)]
+    ours, theirs = Pipe()
+    threading.Thread(target=serve, args=(theirs, setup, lambda: make(setup, [0, 0])), daemon=True).start()
+    return Launched([Member(0, ours), *sorted(members, key=lambda member: member.rank)], store=store)
+
+
+def report(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler]) -> int:
+    """On the other processes of torchrun: serve as a rank until the first one ends. Returns the exit code."""
+    os.environ.update(SAFE_ENVIRONMENT)
+    host, port, key = TCPStore(setup.host, setup.port, is_master=False).get(_CONTROL).decode().split()
+    connection = Client((host, int(port)), authkey=bytes.fromhex(key))
+    connection.send(setup.rank)
+    return serve(connection, setup, lambda: make(setup, [0, 0]))
+
+
+def _accept(listener: Listener) -> tuple[int, Connection]:
+    connection = listener.accept()
+    return connection.recv(), connection
+
+
+def _address(setup: Setup) -> str:
+    """This machine's address on the way to the store, which the other machines can reach, too."""
+    with socket.create_connection((setup.host, setup.port)) as way:
+        address: str = way.getsockname()[0]
+    return address

@@ -1,0 +1,138 @@
+"""One rank's side of a launch: take commands from the driver, answer, and end with it.
+
+Enters: (number, command, payload) over a connection. Leaves: (number, verdict, answer), where the verdict is "done",
+"refused" (an error on purpose: the rank goes on) or "died" (anything else: its process ends).
+
+Commands come over a connection of the rank's own and not by a collective, so that an idle rank waits without a timeout
+and without spinning, and the driver's process never waits in a collective that a dead peer will not join.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, MutableSequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from flexmoe.errors import FlexMoEError
+from flexmoe.parallel.beats import LIFE, WORK, Beats
+
+SILENT = object()  # an answer that is not sent
+_PULSE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a rank is told first. host and port: of the store where the ranks meet.
+
+    local_rank, machine_size: which of the ranks on its machine it is, and how many those are.
+    timeout: seconds that a collective may take. beats: the file of its counters, if the driver can read it.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    machine_size: int
+    host: str
+    port: int
+    timeout: float
+    beats: str | None = None
+
+
+class Handler(Protocol):
+    """What a rank does with commands."""
+
+    def handle(self, command: str, payload: Any) -> Any:
+        """Carry out one command. Returns the answer, or SILENT."""
+
+    def close(self) -> None:
+        """No more commands will come."""
+
+
+def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list[str]) -> None:
+    """The life of a process that `launch.spawn` started. arguments: its ends of the connection and of the lifeline.
+
+    make: from the setup and the rank's counters to its handler. Does not return.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    connection, lifeline = Connection(int(arguments[0])), int(arguments[1])
+    setup: Setup = connection.recv()
+    counters = _counters(setup)
+    threading.Thread(target=_pulse, args=(lifeline, counters), daemon=True).start()
+    code = serve(connection, setup, lambda: make(setup, counters))
+    # Threads of torch or NCCL that wait for dead peers must not keep the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> int:
+    """Carry out commands until "exit", or until the driver is gone. Returns the exit code."""
+    try:
+        handler = make()
+        while (message := _next(connection)) is not None:
+            number, command, payload = message
+            answer = _carry_out(handler, command, payload)
+            if answer is not None:
+                put(connection, (number, *answer))
+        handler.close()
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the driver is told, and the process ends
+        traceback.print_exc()
+        print(f"rank {setup.rank} ends: {type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        _tell(connection, (0, "died", f"{type(error).__name__}: {error}"))
+        return 1
+    return 0
+
+
+def _next(connection: Connection) -> tuple[int, str, Any] | None:
+    try:
+        message: tuple[int, str, Any] = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return None if message[1] == "exit" else message
+
+
+def _carry_out(handler: Handler, command: str, payload: Any) -> tuple[str, Any] | None:
+    try:
+        answer = handler.handle(command, payload)
+    except FlexMoEError as error:
+        return "refused", (type(error).__name__, str(error))
+    return None if answer is SILENT else ("done", answer)
+
+
+def _tell(connection: Connection, message: tuple[int, str, Any]) -> None:
+    """Send, unless nobody listens any more."""
+    try:
+        put(connection, message)
+    except OSError:
+        return
+
+
+def put(connection: Connection, message: Any) -> None:
+    """Send a message by value. Connection.send would pass tensors as shared memory, which this end may not outlive."""
+    connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+
+def _counters(setup: Setup) -> MutableSequence[int]:
+    """This rank's counters: shared with the driver if it is on the same machine."""
+    if setup.beats is None or not Path(setup.beats).exists():
+        return [0, 0]
+    cells: Any = Beats(Path(setup.beats), setup.size).of(setup.rank)
+    assert cells[WORK] == 0
+    return cells  # type: ignore[no-any-return]
+
+
+def _pulse(lifeline: int, counters: MutableSequence[int]) -> None:
+    """Show that the process runs; end it when the driver's end of the lifeline closes, even if it died unawares."""
+    while True:
+        counters[LIFE] += 1
+        if select.select([lifeline], [], [], _PULSE_SECONDS)[0]:
+            os._exit(1)

@@ -1,0 +1,73 @@
+"""A rank that ends or hangs as the environment says: FLEXMOE_TEST_FATE="phase rank how".
+
+phase: load, prefill, decode or close. how: kill (SIGKILL, in the midst of collectives), exit (code 3), raise (a Python
+error), stop (SIGSTOP: it hangs), abort (SIGABRT, as gloo ends on messages of the wrong size).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from flexmoe.engine import worker as workers
+from flexmoe.engine.wire import WireStep
+from flexmoe.engine.worker import Worker
+from flexmoe.parallel.comm import Traffic
+from flexmoe.parallel.rank import main
+
+_COLLECTIVES_BEFORE = 3
+
+
+class Doomed(Traffic):
+    """Meets its fate at one of the next collectives."""
+
+    left = -1
+    how = ""
+
+    def count(self, label: str, num_bytes: float) -> None:
+        if self.left == 0:
+            meet(self.how)
+        self.left -= 1
+
+
+def meet(how: str) -> None:
+    sys.stderr.write("these are the last words\n")
+    if how == "raise":
+        raise MemoryError("no more")
+    if how == "exit":
+        os._exit(3)
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "abort": signal.SIGABRT}[how])
+
+
+class DyingWorker(Worker):
+    """A Worker with a fate."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        phase, rank, self._how = os.environ["FLEXMOE_TEST_FATE"].split()
+        self._phase = phase if int(rank) == self.setup.rank else ""
+        if self._phase == "load":
+            self._load = workers.start
+            workers.start = lambda *_: meet(self._how)  # type: ignore[assignment, return-value]
+
+    def step(self, wire: WireStep) -> Any:
+        decodes = wire.num_decodes == len(wire.samples)
+        if self._phase == ("decode" if decodes else "prefill"):
+            assert self.runner is not None
+            for module in self.runner.model.modules():
+                for value in vars(module).values():
+                    if hasattr(value, "traffic"):
+                        value.traffic = Doomed()
+                        value.traffic.left, value.traffic.how = 0, self._how
+        return super().step(wire)
+
+    def close(self) -> None:
+        if self._phase == "close":
+            meet(self._how)
+        super().close()
+
+
+def run() -> None:
+    main(DyingWorker, sys.argv[1:])

@@ -1,0 +1,260 @@
+"""Ranks that die or hang in every phase: within seconds an error that names the rank, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flexmoe import LLM, EngineError, SamplingParams
+from flexmoe.engine import ranks
+from flexmoe.errors import ConfigError, RankError
+from tests.cpu.tiny_models import tiny
+
+ROOT = Path(__file__).parents[2]
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32", "device": "cpu", "threads": 1, "max_model_len": 64, "num_blocks": 40, "tensor_parallel_size": 2,
+}  # fmt: skip
+PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [8, 9]]
+LIMIT = 5.0  # seconds from a death to the error
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Folders of ranks go here, where no other test makes any."""
+    tiny("mixtral")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+class Nothing:
+    """What a start leaves behind: the children and open ports of before, folders of ranks."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def _now(self) -> tuple[set[int], set[int], set[str]]:
+        me = psutil.Process()
+        children = {child.pid for child in me.children(recursive=True)}
+        ports = {c.laddr.port for c in me.net_connections() if c.status == psutil.CONN_LISTEN}
+        return children, ports, {path.name for path in Path(tempfile.gettempdir()).glob("flexmoe-ranks-*")}
+
+    def is_left(self) -> bool:
+        return all(now <= before for now, before in zip(self._now(), self._before, strict=True))
+
+
+def make(monkeypatch: pytest.MonkeyPatch, fate: str, **options: Any) -> LLM:
+    monkeypatch.setattr(ranks, "_MODULE", "tests.multi.dying")
+    monkeypatch.setenv("FLEXMOE_TEST_FATE", fate)
+    return LLM(tiny("mixtral"), **{**OPTIONS, **options})
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < LIMIT
+
+
+CODES = {"kill": "exit code -9 (SIGKILL)", "exit": "exit code 3", "abort": "exit code -6 (SIGABRT)"}
+
+
+@pytest.mark.parametrize(
+    ("fate", "doing"),
+    [
+        ("prefill 1 kill", "computing a step"),
+        ("prefill 0 exit", "computing a step"),
+        ("decode 0 kill", "computing a step"),
+        ("decode 1 abort", "computing a step"),
+    ],
+)
+def test_a_death_in_a_step(monkeypatch: pytest.MonkeyPatch, fate: str, doing: str) -> None:
+    nothing = Nothing()
+    _, rank, how = fate.split()
+    llm = make(monkeypatch, fate)
+    with soon(), pytest.raises(RankError) as caught:
+        llm.generate(PROMPTS, PARAMS)
+    said = f"rank {rank} of 2 (tp {rank}, etp {rank}) died with {CODES[how]} while {doing}; its log ends: "
+    assert str(caught.value).startswith(said)
+    assert "these are the last words" in str(caught.value)
+    assert caught.value.rank == int(rank)
+    assert nothing.is_left()
+    with soon(), pytest.raises(RankError, match=f"rank {rank} of 2 .* died"):  # it stays over, and says why
+        llm.generate(PROMPTS, PARAMS)
+    llm.close()
+    with pytest.raises(EngineError, match="closed"):
+        llm.generate(PROMPTS)
+
+
+def test_a_death_of_one_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three that lose their connection to it do not take the blame."""
+    nothing = Nothing()
+    llm = make(monkeypatch, "decode 2 kill", tensor_parallel_size=4, expert_parallel_size=2)
+    with soon(), pytest.raises(RankError, match=r"rank 2 of 4 \(tp 2, ep 1, etp 0\) died with exit code -9"):
+        llm.generate(PROMPTS, PARAMS)
+    llm.close()
+    assert nothing.is_left()
+
+
+def test_an_error_in_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Nothing()
+    llm = make(monkeypatch, "decode 1 raise")
+    with soon(), pytest.raises(RankError, match=r"rank 1 of 2 .* failed with MemoryError: no more while computing"):
+        llm.generate(PROMPTS, PARAMS)
+    llm.close()
+    assert nothing.is_left()
+
+
+@pytest.mark.parametrize(("how", "words"), [("kill", "last words"), ("raise", "MemoryError: no more")])
+def test_a_death_while_loading(monkeypatch: pytest.MonkeyPatch, how: str, words: str) -> None:
+    nothing = Nothing()
+    with pytest.raises(RankError, match=f"rank 1 of 2 .* while loading the model; its log ends: .*{words}"):
+        make(monkeypatch, f"load 1 {how}")
+    assert nothing.is_left()
+
+
+def test_a_death_of_an_idle_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Nothing()
+    with LLM(tiny("mixtral"), **OPTIONS) as llm:
+        runner = llm.engine.runner
+        assert isinstance(runner, ranks.RankedRunner)
+        process = runner.ranks.members[1].process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
+        with soon(), pytest.raises(RankError, match=r"rank 1 of 2 .* died with exit code -9"):
+            llm.generate(PROMPTS * 20, PARAMS)
+    assert nothing.is_left()
+
+
+@pytest.mark.parametrize(("how", "words"), [("kill", "died with exit code -9"), ("stop", "hangs: it has not ended in")])
+def test_a_death_or_a_hang_while_closing(monkeypatch: pytest.MonkeyPatch, how: str, words: str) -> None:
+    nothing = Nothing()
+    llm = make(monkeypatch, f"close 1 {how}")
+    llm.generate(PROMPTS, PARAMS)
+    with soon(), pytest.raises(RankError) as caught:
+        llm.close()
+    assert f"rank 1 of 2 (tp 1, etp 1) {words}" in str(caught.value)
+    assert "while closing" in str(caught.value)
+    assert nothing.is_left()
+    llm.close()
+
+
+@pytest.mark.parametrize("fate", ["prefill 0 stop", "decode 1 stop", "load 1 stop"])
+def test_a_hang(monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
+    nothing = Nothing()
+    phase, rank, _ = fate.split()
+    words = f"rank {rank} of 2 .* hangs: no sign of work for 2 s while {'load' if phase == 'load' else 'comput'}ing"
+    if phase == "load":
+        with pytest.raises(RankError, match=words):
+            make(monkeypatch, fate, worker_timeout=2.0)
+    else:
+        llm = make(monkeypatch, fate, worker_timeout=2.0)
+        with soon(), pytest.raises(RankError, match=words) as caught:
+            llm.generate(PROMPTS, PARAMS)
+        assert caught.value.exit_code is None
+        llm.close()
+    assert nothing.is_left()
+
+
+def test_a_refusal_of_the_ranks_is_that_of_one_process() -> None:
+    nothing = Nothing()
+    with pytest.raises(ConfigError, match="threads=1000 is above the"):
+        LLM(tiny("mixtral"), **{**OPTIONS, "threads": 1000})
+    assert nothing.is_left()
+
+
+def test_wrong_plans_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks.launch, "spawn", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(ConfigError, match="tensor_parallel_size=3 does not fit 4 heads"):
+        LLM(tiny("mixtral"), **{**OPTIONS, "tensor_parallel_size": 3})
+
+
+def test_an_engine_that_nobody_closes_leaves_nothing() -> None:
+    nothing = Nothing()
+    llm = LLM(tiny("mixtral"), **OPTIONS)
+    llm.generate(PROMPTS, PARAMS)
+    del llm
+    assert nothing.is_left()
+
+
+SCRIPT = """
+import os, signal, sys, threading
+from flexmoe import LLM, SamplingParams
+OPTIONS = dict(dtype="float32", device="cpu", threads=1, max_model_len=64, num_blocks=40)
+llm = LLM(sys.argv[1], tensor_parallel_size=2, **OPTIONS)
+print(*[member.process.pid for member in llm.engine.runner.ranks.members], flush=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+first = llm.generate([5, 6, 7], PARAMS)[0].token_ids
+what = sys.argv[2]
+if what == "interrupt":
+    main = threading.main_thread().ident
+    for delay in (0.002, 0.004, 0.006, 0.01, 0.02):
+        timer = threading.Timer(delay, signal.pthread_kill, (main, signal.SIGINT))
+        try:
+            timer.start()
+            while True:
+                llm.generate([8, 9], PARAMS)
+        except KeyboardInterrupt:
+            pass
+        assert llm.generate([5, 6, 7], PARAMS)[0].token_ids == first
+    llm.close()
+if what == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("end")
+"""
+
+
+def run_script(what: str) -> tuple[subprocess.CompletedProcess[str], list[int]]:
+    """A user's script, without a guard around its body."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tiny("mixtral")), what],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return result, [int(pid) for pid in result.stdout.splitlines()[0].split()]
+
+
+def all_end(pids: list[int]) -> bool:
+    deadline = time.monotonic() + LIMIT
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(psutil.pid_exists, pids))
+
+
+def test_ranks_end_with_a_driver_that_is_killed() -> None:
+    result, pids = run_script("kill")
+    assert result.returncode == -signal.SIGKILL
+    assert all_end(pids)
+
+
+def test_ranks_end_with_a_script_that_does_not_close() -> None:
+    result, pids = run_script("nothing")
+    assert (result.returncode, result.stdout.splitlines()[-1], result.stderr) == (0, "end", "")
+    assert all_end(pids)
+
+
+def test_ctrl_c_ends_the_request_and_not_the_engine() -> None:
+    result, pids = run_script("interrupt")
+    assert (result.returncode, result.stdout.splitlines()[-1], result.stderr) == (0, "end", "")
+    assert all_end(pids)
+
+
+def test_no_port_is_held() -> None:
+    with LLM(tiny("mixtral"), **OPTIONS) as llm:
+        runner = llm.engine.runner
+        assert isinstance(runner, ranks.RankedRunner)
+        port = runner.ranks._launched.store.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
