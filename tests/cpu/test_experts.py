@@ -15,8 +15,9 @@ from torch import Tensor
 from flexmoe.config.plan import ExpertPlacement
 from flexmoe.engine import startup
 from flexmoe.errors import ConfigError
+from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.moe.dispatch import LocalDispatcher
-from flexmoe.moe.experts import BACKENDS, default_backend, make_experts, why_not_triton
+from flexmoe.moe.experts import BACKENDS, default_backend, make_experts
 from flexmoe.moe.experts.weights import ExpertWeights
 from tests.cpu.nearness import assert_near, poisoned, surrounded
 
@@ -172,10 +173,10 @@ def test_the_default_backend_of_each_device(monkeypatch: pytest.MonkeyPatch) -> 
     gpu = torch.device("cuda", 0)
     assert default_backend(CPU) == "cpu"
     assert default_backend(gpu) == "triton"
-    assert why_not_triton(CPU) == "it needs an NVIDIA GPU"
+    assert why_no_triton(CPU) == "it needs an NVIDIA GPU"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert default_backend(gpu) == "reference"
-    assert why_not_triton(gpu) == "the package triton is not installed (pip install triton)"
+    assert why_no_triton(gpu) == "the package triton is not installed (pip install triton)"
 
 
 def test_no_backend_imports_triton_before_it_is_asked_for() -> None:

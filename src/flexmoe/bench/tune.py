@@ -127,7 +127,7 @@ def tune_model(
     notify: Notify,
 ) -> Tuned:  # fmt: skip
     """Tune for a model on a CUDA device. dtype "auto": the checkpoint's. Raises ConfigError for what has no kernels."""
-    reason = why_not_fused(config, device, "triton")
+    reason = why_not_fused(config, device, "triton", block_size=1)
     if reason:
         raise ConfigError(f"this model's decode steps do not run in the kernels that could be tuned: {reason}.")
     if max(batches) > MAX_ROWS:

@@ -114,7 +114,7 @@ def _changes(default: Any, tile: Any) -> str:
 def _gpu(name: str) -> torch.device:
     """The device. Raises ConfigError if no Triton kernel runs on it."""
     from flexmoe.engine.device import choose_device
-    from flexmoe.models.device_rows import why_no_triton
+    from flexmoe.kernels.gpu import why_no_triton
 
     device = choose_device(name)
     if device.type != "cuda":

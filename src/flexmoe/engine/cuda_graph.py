@@ -81,6 +81,7 @@ class GraphedDecoder:
         self._model, self._cache, self._most_blocks, self._device = model, cache, most_blocks, device
         self._packed: dict[int, PackedRows] = {}
         self._graphs: dict[_Form, torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream(device)
         self._pool: Any = None  # of memory, shared by the graphs: one runs at a time
         self._tokens = [torch.zeros(MAX_ROWS, dtype=torch.int64, pin_memory=True) for _ in range(_LANDED)]
         self._turn = 0
@@ -131,7 +132,8 @@ class GraphedDecoder:
 
     def _capture(self, form: _Form, packed: PackedRows) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._step(form, packed, None)
         self._pool = self._pool or graph.pool()
         return graph

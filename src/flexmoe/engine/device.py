@@ -6,13 +6,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from flexmoe.config.model import ModelConfig
-from flexmoe.errors import ConfigError
+from flexmoe.errors import ConfigError, EngineError
 from flexmoe.kernels.linear import PackedLinear
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,22 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}, but there are {torch.cuda.device_count()} GPUs; use a lower index.")
     return device
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Make a GPU this thread's own, since kernels and streams are those of the thread's device.
+
+    Raises EngineError, in one line, where its memory runs out.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"the memory of device {str(device)!r} ran out; lower kv_cache_memory, max_num_seqs or "
+                "max_num_batched_tokens, or free what other programs hold."
+            ) from error
 
 
 def set_threads(threads: int | None) -> int:

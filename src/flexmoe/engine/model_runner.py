@@ -14,6 +14,7 @@ import torch
 
 from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
+from flexmoe.engine.device import computing_on
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
@@ -84,9 +85,11 @@ class ModelRunner:
         if self._graphed is not None and _decodes_only(step, self._graphed.max_rows):
             self._check_process()
             assert after is None or isinstance(after, GraphFlight)
-            return self._graphed.launch(step, states, after, self.probe)
+            with computing_on(self.device):
+                return self._graphed.launch(step, states, after, self.probe)
         assert after is None, "can_run_ahead was false"
-        return Landed(self.run(step, states))
+        with computing_on(self.device):
+            return Landed(self.run(step, states))
 
     def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -14,23 +15,25 @@ from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder
-from flexmoe.engine.device import choose_device, choose_dtype, set_threads
+from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
+from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import why_not_fused
+from flexmoe.models.device_rows import MAX_ROWS, why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
 from flexmoe.models.slices import num_parameters
-from flexmoe.moe.experts import BACKENDS, default_backend, why_not_triton
+from flexmoe.moe.experts import BACKENDS, default_backend
 from flexmoe.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
 
 # Of the memory that is free once the weights are in: a CPU's is shared with other programs, a GPU's is ours.
 _CPU_CACHE_SHARE, _GPU_CACHE_SHARE = 0.25, 0.9
+_GPU_RESERVE = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -61,8 +64,17 @@ def start(options: EngineConfig, mesh: Mesh | None = None) -> Started:
 
     mesh: this rank's place among several, which all start together. Such a rank loads no tokenizer.
     """
-    mesh = mesh or Mesh(options.parallel)
-    device = choose_device(options.device.device)
+    device = _indexed(choose_device(options.device.device))
+    with computing_on(device):
+        return _start(options, mesh or Mesh(options.parallel), device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """With "cuda" the current GPU is meant, of the thread that starts the engine; others may have another."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     source = open_model(options.load)
     config = source.config
     check(options.parallel, config)
@@ -95,7 +107,7 @@ def _graphed(
     model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str
 ) -> tuple[GraphedDecoder | None, str]:
     """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode."""
-    reason = why_not_fused(model.config, device, backend)
+    reason = why_not_fused(model.config, device, backend, cache.block_size)
     if reason:
         return None, f"torch ({reason})"
     from flexmoe.models.fused import FusedDecoder  # imports triton, which a start on a CPU need not wait for
@@ -138,7 +150,7 @@ def _choose_backend(name: str, device: torch.device) -> str:
         raise ConfigError(f"expert_backend={backend!r} is not one of {', '.join(BACKENDS)}.")
     if backend == "cpu" and device.type != "cpu":
         raise ConfigError(f"expert_backend='cpu' cannot run on device={str(device)!r}; use one of auto, reference.")
-    reason = why_not_triton(device)
+    reason = why_no_triton(device)
     if backend == "triton" and reason:
         raise ConfigError(
             f"expert_backend='triton' cannot run on device={str(device)!r}: {reason}; use one of auto, reference."
@@ -208,7 +220,7 @@ def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int
 
 def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
-    free = _available_memory() // mesh.machine_size if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(config, device)
     weights = num_parameters(mesh.shard(config)) * dtype.itemsize
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
@@ -218,6 +230,14 @@ def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, de
             f"{' or a 16-bit dtype' * (dtype.itemsize > 2)}."
         )
     return free - weights
+
+
+def _free_on_gpu(config: ModelConfig, device: torch.device) -> int:
+    """Bytes free on a GPU, less what steps need beside weights and cache: buffers, graphs, a prompt's activations."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what earlier engines of this process held counts as taken until then
+    logits = 4 * MAX_ROWS * config.vocab_size
+    return max(0, torch.cuda.mem_get_info(device)[0] - _GPU_RESERVE - logits)
 
 
 def _gib(size: int) -> str:

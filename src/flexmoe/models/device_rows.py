@@ -5,7 +5,6 @@ Enters and leaves: device tensors at fixed addresses, so that a step can be capt
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from flexmoe.config.model import ModelConfig
+from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.kernels.sample import SampleParams
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 
 MAX_ROWS = 256  # of one step: the dense kernels hold all rows beside a weight that they read once
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
-_LEAST_CAPABILITY = (8, 0)  # of the GPU: matrix units for bf16
 _HEAD_DIMS = (16, 256)
 _MOST_TOP_K, _MOST_EXPERTS = 16, 1024
 _MOST_TOKENS = 500_000  # of the vocabulary: sums of more weights may not fit 64 bits
@@ -73,10 +72,12 @@ class DeviceDecoder(Protocol):
         """
 
 
-def why_not_fused(config: ModelConfig, device: torch.device, backend: str) -> str:
+def why_not_fused(config: ModelConfig, device: torch.device, backend: str, block_size: int) -> str:
     """Why the Triton kernels cannot decode this model, or "" if they can."""
     if device.type != "cuda" or backend != "triton":
         return f"device {device.type} with expert backend {backend}"
+    if block_size & (block_size - 1):
+        return f"block_size {block_size} is not a power of two"
     least, most = _HEAD_DIMS
     if not least <= config.attention.head_dim <= most:
         return f"head_dim {config.attention.head_dim} is outside of {least} to {most}"
@@ -87,13 +88,3 @@ def why_not_fused(config: ModelConfig, device: torch.device, backend: str) -> st
     if config.moe is not None and config.moe.num_experts > _MOST_EXPERTS:
         return f"{config.moe.num_experts} experts are more than {_MOST_EXPERTS}"
     return why_no_triton(device)
-
-
-def why_no_triton(device: torch.device) -> str:
-    """Why no Triton kernel runs on a CUDA device, or "" if they do."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    return ""

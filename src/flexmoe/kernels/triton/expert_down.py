@@ -12,7 +12,7 @@ share the experts out among them and add up in one fixed order at the end: no at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flexmoe.kernels.gpu import stages_that_fit
 from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks
 from flexmoe.kernels.triton.topk import select_experts
 
@@ -243,7 +244,10 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         return DownTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
-        return DownTile(128, 256, 64, num_warps=8, num_stages=4, swap=False)
-    if block == 16:  # measured inside decode steps on an H200: up to 16% less than 64 columns and five stages
-        return DownTile(block, block_k=128, num_stages=4)
-    return DownTile(block, num_stages=5 if block <= 32 else 4)
+        tile = DownTile(128, 256, 64, num_warps=8, num_stages=4, swap=False)
+    elif block == 16:  # measured inside decode steps on an H200: up to 16% less than 64 columns and five stages
+        tile = DownTile(block, block_k=128, num_stages=4)
+    else:
+        tile = DownTile(block, num_stages=5 if block <= 32 else 4)
+    stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+    return replace(tile, num_stages=stages_that_fit(tile.num_stages, stage))

@@ -13,7 +13,7 @@ their way. Each warp owns whole rows of weights, and so warps never wait for eac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flexmoe.kernels.gpu import stages_that_fit
 from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks
 from flexmoe.kernels.triton.topk import select_expert
 
@@ -296,5 +297,8 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         return GateUpTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
-        return GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False)
-    return GateUpTile(block, 64, 64, num_stages=5 if block <= 32 else 4)
+        tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False)
+    else:
+        tile = GateUpTile(block, 64, 64, num_stages=5 if block <= 32 else 4)
+    stage = (tile.block_m + 2 * tile.block_n) * tile.block_k * dtype.itemsize
+    return replace(tile, num_stages=stages_that_fit(tile.num_stages, stage))

@@ -10,13 +10,14 @@ rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from flexmoe.kernels.gpu import stages_that_fit
 from flexmoe.kernels.triton.norm_linear_kernels import _direct, _dot, _gemv, _reduce
 from flexmoe.kernels.triton.rms_norm import rms_norm
 
@@ -97,8 +98,11 @@ def default_tile(rows: int, n: int, k: int, dtype: torch.dtype, sm_count: int = 
     if wide:
         return DotTile(block_t, block_n, 32, splits, num_stages=2)
     if small:
-        return DotTile(block_t, block_n, 128, splits)
-    return DotTile(block_t, block_n, 128 if block_t <= 32 else 64, splits, num_warps=8 if block_t == 128 else 4)
+        tile = DotTile(block_t, block_n, 128, splits)
+    else:
+        tile = DotTile(block_t, block_n, 128 if block_t <= 32 else 64, splits, num_warps=8 if block_t == 128 else 4)
+    stage = (tile.block_t + tile.block_n) * tile.block_k * dtype.itemsize
+    return replace(tile, num_stages=stages_that_fit(tile.num_stages, stage))
 
 
 def _direct_tile(rows: int, n: int, k: int, sm_count: int) -> DirectTile:

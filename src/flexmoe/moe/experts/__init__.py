@@ -6,16 +6,14 @@ Leaves: [R, H], for each row the weighted sum of the experts it found here.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 
+from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.moe.experts.cpu import CPUExperts
 from flexmoe.moe.experts.reference import ReferenceExperts
 from flexmoe.moe.experts.weights import ExpertWeights
-
-_LEAST_CAPABILITY = (8, 0)  # bf16 on the tensor cores
 
 
 def _triton() -> type[ExpertWeights]:
@@ -42,15 +40,4 @@ def default_backend(device: torch.device) -> str:
     """The fastest backend for a device."""
     if device.type == "cpu":
         return "cpu"
-    return "reference" if why_not_triton(device) else "triton"
-
-
-def why_not_triton(device: torch.device) -> str:
-    """Why the backend `triton` cannot run on a device, or "" if it can."""
-    if device.type != "cuda":
-        return "it needs an NVIDIA GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than Ampere"
-    return ""
+    return "reference" if why_no_triton(device) else "triton"
