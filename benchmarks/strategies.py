@@ -218,7 +218,8 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """Of one process first: the others are compared with it."""
-        for setup in (TORCH, AS_IT_COMES, *(s for ranks in self.args.ranks for s in setups(ranks))):
+        others = (AS_IT_COMES, *(setup for ranks in self.args.ranks for setup in setups(ranks)))
+        for setup in (TORCH, *(setup for setup in others if self.args.only in setup.name)):
             try:
                 engine = Ours(self.subject, setup, self._options())
             except ConfigError as error:
@@ -333,6 +334,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("model", nargs="?", help="a folder, a preset or a name on the Hub; none: the built-in model")
     parser.add_argument("--ranks", type=_numbers, default=[2], help="numbers of ranks, e.g. 2,4")
+    parser.add_argument("--only", default="", help="strategies with this in their name, e.g. hybrid")
     parser.add_argument("--batch", type=_numbers, default=[1, 8])
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=32)
