@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe.config.plan import ExpertPlacement, ParallelPlan
-from flexmoe.config.routing import LayerLoad, imbalance, rank_loads, read_recording, write_recording
+from flexmoe.config.routing import LayerLoad, imbalance, rank_active, rank_loads, read_recording, write_recording
 from flexmoe.errors import ConfigError
 from flexmoe.planner.balance import balance, balanced_plan, rank_imbalance, slots_per_rank
 
@@ -18,7 +18,7 @@ COUNTS = st.lists(st.integers(0, 10**6) | st.sampled_from([0, 1, 10**9]), min_si
 
 
 def load(layer: int, *counts: int, model: str = "m", passes: int = 2) -> LayerLoad:
-    return LayerLoad(model, layer, 2, counts, passes, sum(counts) // 2, sum(n > 0 for n in counts))
+    return LayerLoad(model, layer, 2, counts, passes, sum(counts) // 2, tuple(min(n, passes) for n in counts))
 
 
 @st.composite
@@ -70,6 +70,14 @@ def test_imbalance() -> None:
     assert imbalance([0, 0]) == imbalance([]) == 1
 
 
+def test_experts_that_ranks_read() -> None:
+    """Layer of 2 passes; expert 2 was chosen once, so that its two replicas have half a token each."""
+    found = load(0, 9, 0, 1, 2)
+    assert rank_active(found, ExpertPlacement.contiguous(4, 2)) == [1, 1.5]
+    assert rank_active(found, ExpertPlacement(4, ((0, 1, 2), (0, 2, 3)))) == [1.25, 2.25]
+    assert rank_active(load(0, 0, 0, passes=0), ExpertPlacement.contiguous(2, 2)) == [0, 0]
+
+
 def test_too_few_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"5 experts need as many slots, but ranks have \[2, 2\]"):
         balance([1] * 5, [2, 2])
@@ -99,7 +107,7 @@ def test_a_recording_is_read_back_and_several_are_added(tmp_path: Path) -> None:
     loads = [load(1, 3, 1), load(3, 0, 4)]
     write_recording(path, loads)
     assert read_recording(path) == loads
-    assert loads[0].mean_active == 1
+    assert loads[0].mean_active == 1.5
     path.write_text(path.read_text() * 2 + "\n")
     assert read_recording(path) == [load.plus(load) for load in loads]
     assert read_recording(path)[0].counts == (6, 2)

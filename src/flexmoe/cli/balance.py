@@ -14,7 +14,7 @@ import click
 
 from flexmoe.cli.options import debug_option
 from flexmoe.config.plan import MOE_DISPATCH, ExpertPlacement, ParallelPlan
-from flexmoe.config.routing import LayerLoad, imbalance, read_recording
+from flexmoe.config.routing import LayerLoad, imbalance, rank_active, read_recording
 from flexmoe.errors import ConfigError
 from flexmoe.planner.balance import balanced_plan, rank_imbalance
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Row:
     """A layer before and after. Imbalance is largest over mean: experts', then ranks'.
 
-    active: experts that a pass read, on average. replicas: slots beyond one for each expert.
+    active: experts that a pass read, on average; of them the busiest rank's, before and after. replicas: slots beyond
+    one for each expert.
     """
 
     layer: int
@@ -34,6 +35,8 @@ class Row:
     active: float
     before: float
     after: float
+    rank_active_before: float
+    rank_active_after: float
     replicas: int
 
 
@@ -95,10 +98,11 @@ def _write(plan: ParallelPlan, path: str) -> None:
 def _row(load: LayerLoad, plan: ParallelPlan) -> Row:
     num_experts = len(load.counts)
     placement = plan.placement(num_experts, load.layer)
-    before = rank_imbalance(load, ExpertPlacement.contiguous(num_experts, placement.num_ranks))
+    plain = ExpertPlacement.contiguous(num_experts, placement.num_ranks)
     replicas = sum(map(len, placement.slots)) - num_experts
-    after = rank_imbalance(load, placement)
-    return Row(load.layer, imbalance(load.counts), load.mean_active, before, after, replicas)
+    before, after = (rank_imbalance(load, place) for place in (plain, placement))
+    reads, will_read = (max(rank_active(load, place)) for place in (plain, placement))
+    return Row(load.layer, imbalance(load.counts), load.mean_active, before, after, reads, will_read, replicas)
 
 
 def _table(loads: Sequence[LayerLoad], rows: Sequence[Row]) -> Table:

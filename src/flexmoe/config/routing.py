@@ -24,8 +24,8 @@ class LayerLoad:
     """What a MoE layer's experts had to do.
 
     counts [E]: how many tokens chose each expert. passes: forward passes that were counted, a step's decodes and its
-    prompts by themselves where they are computed so. tokens: rows of these passes. active: experts that at least one
-    token chose, summed over the passes.
+    prompts by themselves where they are computed so. tokens: rows of these passes. active [E]: in how many passes at
+    least one token chose the expert.
     """
 
     model: str
@@ -34,12 +34,12 @@ class LayerLoad:
     counts: tuple[int, ...]
     passes: int
     tokens: int
-    active: int
+    active: tuple[int, ...]
 
     @property
     def mean_active(self) -> float:
         """Experts that a pass read."""
-        return self.active / self.passes if self.passes else 0.0
+        return sum(self.active) / self.passes if self.passes else 0.0
 
     def plus(self, other: LayerLoad) -> LayerLoad:
         """Both together. Raises ConfigError if they are not of one model's layer."""
@@ -51,30 +51,35 @@ class LayerLoad:
                 "added; use recordings of one model."
             )
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        active = tuple(a + b for a, b in zip(self.active, other.active, strict=True))
         passes, tokens = self.passes + other.passes, self.tokens + other.tokens
-        return LayerLoad(self.model, self.layer, self.top_k, counts, passes, tokens, self.active + other.active)
+        return LayerLoad(self.model, self.layer, self.top_k, counts, passes, tokens, active)
 
     def to_json(self) -> dict[str, Any]:
         """One line of a recording."""
         return {
             "model": self.model, "layer": self.layer, "num_experts": len(self.counts), "top_k": self.top_k,
-            "passes": self.passes, "tokens": self.tokens, "active": self.active, "counts": list(self.counts),
+            "passes": self.passes, "tokens": self.tokens, "counts": list(self.counts), "active": list(self.active),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Any) -> LayerLoad:
         """Read a line. Keys it does not know are left out. Raises ConfigError."""
         try:
-            counts = tuple(_count(n) for n in data["counts"])
-            numbers = [_count(data[key]) for key in ("layer", "top_k", "passes", "tokens", "active")]
-            if not counts or len(counts) != data["num_experts"] or not isinstance(data["model"], str):
+            counts, active = (tuple(_count(n) for n in data[key]) for key in ("counts", "active"))
+            numbers = [_count(data[key]) for key in ("layer", "top_k", "passes", "tokens")]
+            if (
+                not counts
+                or not len(counts) == len(active) == data["num_experts"]
+                or not isinstance(data["model"], str)
+            ):
                 raise TypeError
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
-                "it is not an object with model, layer, num_experts, top_k, passes, tokens, active and counts, one "
-                "number for each expert."
+                "it is not an object with model, layer, num_experts, top_k, passes, tokens, and of each expert a "
+                "number in counts and in active."
             ) from error
-        layer, top_k, passes, tokens, active = numbers
+        layer, top_k, passes, tokens = numbers
         return cls(data["model"], layer, top_k, counts, passes, tokens, active)
 
 
@@ -127,11 +132,27 @@ def imbalance(loads: Sequence[float]) -> float:
 
 def rank_loads(counts: Sequence[int], placement: ExpertPlacement) -> list[float]:
     """What each rank has to do, if the replicas of an expert share its tokens evenly."""
-    replicas = [0] * placement.num_experts
+    replicas = _replicas(placement)
+    return [sum(counts[expert] / replicas[expert] for expert in rank) for rank in placement.slots]
+
+
+def rank_active(load: LayerLoad, placement: ExpertPlacement) -> list[float]:
+    """Experts that each rank reads in a pass, on average. A replica counts as often as it can have a token at most."""
+    replicas, passes = _replicas(placement), max(1, load.passes)
+
+    def reads(expert: int) -> float:
+        return min(load.active[expert], load.counts[expert] / replicas[expert])
+
+    return [sum(map(reads, rank)) / passes for rank in placement.slots]
+
+
+def _replicas(placement: ExpertPlacement) -> list[int]:
+    """Of each expert."""
+    found = [0] * placement.num_experts
     for rank in placement.slots:
         for expert in rank:
-            replicas[expert] += 1
-    return [sum(counts[expert] / replicas[expert] for expert in rank) for rank in placement.slots]
+            found[expert] += 1
+    return found
 
 
 def _check_alike(load: LayerLoad, first: LayerLoad) -> None:

@@ -30,11 +30,11 @@ class RoutingRecorder:
 @contextlib.contextmanager
 def recording(engine: Engine, path: str | PathLike[str] | None = None) -> Iterator[RoutingRecorder]:
     """See `LLM.record_routing`."""
-    if path is not None:
-        _check_writable(Path(path))
     engine.count_experts(True)
     recorder = RoutingRecorder(engine)
     try:
+        if path is not None:
+            _check_writable(Path(path))
         yield recorder
         recorder._end()
     except BaseException:

@@ -12,7 +12,7 @@ from flexmoe.config.routing import LayerLoad
 class ExpertCounter:
     """A Probe that adds up, on the device and without waiting for it, how many tokens chose each expert.
 
-    Its memory is a number for each layer and expert, however long it counts.
+    Its memory is two numbers for each layer and expert, however long it counts.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
@@ -22,7 +22,7 @@ class ExpertCounter:
         layers = [number for number, layer in enumerate(config.layers) if layer.is_moe]
         self._row = {layer: row for row, layer in enumerate(layers)}
         self._counts = torch.zeros(len(layers), config.moe.num_experts, dtype=torch.int64, device=device)
-        self._active = torch.zeros(len(layers), dtype=torch.int64, device=device)
+        self._active = torch.zeros_like(self._counts)
         self._passes, self._tokens = [0] * len(layers), [0] * len(layers)
 
     def record(self, stage: str, layer: int, tensor: Tensor) -> None:
@@ -34,7 +34,7 @@ class ExpertCounter:
         counts = torch.zeros(self._moe.num_experts, dtype=torch.int64, device=self._device)
         counts.scatter_add_(0, ids, torch.ones_like(ids))  # bincount would make the host wait
         self._counts[row] += counts
-        self._active[row] += (counts > 0).sum()
+        self._active[row] += counts > 0
         self._passes[row] += 1
         self._tokens[row] += tensor.shape[0]
 
@@ -43,7 +43,13 @@ class ExpertCounter:
         counts, active = self._counts.tolist(), self._active.tolist()
         return [
             LayerLoad(
-                model, layer, self._moe.top_k, tuple(counts[row]), self._passes[row], self._tokens[row], active[row]
+                model,
+                layer,
+                self._moe.top_k,
+                tuple(counts[row]),
+                self._passes[row],
+                self._tokens[row],
+                tuple(active[row]),
             )
             for layer, row in self._row.items()
         ]
