@@ -56,3 +56,17 @@ def test_ranks_refuse_a_second_recording(pools: dict[int, Pool]) -> None:
             assert recorder.loads()[0].tokens > 0
         with llm.record_routing() as recorder:
             assert recorder.loads()[0].tokens == 0
+
+
+def test_the_death_of_a_rank_is_told_through_a_recording(tmp_path: Path) -> None:
+    path = tmp_path / "routing.jsonl"
+
+    def record(llm: LLM) -> None:
+        with llm.record_routing(path):
+            tokens(llm)
+            llm.engine.runner.ranks.members[1].process.kill()  # type: ignore[union-attr]
+            tokens(llm)
+
+    with LLM(tiny("mixtral"), **OPTIONS, tensor_parallel_size=2) as llm, pytest.raises(RankError, match="rank 1 of 2"):
+        record(llm)
+    assert path.read_text() == ""
