@@ -158,6 +158,7 @@ class Ours:
     """FlexMoE in one setup."""
 
     def __init__(self, subject: Subject, setup: Setup, options: Row) -> None:
+        self._name = subject.name
         left_out = _without_c() if setup.torch_path else contextlib.nullcontext()
         with left_out:
             self.llm = LLM(
@@ -166,7 +167,7 @@ class Ours:
             )  # fmt: skip
 
     def about(self) -> Row:
-        return self.llm.describe()
+        return self.llm.describe() | {"model": self._name}
 
     def generate(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
