@@ -1,4 +1,4 @@
-"""benchmarks/slices.py without a GPU: the shapes of shares, whose choices, and that all ways compute alike."""
+"""benchmarks/slices.py without a GPU: the shapes of shares, whose choices, and what a share computes."""
 
 from __future__ import annotations
 
@@ -74,23 +74,20 @@ def test_choices_are_the_busiest_ranks(slices: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["tensor", "expert"])
-def test_all_ways_compute_the_same(slices: Any, strategy: str) -> None:
-    """In Triton's interpreter, on a small model of Mixtral's kind; the first rank's part only."""
+def test_a_share_computes_its_part(slices: Any, strategy: str) -> None:
+    """On a small model of Mixtral's kind with the reference backend; the kernels have tests of their own."""
     config = PRESETS["mixtral-8x7b"].config
     assert config.moe is not None
     config = replace(config, hidden_size=64, moe=replace(config.moe, expert_width=64))
     share = next(s for s in slices.shares(config, [4]) if s.strategy == strategy)
-    torch.manual_seed(0)
-    blocks = [slices.make_block(config, share, backend, torch.float32, CPU) for backend in ("triton", "reference")]
-    blocks[1].load_state_dict(blocks[0].state_dict())
-    layer = slices.Layer(config, share, 5, blocks, torch.randn(3, 64))
+    blocks = [slices.make_block(config, share, "reference", torch.float32, CPU) for _ in range(2)]
+    layer = slices.Layer(config, share, 3, blocks, torch.randn(3, 64))
     for _ in range(2):  # a second time the routers are replaced already
-        triton, reference = (run() for run in layer.block())
-    torch.testing.assert_close(triton, reference, atol=1e-5, rtol=1e-4)
-    for run in layer.grouped():
-        torch.testing.assert_close(run(), reference, atol=1e-5, rtol=1e-4)
-    layer.alone()[0]()
-    torch.testing.assert_close(layer.added, reference, atol=1e-5, rtol=1e-4)
+        whole = [run() for run in layer.block()]
+    assert not torch.equal(*whole)  # each has weights of its own
+    for out, run in zip(whole, layer.grouped(), strict=True):
+        assert out.shape == (3, 64)
+        torch.testing.assert_close(run(), out)
     facts = layer.facts()
     assert facts["pairs"] == (6 if strategy == "tensor" else int((layer.ids < 2).sum()))
     assert 0 < facts["active_experts"] <= share.slots
