@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
 from typing import Any, TypeAlias, TypeGuard
@@ -12,6 +13,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.engine import Engine, is_list
 from flexmoe.engine.outputs import RequestOutput
+from flexmoe.engine.routing import RoutingRecorder, recording
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import EngineError, RequestError
 
@@ -92,6 +94,18 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Answer one conversation like `stream`."""
         return self._stream(*self._encode_chat(messages), sampling_params)
+
+    @contextmanager
+    def record_routing(self, path: str | PathLike[str] | None = None) -> Iterator[RoutingRecorder]:
+        """Within, count which experts tokens choose; afterwards write that to `path`, a JSON line for each MoE layer.
+
+        What it yields tells the counts at any time. Slower on a GPU: steps run without CUDA graphs.
+
+        Raises ConfigError for a model without experts and for a file that cannot be written, EngineError if another
+        recording is at work. After an error within, nothing is written.
+        """
+        with recording(self._engine, path) as recorder:
+            yield recorder
 
     def close(self) -> None:
         """Free the model. May be called twice."""

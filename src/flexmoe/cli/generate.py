@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -28,6 +29,12 @@ Prompt: TypeAlias = str | list[int]
 @click.option("--chat", "as_chat", is_flag=True, help="Put each prompt to the model as a question of a chat.")
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each prompt instead of text.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print what the model runs with and its speed.")
+@click.option(
+    "--record-routing",
+    type=click.Path(dir_okay=False, writable=True),
+    metavar="FILE",
+    help="Write there how often each expert was chosen, for `flexmoe balance`. On a GPU steps run without CUDA graphs.",
+)
 @sampling_options(temperature=0.7, max_tokens=128)
 @model_options
 def generate(
@@ -36,6 +43,7 @@ def generate(
     as_chat: bool,
     as_json: bool,
     quiet: bool,
+    record_routing: str | None,
     sampling: SamplingParams,
     llm_options: dict[str, Any],
 ) -> None:
@@ -51,7 +59,10 @@ def generate(
       echo '["One", "Two"]' | flexmoe generate -t 0
     """
     prompts: list[Prompt] = [*prompt, *(_from_file(file) if file else ())] or _from_stdin()
-    with open_llm(llm_options, quiet=quiet) as llm:
+    with contextlib.ExitStack() as stack:
+        llm = stack.enter_context(open_llm(llm_options, quiet=quiet))
+        if record_routing is not None:
+            stack.enter_context(llm.record_routing(record_routing))
         start = time.monotonic()
         given = [_chat_ids(llm, text) for text in prompts] if as_chat else prompts
         if len(given) == 1 and not as_json:

@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from flexmoe.config.engine import EngineConfig
+from flexmoe.config.routing import LayerLoad
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.chat_template import ChatTemplate
 from flexmoe.engine.detokenizer import Detokenizer
@@ -203,6 +204,21 @@ class Engine:
             "kv_cache_bytes": s.cache.num_bytes,
             "prefix_caching": self.options.cache.enable_prefix_caching,
         } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
+
+    def count_experts(self, on: bool) -> None:
+        """Count from the next launch on which experts tokens choose, or no more. While it counts, a GPU has no graphs.
+
+        Raises ConfigError for a model without experts, EngineError if a trace or another recording is at work.
+        """
+        self._check_open()
+        if self.config.moe is None:
+            raise ConfigError(f"{self.config.architecture} has no experts, so no routing to record.")
+        self.runner.count_experts(on)
+
+    def expert_loads(self) -> list[LayerLoad]:
+        """What was counted since `count_experts(True)`, by MoE layer."""
+        self._check_open()
+        return self.runner.expert_loads(self._started.source.name)
 
     @property
     def local_runner(self) -> ModelRunner:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from flexmoe.config.routing import LayerLoad
 from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
@@ -21,6 +22,7 @@ from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import NativeDecoder
+from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.scheduler import Step
 
 
@@ -61,6 +63,17 @@ class ModelRunner:
         self._threads = torch.get_num_threads()
         self._process = os.getpid()
         self._windows = sorted({layer.window for layer in model.config.layers}, key=lambda w: w or 0)
+
+    def count_experts(self, on: bool) -> None:
+        """Count from now on which experts tokens choose, or no more. Raises EngineError if a probe is at work."""
+        if on and self.probe is not None:
+            raise EngineError("something else looks into the steps already, a trace or a recording; end that first.")
+        self.probe = ExpertCounter(self.model.config, self.device) if on else None
+
+    def expert_loads(self, model: str) -> list[LayerLoad]:
+        """What was counted since `count_experts`, under the model's name."""
+        assert isinstance(self.probe, ExpertCounter)
+        return self.probe.loads(model)
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
         """Whether the step behind this one can be launched before this one's tokens are known.

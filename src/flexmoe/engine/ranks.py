@@ -6,6 +6,7 @@ ranks; the first rank samples and answers. Why the driver is no rank itself stan
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import torch
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.layout import RankLayout
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.routing import LayerLoad
 from flexmoe.config.shard import check
 from flexmoe.engine.device import choose_device, choose_dtype, physical_cores
 from flexmoe.engine.model_runner import Flight
@@ -97,6 +99,20 @@ class RankedRunner:
         everyone = range(len(self.ranks.members))
         found = self.ranks.wait(self.ranks.post("traffic", None, "counting bytes", owed=everyone))
         return [found[rank] for rank in everyone]
+
+    def count_experts(self, on: bool) -> None:
+        """Let all ranks count which experts tokens choose, or no more."""
+        everyone = range(len(self.ranks.members))
+        self.ranks.wait(self.ranks.post("count", on, "recording the routing", owed=everyone))
+
+    def expert_loads(self, model: str) -> list[LayerLoad]:
+        """What all ranks counted since `count_experts`, together."""
+        everyone = range(len(self.ranks.members))
+        answers = self.ranks.wait(self.ranks.post("loads", model, "telling the routing", owed=everyone))
+        found: dict[int, LayerLoad] = {}
+        for load in itertools.chain.from_iterable(answers.values()):
+            found[load.layer] = found[load.layer].plus(load) if load.layer in found else load
+        return [found[layer] for layer in sorted(found)]
 
     def close(self) -> None:
         """Unload the model and end the processes. Raises RankError if one dies or hangs over it."""

@@ -3,6 +3,8 @@
     start   join the others, load this rank's share of the model; answers a RankReport
     step    compute one step; the first rank answers a SampleOutput, the others nothing
     traffic answers the bytes sent since the last call, by label
+    count   count the choices of experts from now on, or no more; answers None
+    loads   answers what was counted, if no other rank has counted the same rows
     stop    let go of the model, so that another may be started
 
 `run` is the whole program of a child; under torchrun the user's own process serves.
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from flexmoe.config.engine import EngineConfig
+from flexmoe.config.routing import LayerLoad
 from flexmoe.engine.device import choose_device
 from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.startup import start
@@ -55,6 +58,10 @@ class Worker:
             return self.start(payload)
         if command == "traffic":
             return self.mesh.traffic.take() if self.mesh else {}
+        if command == "count":
+            return self.runner.count_experts(payload) if self.runner else None
+        if command == "loads":
+            return self.loads(payload)
         assert command == "stop", f"unknown command {command!r}"
         return self.stop()
 
@@ -83,6 +90,12 @@ class Worker:
         assert self.runner is not None
         sampled = self.runner.run(*unpack(wire))
         return sampled if self.setup.rank == 0 else SILENT
+
+    def loads(self, model: str) -> list[LayerLoad]:
+        """The counts of this rank's rows, which its whole tensor group has: its first rank tells them."""
+        assert self.runner is not None
+        assert self.mesh is not None
+        return self.runner.expert_loads(model) if self.mesh.place.tp == 0 else []
 
     def stop(self) -> None:
         """Let go of the model."""
