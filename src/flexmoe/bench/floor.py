@@ -44,8 +44,7 @@ def expected_distinct(config: ModelConfig, batch: int) -> list[float]:
     """D of each MoE layer: distinct experts that `batch` tokens choose if all choices are equally likely."""
     if config.moe is None:
         return []
-    experts, top_k = config.moe.num_experts, config.moe.top_k
-    distinct = experts * (1 - (1 - top_k / experts) ** batch)
+    distinct = config.moe.expected_experts(batch)
     return [distinct for layer in config.layers if layer.is_moe]
 
 

@@ -68,6 +68,10 @@ class MoEConfig:
     shared_width: int = 0
     shared_gate: bool = False
 
+    def expected_experts(self, tokens: int) -> float:
+        """How many experts so many tokens are expected to choose, if all are as likely."""
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:

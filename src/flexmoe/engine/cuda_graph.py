@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.engine.packed_rows import PackedRows
-from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
-from flexmoe.errors import EngineError
+from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState, checked
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import MAX_ROWS, DeviceDecoder, Sampling
@@ -68,9 +67,7 @@ class GraphFlight:
         if self._host_states:
             return Sampler().sample(self._logits, self._host_states)
         self._landed.synchronize()
-        token_ids: list[int] = self._tokens.tolist()
-        if -1 in token_ids:
-            raise EngineError(f"the logits of row {token_ids.index(-1)} are not numbers; the weights may be damaged.")
+        token_ids = checked(self._tokens)
         return SampleOutput(token_ids, [None] * len(token_ids))
 
 

@@ -54,10 +54,16 @@ class Sampler:
             starts = range(0, len(states), size)
             parts = [_by_row(states[i : i + size], _is_plain, logits[i : i + size], _argmax, _choose) for i in starts]
             chosen = torch.cat(parts)  # [N]
-        token_ids: list[int] = chosen.tolist()
-        if -1 in token_ids:
-            raise EngineError(f"the logits of row {token_ids.index(-1)} are not numbers; the weights may be damaged.")
+        token_ids = checked(chosen)
         return SampleOutput(token_ids, _logprobs(logits, chosen, token_ids, states))
+
+
+def checked(chosen: torch.Tensor) -> list[int]:
+    """The tokens [N]. Raises EngineError where one is -1, chosen from logits that are not numbers."""
+    token_ids: list[int] = chosen.tolist()
+    if -1 in token_ids:
+        raise EngineError(f"the logits of row {token_ids.index(-1)} are not numbers; the weights may be damaged.")
+    return token_ids
 
 
 def _by_row(

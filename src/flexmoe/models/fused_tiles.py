@@ -77,12 +77,7 @@ class StepTiles:
         limit = self._table.limit(expert_work("expert_gemv", self._dtype, self._config.hidden_size, self._moe))
         if limit is not None:
             return rows <= limit
-        return rows <= _GEMV_ROWS and rows * self._moe.top_k <= _PAIRS_AN_EXPERT * self._expected_experts(rows)
-
-    def _expected_experts(self, rows: int) -> float:
-        """How many experts so many rows choose, if all are as likely."""
-        share = self._moe.top_k / self._moe.num_experts
-        return self._moe.num_experts * (1 - (1 - share) ** rows)
+        return rows <= _GEMV_ROWS and rows * self._moe.top_k <= _PAIRS_AN_EXPERT * self._moe.expected_experts(rows)
 
     def groups_in_one(self, rows: int, slots: int) -> bool:
         """Whether one launch chooses experts and lists their rows; only where each expert has one slot.
