@@ -1,11 +1,12 @@
-"""What each operation costs inside a decode step: the step's graph with that operation left out.
+"""What each operation costs inside a decode step: the step's graph with it left out, and with all after it left out.
 
     python benchmarks/step_costs.py MODEL --batch 1,8 [--layers 6] [--out rows.jsonl]
 
 Kernels of a step start before the one ahead of them has ended, so what one costs is not what it takes alone, and a
-profile counts overlaps twice. Here a few layers of a preset run as in the engine, with random weights; an operation's
-figure is the step's time less that of the step without it, divided by the layers. Tiles are tuned in the same way by
-`flexmoe tune`.
+profile counts overlaps twice. Here a few layers of a preset run as in the engine, with random weights. An operation's
+first figure is the step's time less that of the step without it, divided by the layers; without the router's part of a
+step other experts are chosen, so there it says nothing. The second is what it adds to the operations before it, when
+none come after: there the parts of a chain of short operations show. `flexmoe tune` judges tiles in the same way.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ _DEVICE = torch.device("cuda")
 _CONTEXT, _BLOCK = 192, 16
 _REPLAYS = 15
 _PROJECTIONS = ("qkv", "o", "head")
-_OPERATIONS = (
-    *_PROJECTIONS, "decode_attention", "route", "topk", "group_by_expert", "topk_by_expert", "expert_gate_up_gemv",
-    "expert_down_gemv", "expert_gate_up_grouped", "expert_down_grouped", "combine",
+_OPERATIONS = (  # as they come in a step
+    "qkv", "decode_attention", "o", "route", "topk", "group_by_expert", "topk_by_expert", "expert_gate_up_gemv",
+    "expert_down_gemv", "expert_gate_up_grouped", "expert_down_grouped", "combine", "head",
 )  # fmt: skip
 
 
@@ -81,22 +82,28 @@ class Steps:
         return statistics.median(times[3:])
 
     @contextmanager
-    def without(self, op: str) -> Iterator[list[int]]:
-        """models/fused.py with one operation gone. Leaves a list with an entry for each time it was left out."""
-        place, name = (fused.norm_linear, "norm_linear") if op in _PROJECTIONS else (fused, op)
-        original, left_out = getattr(place, name), []
+    def without(self, *ops: str) -> Iterator[set[str]]:
+        """models/fused.py with some operations gone. Leaves a set of those that were called."""
+        originals = {name: getattr(fused, name) for name in ops if name not in _PROJECTIONS}
+        linear, met = fused.norm_linear.norm_linear, set()
+        shapes = {self._shape(name): name for name in ops if name in _PROJECTIONS}
 
-        def replaced(*args: Any, **options: Any) -> None:
-            if op in _PROJECTIONS and tuple(args[1].shape) != self._shape(op):
-                original(*args, **options)
+        def project(*args: Any, **options: Any) -> None:
+            name = shapes.get(tuple(args[1].shape))
+            if name is None:
+                linear(*args, **options)
             else:
-                left_out.append(1)
+                met.add(name)
 
-        setattr(place, name, replaced)
+        fused.norm_linear.norm_linear = project
+        for name in originals:
+            setattr(fused, name, lambda *_, name=name, **__: met.add(name))
         try:
-            yield left_out
+            yield met
         finally:
-            setattr(place, name, original)
+            fused.norm_linear.norm_linear = linear
+            for name, original in originals.items():
+                setattr(fused, name, original)
 
     def _shape(self, projection: str) -> tuple[int, int]:
         c, a = self.config, self.config.attention
@@ -118,16 +125,21 @@ def main() -> None:
         print(
             f"\n{args.model}, batch {batch}: {whole * 1e6:.1f} us a step of {args.layers} layers; us a layer (or head)"
         )
-        for op in _OPERATIONS:
-            with steps.without(op) as left_out:
-                rest = steps.seconds()
-            if not left_out:
-                continue
-            cost = (whole - rest) * 1e6 / (1 if op == "head" else args.layers)
-            print(f"  {cost:8.2f}  {op}", flush=True)
+        with steps.without(*_OPERATIONS) as met:
+            before = steps.seconds()
+        operations = [op for op in _OPERATIONS if op in met]
+        for number, op in enumerate(operations):
+            each = 1 if op == "head" else args.layers
+            with steps.without(op):
+                cost = (whole - steps.seconds()) * 1e6 / each
+            with steps.without(*operations[number + 1 :]):
+                so_far = steps.seconds()
+            added, before = (so_far - before) * 1e6 / each, so_far
+            print(f"  {cost:8.2f} {added:8.2f}  {op}", flush=True)
             if args.out:
                 shared = facts(_DEVICE) | {"benchmark": "step_costs", "model": args.model, "layers": args.layers}
-                append(args.out, shared | {"batch": batch, "step_us": whole * 1e6, "op": op, "cost_us": cost})
+                costs = {"cost_us": cost, "added_us": added}
+                append(args.out, shared | {"batch": batch, "step_us": whole * 1e6, "op": op} | costs)
 
 
 def _arguments() -> argparse.Namespace:

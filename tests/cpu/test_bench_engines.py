@@ -46,10 +46,10 @@ def test_prompts_are_seeded_and_nested() -> None:
 
 @pytest.mark.parametrize("preset", ["mixtral-8x7b", "olmoe-1b-7b"])  # they spell the number of experts differently
 def test_a_changed_preset(preset: str) -> None:
-    with open_subject(preset, changes=Changes(layers=2, experts=12, top_k=3)) as subject:
+    with open_subject(preset, changes=Changes(layers=2, experts=12, top_k=3, expert_width=48)) as subject:
         moe = subject.config.moe
         assert moe is not None
-        assert (subject.config.num_layers, moe.num_experts, moe.top_k) == (2, 12, 3)
+        assert (subject.config.num_layers, moe.num_experts, moe.top_k, moe.expert_width) == (2, 12, 3, 48)
         assert subject.label.startswith(f"{preset} with 2 of ")
         assert subject.load_format == "dummy"
         assert (subject.folder / "config.json").is_file()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from flexmoe.engine.cuda_graph import GraphedDecoder, bucket_of
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.layers.forward_batch import Probe
 from tests.cpu.tiny_models import tiny
+from tests.kernels.support import refusing_to_wait
 
 PROMPTS = [[5, 17, 230, 9, 44], [11] * 3, list(range(3, 40)), [7, 8]]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -85,14 +85,9 @@ def test_no_step_waits_for_the_device() -> None:
             llm.engine.add_request(prompt, GREEDY)
         for _ in range(6):
             llm.engine.step()
-        with warnings.catch_warnings():  # that the mode is a prototype
-            warnings.simplefilter("ignore")
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with refusing_to_wait():
             for _ in range(8):
                 llm.engine.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_request_alone_and_among_others_in_fp32() -> None:

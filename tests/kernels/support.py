@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -52,3 +56,15 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert found.shape == expected.shape
     apart = distance(found, expected)
     assert apart < TOLERANCE[dtype], f"relative distance {apart:.2e} in {dtype}"
+
+
+@contextmanager
+def refusing_to_wait() -> Iterator[None]:
+    """Torch operations that wait for the GPU raise in here."""
+    with warnings.catch_warnings():  # that the mode is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -11,7 +11,7 @@ from torch import Tensor
 from flexmoe.moe.experts.reference import ReferenceExperts
 from flexmoe.moe.experts.triton import TritonExperts
 from tests.kernels.routing import ROUTINGS, gaps, spread
-from tests.kernels.support import DEVICE, DTYPES, ON_GPU, assert_near, normal
+from tests.kernels.support import DEVICE, DTYPES, ON_GPU, assert_near, normal, refusing_to_wait
 
 # numpy in Triton's interpreter, of a range whose end is known at run time only
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
@@ -62,11 +62,8 @@ def test_nothing_waits_for_the_host() -> None:
     ours = experts(64, 1024, 512, torch.bfloat16)
     x, ids, weights = normal(33, 1024, dtype=torch.bfloat16), gaps(33, 64, 8).long(), torch.rand(33, 8, device=DEVICE)
     eager = ours(x, ids, weights)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with refusing_to_wait():
         ours(x, ids, weights)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = ours(x, ids, weights)

@@ -29,15 +29,17 @@ class Changes:
     layers: int | None = None
     experts: int | None = None
     top_k: int | None = None
+    expert_width: int | None = None
 
     def __bool__(self) -> bool:
-        return any(value is not None for value in (self.layers, self.experts, self.top_k))
+        return self != Changes()
 
     def label(self, name: str, config: ModelConfig) -> str:
         """The name of the changed model, e.g. "mixtral-8x7b with 8 of 32 layers". config: before the changes."""
         words = [] if self.layers is None else [f"{self.layers} of {config.num_layers} layers"]
         words += [] if self.experts is None else [f"{self.experts} experts"]
         words += [] if self.top_k is None else [f"top-{self.top_k}"]
+        words += [] if self.expert_width is None else [f"experts {self.expert_width} wide"]
         return f"{name} with {', '.join(words)}" if words else name
 
 
@@ -80,7 +82,7 @@ def open_subject(model: str | None, load_format: str = "auto", changes: Changes 
     if model in PRESETS and not Path(str(model)).is_dir():
         load_format = "dummy"
     if changes and load_format != "dummy":
-        raise ConfigError("layers, experts and top_k fit no stored weights; give a preset, or load_format='dummy'.")
+        raise ConfigError("changes of a model fit no stored weights; give a preset, or load_format='dummy'.")
     source = open_model(LoadConfig(model=model, load_format=load_format))
     if source.folder is not None and not changes:
         yield Subject(source.name, source.name, source.folder, load_format, source.config)
@@ -107,4 +109,8 @@ def _changed(hf_config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
         changed[name] = changes.experts
     if changes.top_k is not None:
         changed["num_experts_per_tok"] = changes.top_k
+    if changes.expert_width is not None:
+        changed["moe_intermediate_size" if "moe_intermediate_size" in changed else "intermediate_size"] = (
+            changes.expert_width
+        )
     return changed

@@ -48,6 +48,7 @@ def bench() -> None:
 @click.option("--layers", type=_positive, help="Change a preset: how many layers.")
 @click.option("--experts", type=_positive, help="Change a preset: how many experts in a layer.")
 @click.option("--top-k", type=_positive, help="Change a preset: how many experts a token.")
+@click.option("--expert-width", type=_positive, help="Change a preset: how wide an expert's hidden layer is.")
 @click.option(
     "--load-format",
     type=click.Choice(LOAD_FORMATS),
@@ -89,7 +90,7 @@ def latency(model: str | None, out: Path | None, **options: Any) -> None:
     from flexmoe.bench.record import append
     from flexmoe.bench.subject import Changes
 
-    changes = Changes(**{name: options.pop(name) for name in ("layers", "experts", "top_k")})
+    changes = Changes(**{name: options.pop(name) for name in ("layers", "experts", "top_k", "expert_width")})
     tokens = options.pop("max_num_batched_tokens")
     llm = {} if tokens is None else {"max_num_batched_tokens": tokens}
     rows = []
