@@ -1,0 +1,24 @@
+"""Prompts and decode steps of tiny models, kernel by kernel: what `test_sanitizer.py` runs under compute-sanitizer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tests.gpu.test_cuda_graph import DRAWN, GREEDY, make, without_graphs
+
+PROMPTS = [list(range(3, 20)), *([11 + i, 7, 5] for i in range(40))]
+BATCHES = (1, 3, 8, 41)  # both ways of the experts, and buckets with padded rows
+
+
+def main() -> None:
+    """Raises if a request brings no tokens; memory errors are the sanitizer's to find."""
+    for name in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+        with without_graphs(), make(name) as llm:
+            for rows in BATCHES:
+                for params in (GREEDY, DRAWN):
+                    answers = llm.generate(PROMPTS[:rows], dataclasses.replace(params, max_tokens=3))
+                    assert all(len(answer.token_ids) == 3 for answer in answers)
+
+
+if __name__ == "__main__":
+    main()
