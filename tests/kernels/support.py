@@ -12,7 +12,6 @@ from torch import Tensor
 # On a GPU the compiled kernels; elsewhere Triton's interpreter (tests/conftest.py), whose bf16 is wrong and fp16 slow.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() >= (9, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if ON_GPU else (torch.float32,)
 
 # Relative Frobenius distance that rounding explains.

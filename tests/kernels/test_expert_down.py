@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from flexmoe.kernels.triton.expert_down import (
 from flexmoe.kernels.triton.expert_gate_up import GateUpGemvTile, expert_gate_up_gemv
 from flexmoe.kernels.triton.topk import topk
 from tests.kernels.routing import ROUTINGS, gaps, grouped
-from tests.kernels.support import DEVICE, DTYPES, ON_GPU, ON_HOPPER, Guarded, assert_near, normal, poisoned
+from tests.kernels.support import DEVICE, DTYPES, ON_GPU, Guarded, assert_near, normal, poisoned
 
 # numpy in Triton's interpreter: of a range whose end is known at run time only, and of NaN.
 pytestmark = [
@@ -109,20 +108,6 @@ def check_grouped(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grouped_into_fp32(dtype: torch.dtype) -> None:
     check_grouped(7, 48, 32, 2, E, TILES[0], gaps, dtype, y_dtype=torch.float32)
-
-
-@pytest.mark.skipif(not ON_HOPPER, reason="only Hopper lets kernels ask for weights before they start")
-@pytest.mark.parametrize(("H", "F"), [(2048, 768), (40, 136), (5, 33)])
-def test_asking_for_weights_early_changes_no_bit(H: int, F: int) -> None:
-    hidden, ids, scales, down = case(40, H, F, 2, gaps, torch.bfloat16, E)
-    rows, counts = grouped(ids, E)
-    plain, asking = Guarded(80, H, dtype=torch.bfloat16), Guarded(80, H, dtype=torch.bfloat16)
-    tile = DownTile(16, 64, 64, num_stages=3)
-    expert_down_grouped(hidden, rows, counts, scales, down, plain.tensor, tile=tile)
-    for prefetch in (64, 1024):
-        asked = replace(tile, prefetch=prefetch)
-        expert_down_grouped(hidden, rows, counts, scales, down, asking.tensor, tile=asked, pdl=True)
-        assert torch.equal(asking.check().nan_to_num(), plain.check().nan_to_num())
 
 
 @pytest.mark.parametrize("swap", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from flexmoe.kernels.triton.expert_gate_up import (
     expert_gate_up_grouped,
 )
 from tests.kernels.routing import ROUTINGS, crowded, gaps, grouped, spread
-from tests.kernels.support import DEVICE, DTYPES, ON_GPU, ON_HOPPER, Guarded, assert_near, normal, poisoned
+from tests.kernels.support import DEVICE, DTYPES, ON_GPU, Guarded, assert_near, normal, poisoned
 
 # numpy in Triton's interpreter: of a range whose end is known at run time only, and of NaN.
 pytestmark = [
@@ -150,20 +149,6 @@ def test_grouped_at_the_sizes_of_models(
         out = Guarded(T * top_k, F, dtype=dtype)
         expert_gate_up_grouped(x, rows, counts, gate_up, out.tensor, top_k=top_k, tile=tile)
         check(out.check(), ids, x, gate_up)
-
-
-@pytest.mark.skipif(not ON_HOPPER, reason="only Hopper lets kernels ask for weights before they start")
-@pytest.mark.parametrize(("H", "F"), [(2048, 768), (136, 40), (33, 5)])
-def test_asking_for_weights_early_changes_no_bit(H: int, F: int) -> None:
-    x, gate_up, ids = normal(40, H, dtype=torch.bfloat16), weights_of(H, F, torch.bfloat16), gaps(40, E, K)
-    rows, counts = grouped(ids, E)
-    plain, asking = Guarded(40 * K, F, dtype=torch.bfloat16), Guarded(40 * K, F, dtype=torch.bfloat16)
-    tile = GateUpTile(16, 64, 64, num_stages=3)
-    expert_gate_up_grouped(x, rows, counts, gate_up, plain.tensor, top_k=K, tile=tile)
-    for prefetch in (64, 2048):
-        asked = replace(tile, prefetch=prefetch)
-        expert_gate_up_grouped(x, rows, counts, gate_up, asking.tensor, top_k=K, tile=asked, pdl=True)
-        assert torch.equal(asking.check().nan_to_num(), plain.check().nan_to_num())
 
 
 def test_strides_between_rows_of_slots_are_heeded() -> None:

@@ -108,11 +108,10 @@ def attention_tiles(
     for per_head, count, (keys, warps, stages) in itertools.product(ways, sorted(splits), _ATTENTION_FORMS):
         if per_head and stages > 1:
             continue
-        for prefetch in (0, 64, 256):
-            tile = DecodeAttentionTile(keys, warps, stages, count, keys, per_head, prefetch=prefetch)
-            yield tile
-            if count > 1:
-                yield replace(tile, min_split=keys * 4)
+        tile = DecodeAttentionTile(keys, warps, stages, count, keys, per_head)
+        yield tile
+        if count > 1:
+            yield replace(tile, min_split=keys * 4)
 
 
 def route_tiles(rows: int, hidden: int, experts: int, itemsize: int) -> Iterator[RouteTile]:
@@ -157,29 +156,26 @@ def down_gemv_tiles(width: int, top_k: int, itemsize: int) -> Iterator[DownGemvT
 
 _DEPTHS = ((64, 5), (64, 4), (128, 3), (128, 4), (64, 6))  # block_k and num_stages
 _WAYS = ((True, False), (True, True), (False, False), (False, True))  # swap and tma
-_PREFETCHES = (0, 128, 512)
 
 
 def gate_up_tiles(best: GateUpTile, itemsize: int) -> Iterator[GateUpTile]:
     """Grouped: around the rows of an expert that the default expects. None in fp32, which no tensor core computes."""
     if itemsize > 2:
         return
-    forms = itertools.product(_near(best.block_m), _WAYS, (64, 128, 32), _DEPTHS, _PREFETCHES)
-    for m, way, n, (k, stages), prefetch in forms:
+    for m, way, n, (k, stages) in itertools.product(_near(best.block_m), _WAYS, (64, 128, 32), _DEPTHS):
         needs = (m + 2 * n) * k * itemsize * stages
         if 48 * 1024 <= needs <= _SHARED_MEMORY - 2048 and not (way[0] and n < 64):
-            yield GateUpTile(m, n, k, 8 if m * n >= 64 * 128 else 4, stages, *way, prefetch)
+            yield GateUpTile(m, n, k, 8 if m * n >= 64 * 128 else 4, stages, *way)
 
 
 def down_tiles(best: DownTile, itemsize: int) -> Iterator[DownTile]:
     """Grouped: around the rows of an expert that the default expects. None in fp32, which no tensor core computes."""
     if itemsize > 2:
         return
-    forms = itertools.product(_near(best.block_m), _WAYS, (128, 64, 256), _DEPTHS, _PREFETCHES)
-    for m, way, n, (k, stages), prefetch in forms:
+    for m, way, n, (k, stages) in itertools.product(_near(best.block_m), _WAYS, (128, 64, 256), _DEPTHS):
         needs = (m + n) * k * itemsize * stages
         if 40 * 1024 <= needs <= _SHARED_MEMORY - 2048 and m * n <= 128 * 256:
-            yield DownTile(m, n, k, 8 if m * n >= 64 * 256 else 4, stages, *way, prefetch)
+            yield DownTile(m, n, k, 8 if m * n >= 64 * 256 else 4, stages, *way)
 
 
 def _near(block_m: int) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ def bench() -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]")
-@click.option("--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: the engine's]")
+@click.option("--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: all prompts]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and of dummy weights.")
 @click.option(
     "--hf-seconds",

@@ -100,17 +100,8 @@ class FusedLayer:
     """One decoder layer over the shared buffers."""
 
     def __init__(
-        self,
-        layer: DecoderLayer,
-        config: ModelConfig,
-        buffers: Buffers,
-        tiles: StepTiles,
-        following: Tensor,
-        *,
-        pdl: bool,
+        self, layer: DecoderLayer, config: ModelConfig, buffers: Buffers, tiles: StepTiles, *, pdl: bool
     ) -> None:
-        """following: the weight that is read next after the layer."""
-        self._following = following
         self.index, self._buffers, self._tiles, self._pdl = layer.index, buffers, tiles, pdl
         self._input_norm, self._mlp_norm = layer.input_norm, layer.mlp_norm
         self._qkv, self._out = layer.attention.qkv, layer.attention.out
@@ -150,7 +141,6 @@ class FusedLayer:
         norm, router = self._mlp_norm, self._router_weight
         route(
             b.x[:count], norm.weight.data, norm.eps, router, b.normed[:count], b.router_logits[:count],
-            ahead=self._tiles.experts_ahead(count, moe.experts.gate_up.data),
             tile=self._tiles.route(count, router.dtype), pdl=self._pdl,
         )  # fmt: skip
         if self._tiles.reads_alone(count):
@@ -188,8 +178,7 @@ class FusedLayer:
         normed, top_k = b.normed[:count], ids.shape[1]
         expert_gate_up_grouped(normed, grouped, counts, gate_up, hidden, top_k=top_k, tile=first, pdl=pdl)
         expert_down_grouped(hidden, grouped, counts, weights, down, out, tile=second, pdl=pdl)
-        ahead = self._tiles.projection_ahead(self._following)
-        combine(out, ids, b.x[:count], accumulate=True, ahead=ahead, pdl=pdl)
+        combine(out, ids, b.x[:count], accumulate=True, pdl=pdl)
 
     def _add_mlp(self, mlp: GatedMLP, normed: Tensor, x: Tensor, gate: Linear | None) -> None:
         """A dense MLP, or the expert that every token takes. In torch between its projections: few models have one."""
@@ -241,11 +230,7 @@ class FusedDecoder:
         cos, sin = rotary_tables(config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
         layers, tiles = model.decoder_layers, self._tiles
-        following = [*(weight_of(layer.attention.qkv) for layer in layers[1:]), self._head]
-        self._layers = [
-            FusedLayer(layer, config, self._buffers, tiles, weight, pdl=self._pdl)
-            for layer, weight in zip(layers, following, strict=True)
-        ]
+        self._layers = [FusedLayer(layer, config, self._buffers, tiles, pdl=self._pdl) for layer in layers]
 
     @property
     def buffers(self) -> Buffers:

@@ -10,11 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flexmoe.config.model import ModelConfig, MoEConfig
 from flexmoe.kernels.triton import decode_attention, expert_down, expert_gate_up, norm_linear
-from flexmoe.kernels.triton.prefetch import Ahead
 from flexmoe.kernels.triton.route import RouteTile
 from flexmoe.kernels.triton.tiles import (
     TileTable,
@@ -33,11 +31,6 @@ GroupedTiles = tuple[expert_gate_up.GateUpTile | None, expert_down.DownTile | No
 # H200, 1.2 pairs an expert cost nothing (Mixtral and OLMoE at 90% and 77% of the floor), 1.5 a tenth of the step.
 _GEMV_ROWS, _PAIRS_AN_EXPERT = 4, 1.25
 MOST_RANKED = 256  # that one launch can rank
-
-# Bytes to ask L2 for while a chain of short kernels leaves memory idle: of the experts, while they are chosen, where
-# nearly all experts will be chosen, and of the next layer's projection while experts' results are added up.
-EXPERTS_AHEAD, PROJECTION_AHEAD = 24 << 20, 24 << 20
-_SURELY_CHOSEN = 0.8  # of the experts
 
 
 class StepTiles:
@@ -85,16 +78,6 @@ class StepTiles:
         if limit is not None:
             return rows <= limit
         return rows <= _GEMV_ROWS and rows * self._moe.top_k <= _PAIRS_AN_EXPERT * self._moe.expected_experts(rows)
-
-    def experts_ahead(self, rows: int, gate_up: Tensor) -> Ahead | None:
-        """What to ask for of a layer's gate_up [S, 2F, H] before it is known who is chosen."""
-        if self.reads_alone(rows) or self._moe.expected_experts(rows) < _SURELY_CHOSEN * self._moe.num_experts:
-            return None
-        return Ahead.of(gate_up, 2 * len(gate_up), EXPERTS_AHEAD)
-
-    def projection_ahead(self, weight: Tensor) -> Ahead | None:
-        """What to ask for of the projection that comes next."""
-        return Ahead.of(weight, 1, PROJECTION_AHEAD)
 
     def groups_in_one(self, rows: int, slots: int) -> bool:
         """Whether one launch chooses experts and lists their rows; only where each expert has one slot.

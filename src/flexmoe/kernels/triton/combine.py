@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexmoe.kernels.triton.prefetch import Ahead, ahead_arguments, prefetch_share
-
 
 @dataclass(frozen=True, slots=True)
 class CombineTile:
@@ -35,16 +33,10 @@ def _combine(
     y_ptr,
     ids_ptr,
     out_ptr,
-    ahead_ptr,
     H,
     K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    PIECES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EACH: tl.constexpr,
-    REQUEST: tl.constexpr,
-    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -62,8 +54,6 @@ def _combine(
         here = inside & (tl.load(ids_ptr + row * K + k) >= 0)
         total += tl.load(y_ptr + (row * K + k) * H + columns, mask=here, other=0.0).to(tl.float32)
     tl.store(out, (before + total).to(out_ptr.dtype.element_ty), mask=inside)
-    index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    prefetch_share(ahead_ptr, index, tl.num_programs(0) * tl.num_programs(1), PIECES, STRIDE, EACH, REQUEST, WARPS)
 
 
 def combine(
@@ -72,14 +62,12 @@ def combine(
     out: Tensor,
     *,
     accumulate: bool,
-    ahead: Ahead | None = None,
     tile: CombineTile | None = None,
     pdl: bool = False,
 ) -> None:
     """out [T, H] = (out if accumulate, +) the sum over k, in order and in fp32, of y [T * K, H]; all contiguous.
 
-    An assignment whose id in topk_ids [T, K] is negative adds nothing, and its row of y is not read. ahead: what to ask
-    L2 for meanwhile, with pdl.
+    An assignment whose id in topk_ids [T, K] is negative adds nothing, and its row of y is not read.
     """
     (T, K), H = topk_ids.shape, out.shape[1]
     tile = tile or default_tile(T, H)
@@ -87,13 +75,11 @@ def combine(
         y,
         topk_ids,
         out,
-        H=H,
+        H,
         K=K,
         BLOCK_H=tile.block_h,
         ACCUMULATE=accumulate,
-        WARPS=tile.num_warps,
         PDL=pdl,
         num_warps=tile.num_warps,
         launch_pdl=pdl,
-        **ahead_arguments(ahead, pdl=pdl),
     )

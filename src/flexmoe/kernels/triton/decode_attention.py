@@ -36,8 +36,7 @@ class DecodeAttentionTile:
     computed; more leave it to the compiler's pipeline through shared memory, where looking up slots takes stages too,
     so that 3, 5, 7 have 1, 2, 3 tiles in flight. splits: S, at most 128; with 1 there is no merge. min_split: keys that
     a split takes at least, a multiple of `keys`. per_head: a program computes one query head with multiply-adds (if
-    several share a key head, each reads it, from L2); else all of a key head together, on tensor cores. prefetch: keys
-    behind the first tile that a program asks L2 for before it may start, a power of two or 0; only with PDL.
+    several share a key head, each reads it, from L2); else all of a key head together, on tensor cores.
     """
 
     keys: int = 32
@@ -47,7 +46,6 @@ class DecodeAttentionTile:
     min_split: int = 64
     per_head: bool = False
     merge_warps: int = 4
-    prefetch: int = 0
 
 
 def default_tile(
@@ -141,7 +139,6 @@ def decode_attention(
         NORM=_norm_kind(norm), EPS=norm.eps if norm else 0.0, CLIP=clip, SCALE=head_dim**-0.5 * _LOG2_E,
         PER_HEAD=tile.per_head, HEADS=heads,
         PAD_HEADS=1 if tile.per_head else max(_MIN_DOT, triton.next_power_of_2(heads)), STAGES=tile.num_stages,
-        PREFETCH=tile.prefetch,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **common,
     )  # fmt: skip
     if tile.splits > 1:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexmoe.kernels.triton.prefetch import LINE_BYTES, prefetch_lines
-
 NO_NORM, HEAD_NORM, FULL_NORM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # The maximum of no scores: finite, so that the difference of two is 0 and not NaN, and far below any score.
 _NOTHING = tl.constexpr(-1.0e30)
@@ -47,23 +45,6 @@ def _keys_values(cache_ptr, slots, mask, d, HKV: tl.constexpr, D: tl.constexpr):
     at = cache_ptr + slots.to(tl.int64)[:, None] * (2 * HKV * D) + d[None, :]
     mask = mask[:, None] & (d < D)[None, :]
     return tl.load(at, mask=mask, other=0.0), tl.load(at + HKV * D, mask=mask, other=0.0)
-
-
-@triton.jit
-def _prefetch_keys_values(
-    cache_ptr, table_ptr, base, count, HKV: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr, PREFETCH: tl.constexpr,
-):  # fmt: skip
-    """Ask L2 for PREFETCH items behind the first tile of KEYS; item i is at position base + i."""
-    item = tl.minimum(KEYS + tl.arange(0, PREFETCH), count - 1)
-    slots = _slots(table_ptr, tl.maximum(base + item, 0), item >= 0, BLOCK_SIZE)
-    LINE: tl.constexpr = LINE_BYTES * 8 // cache_ptr.dtype.element_ty.primitive_bitwidth  # in numbers
-    LINES: tl.constexpr = (D + LINE - 1) // LINE
-    BLOCK: tl.constexpr = triton.next_power_of_2(LINES)
-    line = tl.minimum(tl.arange(0, BLOCK), LINES - 1) * LINE
-    at = cache_ptr + slots.to(tl.int64)[:, None] * (2 * HKV * D) + line[None, :]
-    prefetch_lines(at)
-    prefetch_lines(at + HKV * D)
 
 
 @triton.jit
@@ -193,7 +174,7 @@ def split_kernel(
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, CLIP: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
     SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, KEYS: tl.constexpr, PER_HEAD: tl.constexpr, HEADS: tl.constexpr,
-    PAD_HEADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PAD_HEADS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # size: one pass from registers to registers; what can be cut off is above.
     """Grid (Hq / HEADS, S, T). HEADS query heads of one key head, padded to PAD_HEADS rows."""
@@ -230,8 +211,6 @@ def split_kernel(
     head_ptr = cache_ptr + kv_head * D
     in_cache = (n < count) & (is_newest == 0)
     k, v = _keys_values(head_ptr, _slots(table_ptr, base + n, in_cache, BLOCK_SIZE), in_cache, d, HKV, D)
-    if PDL and PREFETCH > 0:
-        _prefetch_keys_values(head_ptr, table_ptr, base, count, HKV, D, BLOCK_SIZE, KEYS, PREFETCH)
     next_slots = _slots(table_ptr, base + KEYS + n, KEYS + n < count, BLOCK_SIZE)
     new_slot = tl.load(table_ptr + newest // BLOCK_SIZE) * BLOCK_SIZE + newest % BLOCK_SIZE
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexmoe.kernels.triton.prefetch import prefetch_rows
-
 _LANES = tl.constexpr(32)
 
 
@@ -59,20 +57,3 @@ def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, ONE_EA
         passed = tl.max(ends, 0)
     count = tl.load(counts_ptr + tl.minimum(slot, S - 1))
     return slot, (index - before) * BLOCK_M, tl.where(slot < S, count, 0)
-
-
-@triton.jit
-def prefetch_blocks(
-    weight_ptr, S: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """Ask L2 for the first COLUMNS columns of this program's BLOCK_N of N rows, of a slot's ROWS [ROWS, K].
-
-    Whose rows it computes is not known before the counts are. Where most slots get rows the block's own number is
-    nearly its slot's, and what one program asks for too early or too late serves its neighbour.
-    """
-    slot = tl.program_id(0)
-    if slot < S:
-        prefetch_rows(
-            weight_ptr + slot.to(tl.int64) * (ROWS * K), tl.program_id(1) * BLOCK_N, 0, N, K, BLOCK_N, COLUMNS, WARPS
-        )

@@ -21,8 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, prefetch_blocks
-from flexmoe.kernels.triton.prefetch import columns_to_prefetch
+from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks
 from flexmoe.kernels.triton.topk import select_experts
 
 
@@ -154,8 +153,7 @@ def default_gemv_tile(top_k: int, width: int, dtype: torch.dtype) -> DownGemvTil
 class DownTile:
     """Tile of the kernel for many rows; blocks are powers of two, at least 16.
 
-    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap, tma and prefetch: as in
-    GateUpTile.
+    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap and tma: as in GateUpTile.
     """
 
     block_m: int = 16
@@ -165,21 +163,18 @@ class DownTile:
     num_stages: int = 5
     swap: bool = True
     tma: bool = False
-    prefetch: int = 0
 
 
 @triton.jit
 def _down_grouped(
-    hidden_ptr, rows_ptr, counts_ptr, weights_ptr, down_ptr, weight_ptr, y_ptr, capacity, depth,
+    hidden_ptr, rows_ptr, counts_ptr, weights_ptr, down_ptr, y_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, PREFETCH: tl.constexpr, WARPS: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # size: a kernel's prologue, loop and epilogue share their registers
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            prefetch_blocks(weight_ptr, S, H, H, F, BLOCK_N, PREFETCH, WARPS)
         tl.extra.cuda.gdc_wait()
     slot, first, count = find_block(counts_ptr, tl.program_id(0), S, BLOCK_M, ONE_EACH)
     if first < count:
@@ -236,10 +231,9 @@ def expert_down_grouped(
     tma = tile.tma and F * down.itemsize % 16 == 0
     weights = TensorDescriptor.from_tensor(down.view(-1, F), [tile.block_n, tile.block_k]) if tma else down
     _down_grouped[(blocks, triton.cdiv(H, tile.block_n))](
-        hidden, rows, counts, topk_weights, weights, down, y, rows.stride(0), F, H=H, F=F, S=S,
+        hidden, rows, counts, topk_weights, weights, y, rows.stride(0), F, H=H, F=F, S=S,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
-        TMA=tma, PREFETCH=columns_to_prefetch(tile.prefetch, F, down), WARPS=tile.num_warps, ONE_EACH=one_each,
-        PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        TMA=tma, ONE_EACH=one_each, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

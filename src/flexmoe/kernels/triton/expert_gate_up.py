@@ -22,8 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, prefetch_blocks
-from flexmoe.kernels.triton.prefetch import columns_to_prefetch
+from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks
 from flexmoe.kernels.triton.topk import select_expert
 
 
@@ -53,8 +52,7 @@ class GateUpTile:
     block_m: rows of one expert. block_n: of F, for gate and up each. block_k: of H, loaded at once. swap: weights stand
     on the left of the product, so that Hopper's large multiplication (64 rows or more) fits however few tokens there
     are; then take block_n from 64 on. tma: weights come through the tensor memory accelerator instead of each thread's
-    own copies; where rows of weights are not multiples of 16 bytes this has no effect. prefetch: columns of its first
-    rows of weights that a program asks L2 for before it knows whose rows it gets; at least 64, or 0; only with PDL.
+    own copies; where rows of weights are not multiples of 16 bytes this has no effect.
     """
 
     block_m: int = 16
@@ -64,7 +62,6 @@ class GateUpTile:
     num_stages: int = 5
     swap: bool = True
     tma: bool = False
-    prefetch: int = 0
 
 
 @triton.jit
@@ -217,17 +214,14 @@ def default_gemv_tile(hidden: int, dtype: torch.dtype) -> GateUpGemvTile:
 
 @triton.jit
 def _gate_up_grouped(
-    x_ptr, rows_ptr, counts_ptr, gate_up_ptr, weight_ptr, hidden_ptr, capacity, depth,
+    x_ptr, rows_ptr, counts_ptr, gate_up_ptr, hidden_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, PREFETCH: tl.constexpr, WARPS: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # size: a kernel's prologue, loop and epilogue share their registers
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            prefetch_blocks(weight_ptr, S, 2 * F, F, H, BLOCK_N, PREFETCH, WARPS)
-            prefetch_blocks(weight_ptr + F * H, S, 2 * F, F, H, BLOCK_N, PREFETCH, WARPS)
         tl.extra.cuda.gdc_wait()
     slot, first, count = find_block(counts_ptr, tl.program_id(0), S, BLOCK_M, ONE_EACH)
     if first < count:
@@ -290,10 +284,9 @@ def expert_gate_up_grouped(
     tma = tile.tma and H * x.itemsize % 16 == 0
     weights = TensorDescriptor.from_tensor(gate_up.view(-1, H), [tile.block_n, tile.block_k]) if tma else gate_up
     _gate_up_grouped[(blocks, triton.cdiv(F, tile.block_n))](
-        x, rows, counts, weights, gate_up, hidden, rows.stride(0), H, H=H, F=F, S=S, TOP_K=top_k,
+        x, rows, counts, weights, hidden, rows.stride(0), H, H=H, F=F, S=S, TOP_K=top_k,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
-        TMA=tma, PREFETCH=columns_to_prefetch(tile.prefetch, H, gate_up), WARPS=tile.num_warps, ONE_EACH=one_each,
-        PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        TMA=tma, ONE_EACH=one_each, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flexmoe.kernels.gpu import stages_that_fit
 from flexmoe.kernels.triton.norm_linear_kernels import _direct, _dot, _gemv, _reduce
-from flexmoe.kernels.triton.prefetch import columns_to_prefetch
 from flexmoe.kernels.triton.rms_norm import rms_norm
 
 _ALIGNMENT = 256  # bytes, of each part of the scratch memory
@@ -243,9 +242,16 @@ def _streams(tile: GemvTile | DirectTile, k: int, block_k: int, weight: Tensor) 
         "WARPS_K": tile.warps_k,
         "AHEAD": ahead,
         "X_AHEAD": min(tile.x_ahead, steps),
-        "PREFETCH": columns_to_prefetch(tile.prefetch, k - ahead * block_k, weight),
+        "PREFETCH": _prefetched(tile.prefetch, k - ahead * block_k, weight),
         "num_warps": warps,
     }
+
+
+def _prefetched(wanted: int, columns: int, weight: Tensor) -> int:
+    """Columns to prefetch: at most those there are; none where rows do not begin on 16 bytes."""
+    while wanted > max(columns, 0):
+        wanted //= 2
+    return wanted if wanted >= 64 and weight.stride(0) * weight.element_size() % 16 == 0 else 0
 
 
 def _launch_dot(
@@ -258,7 +264,7 @@ def _launch_dot(
     _dot[grid](
         x, weight, bias, out, partial, rows, n, x.stride(0), out.stride(0),
         K=k, BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
-        STAGES=tile.num_stages, PREFETCH=columns_to_prefetch(tile.prefetch, k // tile.splits, weight),
+        STAGES=tile.num_stages, PREFETCH=_prefetched(tile.prefetch, k // tile.splits, weight),
         WARPS=tile.num_warps, num_warps=tile.num_warps, **flags,
     )  # fmt: skip
     if partial is not None:

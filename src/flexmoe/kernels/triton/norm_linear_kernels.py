@@ -15,9 +15,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexmoe.kernels.triton.prefetch import prefetch_rows
-
 _ZERO = tl.constexpr("popc.b32 $0, $1; shr.u32 $0, $0, 6;")
+_PREFETCH = tl.constexpr("cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;")
+
+
+@triton.jit
+def _prefetch(w_ptr, row, column, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Ask L2 for COLUMNS columns of ROWS rows of the weight; nobody waits for them.
+
+    The 32 threads of a warp ask for the same, which is one request; different ones would be made one after the other.
+    """
+    PARTS: tl.constexpr = max(1, min(WARPS // ROWS, COLUMNS // 64))
+    WIDTH: tl.constexpr = COLUMNS // PARTS
+    job = tl.arange(0, 32 * ROWS * PARTS) // 32
+    rows = tl.minimum(row + job % ROWS, N - 1).to(tl.int64)
+    columns = tl.minimum(column + job // ROWS * WIDTH, K - WIDTH)
+    size = WIDTH * (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    at = w_ptr + rows * K + columns
+    tl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [at, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -147,7 +162,7 @@ def _gemv(
     n = tl.reshape(n, (LANES, WARPS_N, ROWS, 1))
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0
     if PDL and PREFETCH > 0:
-        prefetch_rows(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, WARPS)
+        _prefetch(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, WARPS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -224,7 +239,7 @@ def _direct(
     n = start + tl.arange(0, BLOCK_N)[:, None]
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32) if BIAS else 0.0
     if PDL and PREFETCH > 0:
-        prefetch_rows(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, WARPS)
+        _prefetch(w_ptr, start, AHEAD * BLOCK_K, N, K, BLOCK_N, PREFETCH, WARPS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -284,7 +299,7 @@ def _dot(
     x_tile = x_ptr + tl.minimum(t, T - 1)[:, None] * x_stride + k[None, :]
     if PDL:
         if PREFETCH > 0:
-            prefetch_rows(w_ptr, tl.program_id(1) * BLOCK_N, first, N, K, BLOCK_N, PREFETCH, WARPS)
+            _prefetch(w_ptr, tl.program_id(1) * BLOCK_N, first, N, K, BLOCK_N, PREFETCH, WARPS)
         tl.extra.cuda.gdc_wait()
 
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)

@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexmoe.kernels.triton.prefetch import Ahead, ahead_arguments, prefetch_share
-
 
 @dataclass(frozen=True, slots=True)
 class RouteTile:
@@ -77,16 +75,10 @@ def _route_few(
     weight_ptr,
     normed_ptr,
     logits_ptr,
-    ahead_ptr,
     H,
     E,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    PIECES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    EACH: tl.constexpr,
-    REQUEST: tl.constexpr,
-    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One row and BLOCK_E experts; with BLOCK_E = 0 the norm alone."""
@@ -108,8 +100,6 @@ def _route_few(
     if BLOCK_E:
         logits = tl.sum(weight.to(tl.float32) * normed.to(tl.float32), 1)
         tl.store(logits_ptr + row * E + e, logits, mask=e < E)
-    index = tl.program_id(1) * tl.num_programs(0) + tile
-    prefetch_share(ahead_ptr, index, tl.num_programs(0) * tl.num_programs(1), PIECES, STRIDE, EACH, REQUEST, WARPS)
 
 
 @triton.jit
@@ -164,20 +154,18 @@ def route(
     normed: Tensor,
     logits: Tensor,
     *,
-    ahead: Ahead | None = None,
     tile: RouteTile | None = None,
     pdl: bool = False,
 ) -> None:
     """x fp32 [T, H] -> normed [T, H] in the dtype of norm_weight [H], and logits fp32 [T, E]; all contiguous.
 
     router_weight [E, H]: fp32, or bf16 or fp16 where that holds every value; sums are fp32. H at most 8192: a row is
-    held in registers. ahead: what to ask L2 for meanwhile, with pdl.
+    held in registers.
     """
     (T, H), E = x.shape, router_weight.shape[0]
     tile = tile or default_tile(T, H, E, router_weight.itemsize)
     block_h = triton.next_power_of_2(H)
     few = tile.block_t == 1
-    warps = tile.num_warps if few else min(8, max(1, block_h // 512))
     _route_few[(triton.cdiv(E, tile.block_e) if few else 1, T)](
         x,
         norm_weight,
@@ -185,15 +173,13 @@ def route(
         router_weight,
         normed,
         logits,
-        H=H,
-        E=E,
+        H,
+        E,
         BLOCK_E=tile.block_e if few else 0,
         BLOCK_H=block_h,
-        WARPS=warps,
         PDL=pdl,
-        num_warps=warps,
+        num_warps=tile.num_warps if few else min(8, max(1, block_h // 512)),
         launch_pdl=pdl,
-        **ahead_arguments(ahead, pdl=pdl),
     )
     if few:
         return
