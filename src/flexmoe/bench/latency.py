@@ -130,7 +130,7 @@ class _Bench:
         longest = options.prompt_len + options.output_len + 1
         # One block more for each than it needs: the scheduler admits nobody without one to spare for those that run.
         blocks = max(options.batches) * (-(-longest // CacheConfig().block_size) + 1)
-        prompts = max(options.batches) * options.prompt_len  # one step takes them all, so that the next ones only decode
+        prompts = max(options.batches) * options.prompt_len  # all in one step: the next ones only decode
         return {
             "dtype": options.dtype,
             "device": options.device,
