@@ -197,7 +197,9 @@ class Endpoint:
             raise RequestFailed("timeout", f"no answer within {self._options.timeout:g} s") from error
         except self._http.ClientConnectorError as error:
             raise RequestFailed("no connection", str(error)) from error
-        except (self._http.ClientPayloadError, self._http.ServerDisconnectedError, OSError) as error:
+        except (self._http.ClientPayloadError, self._http.ServerDisconnectedError) as error:
+            raise RequestFailed("cut off", "the connection ended before the answer did") from error
+        except OSError as error:
             raise RequestFailed("cut off", _shortened(str(error) or type(error).__name__)) from error
         except self._http.ClientError as error:
             raise RequestFailed("bad answer", _shortened(str(error) or type(error).__name__)) from error

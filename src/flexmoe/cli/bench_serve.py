@@ -153,7 +153,7 @@ def _print(row: dict[str, Any]) -> None:
 
     console, result = Console(highlight=False), row["result"]
     console.print(_title(row), style="bold", markup=False)
-    console.print(_table(result))
+    console.print(_table(row))
     console.print("\n".join(_speeds(result)), markup=False)
     for kind, count in result["errors"].items():
         said = result["error_messages"][kind]
@@ -175,7 +175,7 @@ def _title(row: dict[str, Any]) -> str:
     )
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _table(row: dict[str, Any]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -184,8 +184,9 @@ def _table(result: dict[str, Any]) -> Table:
     for name in ("ms", *columns):
         table.add_column(name, justify="left" if name == "ms" else "right")
     for name, label in _TIMES.items():
-        if result[name] is not None:
-            table.add_row(label, *(f"{result[name][column]:,.2f}" for column in columns))
+        times = row["result"][name]
+        if times is not None and not (name == "queued_ms" and row["params"]["concurrency"] is None):
+            table.add_row(label, *(f"{times[column]:,.2f}" for column in columns))
     return table
 
 
