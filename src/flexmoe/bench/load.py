@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +118,15 @@ def _of_trace(options: LoadOptions, vocab_size: int) -> Iterator[Planned]:
 
 
 class _Blocks:
-    """Prompts of a trace. A block is drawn once and kept: a trace asks for the same ones again and again."""
+    """Prompts of a trace. A block is drawn once and kept, as a trace asks for the same ones again and again.
+
+    In arrays: a day's trace has tens of millions of tokens.
+    """
 
     def __init__(self, options: LoadOptions, vocab_size: int) -> None:
         self._options, self._vocab_size = options, vocab_size
         self._length = _scaled(BLOCK_TOKENS, options)
-        self._drawn: dict[int, list[int]] = {}
+        self._drawn: dict[int, array[int]] = {}
 
     def prompt(self, number: int, request: TraceRequest) -> Prompt:
         """Its blocks one after the other, as far as its length goes; what they leave open is its own."""
@@ -132,10 +136,10 @@ class _Blocks:
         units += _units(draw, self._vocab_size, self._options, length - len(units))
         return _as_prompt(units, self._options)
 
-    def _block(self, block: int) -> list[int]:
+    def _block(self, block: int) -> array[int]:
         if block not in self._drawn:
             draw = random.Random(f"block {self._options.seed} {block}")
-            self._drawn[block] = _units(draw, self._vocab_size, self._options, self._length)
+            self._drawn[block] = array("I", _units(draw, self._vocab_size, self._options, self._length))
         return self._drawn[block]
 
 

@@ -69,6 +69,7 @@ async def _measure(options: ServeOptions, notify: Callable[[str], None]) -> Repo
     async with Endpoint(options.endpoint) as endpoint:
         served = await endpoint.served()
         vocab_size = _vocab_size(options, served, notify)
+        notify(f"{served.model}: preparing requests")
         requests, before = (
             [endpoint.prepare(request, served.model) for request in planned(options.load, vocab_size)]
             for planned in (plan, warm_up)
