@@ -104,6 +104,8 @@ class FakeServer:
             return await _json(writer, "429 Too Many Requests", {"error": {"message": "too many requests"}})
         if behaviour == "500":
             return await _json(writer, "500 Internal Server Error", "it broke")
+        if behaviour == "strict":
+            return await _json(writer, "422 Unprocessable Entity", {"error": {"message": "unknown field ignore_eos"}})
         if behaviour == "html":
             return await _plain(writer, "200 OK", "text/html", b"<p>hello</p>")
         if behaviour == "no http":

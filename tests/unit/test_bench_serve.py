@@ -63,8 +63,8 @@ def test_the_times_are_those_of_the_server() -> None:
     assert (found["requests"], found["succeeded"], found["errors"]) == (6, 6, {})
     # Each text comes 30 ms after the last, the first after 30 ms: two rounds of three requests of four texts.
     for name, expected in (("ttft_ms", 30), ("itl_ms", 30), ("tpot_ms", 30), ("e2e_ms", 120)):
-        assert expected <= found[name]["p50"] < expected * 3, name  # a busy machine is late, never early
-    assert 0.24 <= found["seconds"] < 1
+        assert expected <= found[name]["p50"] < expected + 500, name  # a busy machine is late, never early
+    assert 0.24 <= found["seconds"] < 2
     assert found["output_tokens_per_s"] == pytest.approx(6 * 4 / found["seconds"], rel=0.01)
     assert found["total_tokens_per_s"] == pytest.approx(6 * 11 / found["seconds"], rel=0.01)
     assert (found["prompt_tokens"], found["output_tokens"], found["cached_tokens"]) == (42, 24, 18)
@@ -105,8 +105,8 @@ def test_an_open_loop_sends_when_due_and_a_limit_makes_requests_wait() -> None:
         free = ask(server, num_requests=20, rate=200.0).row["result"]
         limited = ask(server, num_requests=20, rate=200.0, concurrency=2).row["result"]
     assert free["most_running"] > 4
-    assert free["queued_ms"]["p50"] < 20
-    assert free["client"]["late_ms"]["p50"] < 50
+    assert free["queued_ms"]["p50"] < limited["queued_ms"]["p50"] / 4
+    assert 0 <= free["client"]["late_ms"]["p50"] < 100
     assert limited["most_running"] == 2
     assert limited["queued_ms"]["max"] > 200  # the last of 20 waits for nine pairs of 80 ms, less its arrival
     assert limited["ttft_ms"]["p50"] < limited["queued_ms"]["p50"]  # waiting is not the server's time
@@ -256,14 +256,25 @@ def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
     assert "TTFT" in said
 
 
+def test_a_server_that_refuses_all(tmp_path: Path) -> None:
+    with FakeServer(dict.fromkeys(range(9), "strict")) as server:
+        result = run("--url", server.url, "--num-requests", "3", "--warm-up", "1")
+    assert result.exit_code == 1
+    assert "warm-up: 1 of 1 requests failed: HTTP 422: unknown field ignore_eos" in result.stderr
+    assert "0 of 3 requests answered" in result.stdout
+    assert "leave it out with --no-ignore-eos" in result.stdout
+
+
 # ------------------------------------------------------------------ errors in one line
 
 
 def refusal(*arguments: str) -> str:
     result = run(*arguments)
     assert result.exit_code == 1, result.output
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    return last
 
 
 def test_no_server() -> None:
@@ -288,9 +299,12 @@ def test_keys() -> None:
 
 
 @pytest.mark.parametrize("models", ["what?", {"data": []}, {"data": ["tiny"]}, [1]])
-def test_no_openai_server(models: Any) -> None:
+def test_a_server_that_lists_no_models(models: Any) -> None:
     with FakeServer(models=models) as server:
-        assert "gives no list of models (HTTP 200); is it an OpenAI server?" in refusal("--url", server.url)
+        assert "gives no list of models (HTTP 200); name one as --model." in refusal("--url", server.url)
+        result = run("--url", server.url, "--model", "mine", "--num-requests", "2", "--warm-up", "0", "--text")
+    assert "The server lists no models; 'mine' is asked for all the same." in result.stderr
+    assert [asked["model"] for asked in server.requests] == ["mine", "mine"]
 
 
 def test_an_unknown_vocabulary_is_told() -> None:

@@ -57,11 +57,18 @@ class EndpointOptions:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """model: the name to ask for. about: its entry of /v1/models. version: what /version tells, if it is there."""
+    """model: the name to ask for. about: its entry of /v1/models. version: what /version tells, if it is there.
+
+    is_listed: False for a name that was given to a server which lists no models; `about` is empty then.
+    """
 
     model: str
     about: dict[str, Any]
     version: Any
+
+    @property
+    def is_listed(self) -> bool:
+        return bool(self.about)
 
     @property
     def vocab_size(self) -> int | None:
@@ -150,20 +157,27 @@ class Endpoint:
 
     async def served(self) -> Served:
         """Ask the server. Raises ConfigError if there is none, it refuses the key, or does not serve the model."""
-        base, name = self._options.base, self._options.model
+        base = self._options.base
         status, answer = await self._get("/v1/models")
         if status in (401, 403):
             raise ConfigError(f"the server at {base} refuses the key (HTTP {status}); give the right one as --api-key.")
-        models = answer.get("data") if isinstance(answer, dict) else None
-        if status != 200 or not models or not all(isinstance(model, dict) and "id" in model for model in models):
-            raise ConfigError(f"{base}/v1/models gives no list of models (HTTP {status}); is it an OpenAI server?")
-        names = [str(model["id"]) for model in models]
-        if name is not None and name not in names:
-            raise ConfigError(f"model={name!r} is not served at {base}; it serves {', '.join(names)}.")
+        models = answer.get("data") if status == 200 and isinstance(answer, dict) else None
+        if models and all(isinstance(model, dict) and "id" in model for model in models):
+            about = self._chosen(models)
+        elif self._options.model is not None:
+            about = {}
+        else:
+            raise ConfigError(f"{base}/v1/models gives no list of models (HTTP {status}); name one as --model.")
         status, version = await self._get("/version")
+        return Served(str(about.get("id", self._options.model)), about, version if status == 200 else None)
+
+    def _chosen(self, models: list[dict[str, Any]]) -> dict[str, Any]:
+        """The entry of the model that was named, or the first."""
+        names, name = [str(model["id"]) for model in models], self._options.model
+        if name is not None and name not in names:
+            raise ConfigError(f"model={name!r} is not served at {self._options.base}; it serves {', '.join(names)}.")
         about = models[0 if name is None else names.index(name)]
-        about.pop("permission", None)
-        return Served(str(about["id"]), about, version if status == 200 else None)
+        return {key: value for key, value in about.items() if key != "permission"}
 
     async def _get(self, path: str) -> tuple[int, Any]:
         """Status, and the JSON of the answer; None if it is none."""

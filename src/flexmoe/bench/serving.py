@@ -69,6 +69,8 @@ async def _measure(options: ServeOptions, notify: Callable[[str], None]) -> Repo
     async with Endpoint(options.endpoint) as endpoint:
         served = await endpoint.served()
         vocab_size = _vocab_size(options, served, notify)
+        if not served.is_listed:
+            notify(f"The server lists no models; {served.model!r} is asked for all the same.")
         notify(f"{served.model}: preparing requests")
         requests, before = (
             [endpoint.prepare(request, served.model) for request in planned(options.load, vocab_size)]

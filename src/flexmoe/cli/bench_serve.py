@@ -101,7 +101,7 @@ def serve(out: Path | None, requests_out: Path | None, **options: Any) -> None:
 
     The server may be FlexMoE's, vLLM's, llama.cpp's or another. Requests come at random times (--rate), as they once
     came (--trace), or, with neither, as soon as one of --concurrency has ended. Every request is accounted for; Ctrl-C
-    prints what there is.
+    prints what there is. The exit status is 1 if no request was answered.
 
     \b
     Examples:
@@ -121,6 +121,8 @@ def serve(out: Path | None, requests_out: Path | None, **options: Any) -> None:
     _print(report.row)
     if report.interrupted:
         raise KeyboardInterrupt
+    if not report.row["result"]["succeeded"]:
+        raise click.exceptions.Exit(1)
 
 
 def _options(options: dict[str, Any]) -> ServeOptions:
@@ -156,8 +158,10 @@ def _print(row: dict[str, Any]) -> None:
     console.print(_table(row))
     console.print("\n".join(_speeds(result)), markup=False)
     for kind, count in result["errors"].items():
-        said = result["error_messages"][kind]
+        said = result["error_messages"][kind] or ""
         console.print(f"{count} failed, {kind}" + (f": {said}" if said else ""), style="red", markup=False)
+        if "ignore_eos" in said:
+            console.print("This server does not know ignore_eos; leave it out with --no-ignore-eos.", style="red")
     for doubt in _doubts(result):
         console.print(doubt, style="red", markup=False)
 
