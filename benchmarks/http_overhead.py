@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -126,17 +127,29 @@ def _server(subject: Subject, options: Row) -> Iterator[str]:
         port = free.getsockname()[1]
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "flexmoe", "serve", str(subject.folder), "--port", str(port), *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
+    with tempfile.TemporaryFile() as log, _ending(subprocess.Popen(command, stdout=log, stderr=log)) as process:
         url = f"http://127.0.0.1:{port}"
-        asyncio.run(_ready(url, process))
+        try:
+            asyncio.run(_ready(url, process))
+        except EngineError:
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace"))
+            raise
         yield url
+
+
+@contextlib.contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """End the process with the context: as it should, or else by force."""
+    try:
+        yield process
     finally:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 async def _ready(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flexmoe.bench.subject import open_subject
 from flexmoe.errors import EngineError
 from tests.openai_server import FakeServer
 
@@ -56,6 +57,14 @@ def test_one_row_with_the_ratio(
     assert len(set(asked)) == 2 * (2 + 4)  # in each round others, and others to warm up
     assert {request["max_tokens"] for request in server.requests} == {6}
     assert "through HTTP" in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_start(benchmark: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with open_subject(None) as subject:
+        server = benchmark._server(subject, {"no_such_option": 1})
+        with pytest.raises(EngineError, match=r"the server did not start \(exit status 2, "), server:
+            pass
+    assert "Error: No such" in capfd.readouterr().err
 
 
 def test_no_row_if_a_request_fails(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:

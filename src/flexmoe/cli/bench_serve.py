@@ -219,7 +219,7 @@ def _doubts(result: dict[str, Any]) -> list[str]:
     delays = [client[name]["p99"] for name in ("late_ms", "loop_lag_ms") if client[name] is not None]
     if max(delays, default=0) > _LATE_MS:
         doubts.append(
-            f"This client was up to {max(delays):.0f} ms late (p99), with {client['cpu_percent']:.0f}% of a core: it, or "
-            "a busy machine, may be what was measured."
+            f"This client was up to {max(delays):.0f} ms late (p99), with {client['cpu_percent']:.0f}% of a core: it, "
+            "or a busy machine, may be what was measured."
         )
     return doubts
