@@ -225,6 +225,7 @@ def test_failures_are_told_and_written(tmp_path: Path) -> None:
     assert "3 of 5 requests answered" in result.stdout
     assert "2 failed, HTTP 429: too many requests" in result.stdout
     assert "within TTFT 5000 ms: 3 of 5 requests" in result.stdout
+    assert "knew 43% of the prompts' tokens from before" in result.stdout  # 3 of 7, as this server always says
     requests = [json.loads(line) for line in lines.read_text().splitlines()]
     assert Counter(request["error"] for request in requests) == {None: 3, "HTTP 429": 2}
     row = json.loads(out.read_text())

@@ -210,7 +210,7 @@ class Endpoint:
         except TimeoutError as error:
             raise RequestFailed("timeout", f"no answer within {self._options.timeout:g} s") from error
         except self._http.ClientConnectorError as error:
-            raise RequestFailed("no connection", str(error)) from error
+            raise RequestFailed("no connection", _shortened(str(error.os_error))) from error
         except (self._http.ClientPayloadError, self._http.ServerDisconnectedError) as error:
             raise RequestFailed("cut off", "the connection ended before the answer did") from error
         except OSError as error:

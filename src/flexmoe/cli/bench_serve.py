@@ -23,6 +23,7 @@ _positive, _above_zero = click.IntRange(min=1), click.FloatRange(min=0, min_open
 _input = click.Path(exists=True, dir_okay=False, path_type=Path)
 _output = click.Path(dir_okay=False, path_type=Path)
 _TIMES = {"ttft_ms": "TTFT", "itl_ms": "ITL", "tpot_ms": "TPOT", "e2e_ms": "end to end", "queued_ms": "queued"}
+_CACHED = 0.05  # part of random prompts that a server may know by chance
 _LATE_MS = 10  # p99 of this program's own delays above which its figures are doubtful
 
 
@@ -162,7 +163,7 @@ def _print(row: dict[str, Any]) -> None:
         console.print(f"{count} failed, {kind}" + (f": {said}" if said else ""), style="red", markup=False)
         if "ignore_eos" in said:
             console.print("This server does not know ignore_eos; leave it out with --no-ignore-eos.", style="red")
-    for doubt in _doubts(result):
+    for doubt in _doubts(row):
         console.print(doubt, style="red", markup=False)
 
 
@@ -211,9 +212,15 @@ def _speeds(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _doubts(result: dict[str, Any]) -> list[str]:
+def _doubts(row: dict[str, Any]) -> list[str]:
     """Why figures may be worth less than they look."""
-    doubts, client = [], result["client"]
+    doubts, result, params = [], row["result"], row["params"]
+    client, cached = result["client"], result["cached_tokens"] / (result["prompt_tokens"] or 1)
+    if cached > _CACHED and params["trace"] is None and params["prompts"] is None:
+        doubts.append(
+            f"The server knew {cached:.0%} of the prompts' tokens from before, in its prefix cache: another --seed "
+            "makes other prompts."
+        )
     if result["tokens_counted_by"] in ("chunks", "both"):
         doubts.append("The server did not count tokens, so pieces of text were counted: a piece may hold several.")
     delays = [client[name]["p99"] for name in ("late_ms", "loop_lag_ms") if client[name] is not None]
