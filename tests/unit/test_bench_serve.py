@@ -235,26 +235,42 @@ def test_failures_are_told_and_written(tmp_path: Path) -> None:
     assert row["result"]["errors"] == {"HTTP 429": 2}
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_prints_what_there_is(tmp_path: Path) -> None:
+def interrupted(server: FakeServer, after: int, *arguments: str) -> str:
+    """What the command prints when Ctrl-C comes after so many requests."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexmoe", "bench", "serve", "--url", server.url, "--num-requests", "1000", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(server.requests) < after and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    return said
+
+
+@pytest.mark.parametrize("arrivals", [("--concurrency", "2"), ("--rate", "100", "--concurrency", "2")])
+def test_ctrl_c_prints_what_there_is(tmp_path: Path, arrivals: tuple[str, ...]) -> None:
     out = tmp_path / "rows.jsonl"
     with FakeServer(gap=0.02) as server:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flexmoe", "bench", "serve", "--url", server.url, "--num-requests", "1000",
-             "--concurrency", "2", "--output-len", "4", "--out", str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        while len(server.requests) < 9:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
+        said = interrupted(server, 9, "--output-len", "4", "--out", str(out), *arrivals)
     found = json.loads(out.read_text())["result"]
     assert found["succeeded"] >= 4
     assert found["errors"]["interrupted"] <= 2
     assert found["succeeded"] + sum(found["errors"].values()) == 1000
     assert f"{found['succeeded']} of 1000 requests answered" in said
     assert "TTFT" in said
+
+
+def test_ctrl_c_while_it_warms_up() -> None:
+    with FakeServer(gap=0.5) as server:
+        said = interrupted(server, 1)
+    assert "0 of 1000 requests answered" in said
+    assert "1000 failed, not sent" in said
+    assert len(server.requests) <= 2
 
 
 def test_a_server_that_refuses_all(tmp_path: Path) -> None:
