@@ -106,10 +106,10 @@ def _dots_in_chunks(
 @triton.jit
 def _slot_of(slots_ptr, stride, row, expert):
     """Where a row finds an expert; -1 for none (-1), and for one that is elsewhere. Without slots it is its number."""
-    if slots_ptr is None:
-        return expert
-    slot = tl.load(slots_ptr + row * stride + tl.maximum(expert, 0))
-    return tl.where(expert >= 0, slot, -1)
+    slot = expert
+    if slots_ptr is not None:
+        slot = tl.where(expert >= 0, tl.load(slots_ptr + row * stride + tl.maximum(expert, 0)), -1)
+    return slot
 
 
 @triton.jit
