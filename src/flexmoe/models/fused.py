@@ -6,16 +6,14 @@ graph (`engine/cuda_graph.py`).
 
 The residual stream is fp32; between kernels stands the model's dtype. There are two regimes. With few rows every
 (token, expert) pair reads its expert for itself; with more, rows are grouped by expert and meet it in one product.
-Where the one ends, and how each launch is cut, is measured (`fused_tiles.py`).
+Where the one ends, and how each launch is cut, is measured (`fused_tiles.py`). A launch that has whole rows of the
+residual stream in hand norms them for what comes next.
 
 On several ranks the same kernels compute a rank's heads, columns and experts; what ranks then exchange is in
 `fused_ranks.py` and `fused_vocabulary.py`. One rank launches nothing for it.
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -24,14 +22,14 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.swiglu import swiglu
 from flexmoe.kernels.triton import norm_linear
-from flexmoe.kernels.triton.combine import combine
+from flexmoe.kernels.triton.combine import combine, combine_norm
 from flexmoe.kernels.triton.count_choices import count_choices
-from flexmoe.kernels.triton.decode_attention import decode_attention, workspace_shapes
+from flexmoe.kernels.triton.decode_attention import decode_attention
 from flexmoe.kernels.triton.expert_down import expert_down_gemv, expert_down_grouped
 from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv, expert_gate_up_grouped
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.rms_norm import rms_norm
-from flexmoe.kernels.triton.route import route
+from flexmoe.kernels.triton.route import norms_first, route
 from flexmoe.kernels.triton.tiles import TileTable, tiles_for
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.kernels.triton.topk_by_expert import topk_by_expert
@@ -44,6 +42,7 @@ from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import MAX_ROWS, PDL_CAPABILITY, DeviceRows, Sampling
+from flexmoe.models.fused_buffers import Buffers
 from flexmoe.models.fused_ranks import SharedSums, slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.fused_vocabulary import Vocabulary
@@ -51,55 +50,6 @@ from flexmoe.models.seen import Seen
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.mesh import Mesh
-
-
-class Buffers:
-    """Activations and scratch of the largest step; all layers share them. Those of T rows are the first T."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        linears: Iterable[tuple[int, int]],
-        slots: int,
-        tiles: StepTiles,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_rows: int,
-    ) -> None:
-        """config: with the widths of this rank. linears: (N, K) of all dense projections. slots: of a layer at most."""
-
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(max_rows, *shape, dtype=dtype, device=device)
-
-        a = config.attention
-        self.x = empty(config.hidden_size, dtype=torch.float32)  # the residual stream
-        self.normed = empty(config.hidden_size)
-        self.qkv = empty(config.qkv_size)
-        self.attended = empty(a.num_heads * a.head_dim)
-        self.token_ids = empty(dtype=torch.int64)
-        if config.moe is not None:
-            m = config.moe
-            self.router_logits = empty(m.num_experts, dtype=torch.float32)
-            layers = sum(layer.is_moe for layer in config.layers)
-            self.topk_ids = torch.empty(layers, max_rows, m.top_k, dtype=torch.int32, device=device)
-            self.slot_ids = empty(m.top_k, dtype=torch.int32)
-            self.topk_weights = empty(m.top_k, dtype=torch.float32)
-            self.hidden = empty(m.top_k, m.expert_width)
-            self.expert_out = empty(m.top_k, config.hidden_size)
-            self.grouped = torch.empty(slots * max_rows, dtype=torch.int32, device=device)
-            self.counts = torch.empty(slots, dtype=torch.int32, device=device)
-        steps = range(1, max_rows + 1)
-        size = max(
-            norm_linear.scratch_bytes(t, n, k, dtype, norm=norm, tile=tiles.linear(t, n, k, norm=norm))
-            for t, (n, k), norm in itertools.product(steps, linears, (False, True))
-        )
-        self.scratch = torch.empty(size, dtype=torch.uint8, device=device)
-        parts = max(t * tiles.attention(t, long=long).splits for t in steps for long in (False, True))  # of one head
-        partial, logsum = workspace_shapes(parts, a.num_heads, a.head_dim, 1)
-        self.attention = (
-            torch.empty(partial, dtype=torch.float32, device=device),
-            torch.empty(logsum, dtype=torch.float32, device=device),
-        )
 
 
 class FusedLayer:
@@ -111,15 +61,16 @@ class FusedLayer:
         config: ModelConfig,
         buffers: Buffers,
         tiles: StepTiles,
+        following: RMSNorm,
         sums: SharedSums | None,
         mesh: Mesh,
         *,
         pdl: bool,
     ) -> None:
-        """sums: of what ranks compute together; None for one rank."""
+        """following: the norm that comes after the layer. sums: of what ranks compute together; None for one rank."""
         self.index, self._buffers, self._tiles, self._pdl = layer.index, buffers, tiles, pdl
         self._sums, self._attention = sums, layer.attention
-        self._input_norm, self._mlp_norm = layer.input_norm, layer.mlp_norm
+        self._input_norm, self._mlp_norm, self._following = layer.input_norm, layer.mlp_norm, following
         self._qkv, self._out = layer.attention.qkv, layer.attention.out
         self._clip, self._window = config.attention.clip_qkv, layer.attention.window
         self._qk_norm = _qk_norm(layer.attention)
@@ -137,11 +88,17 @@ class FusedLayer:
         """Experts that the rows of the latest step chose, int32 [rows, K]; of a layer that has some."""
         return self._ids
 
-    def attend(self, rows: DecodeRows, cos: Tensor, sin: Tensor, cache: Tensor, *, long: bool) -> None:
-        """x += attention(norm(x)) for all rows; writes their keys and values."""
+    def attend(self, rows: DecodeRows, cos: Tensor, sin: Tensor, cache: Tensor, *, normed: bool, long: bool) -> bool:
+        """x += attention(norm(x)) for all rows; writes their keys and values.
+
+        normed: the buffer of that name holds norm(x). Returns whether it does for what comes next.
+        """
         b, count = self._buffers, len(rows.lengths)
         x, qkv, attended = b.x[:count], b.qkv[:count], b.attended[:count]
-        self._linear(x, self._qkv, qkv, norm=self._input_norm)
+        if normed:
+            self._linear(b.normed[:count], self._qkv, qkv, is_normed=True)
+        else:
+            self._linear(x, self._qkv, qkv, norm=self._input_norm)
         norm = self._qk_norm
         if self._sums is not None and norm is not None and norm.full:  # over heads of other ranks, too
             qkv, norm = self._attention.norm(qkv), None
@@ -149,52 +106,78 @@ class FusedLayer:
             qkv, cache, rows, cos, sin, attended, norm=norm, clip=self._clip, window=self._window,
             workspace=b.attention, tile=self._tiles.attention(count, long=long), pdl=self._pdl,
         )  # fmt: skip
-        self._add(attended, self._out, x)
+        after = self._norm_after_attention(count)
+        self._add(attended, self._out, x, after)
+        return after is not None
 
-    def feed(self, lengths: Tensor) -> None:
-        """x += MoE block or MLP of norm(x)."""
+    def _norm_after_attention(self, count: int) -> norm_linear.NormAfter | None:
+        """The norm of the feed-forward, where a launch of the output projection can do it and the router need not."""
+        if self._moe is None or self._sums is not None:
+            return None
+        norm, router = self._mlp_norm, self._tiles.route(count, self._router_weight)
+        if not (norms_first(router) and norm_linear.norms_after(self._tile(count, self._out, norm=False))):
+            return None
+        return norm_linear.NormAfter(norm.weight.data, norm.eps, self._buffers.normed[:count])
+
+    def feed(self, lengths: Tensor, *, normed: bool) -> bool:
+        """x += MoE block or MLP of norm(x). normed, and what is returned: as for `attend`."""
         b, count = self._buffers, len(lengths)
-        x, normed = b.x[:count], b.normed[:count]
+        x, rows = b.x[:count], b.normed[:count]
         if self._moe is None:
             assert self._mlp is not None
-            self._norm(x, normed)
-            self._add_mlp(self._mlp, normed, x, None)
-            return
-        self._route(lengths)
+            self._norm(x, rows)
+            self._add_mlp(self._mlp, rows, x, None)
+            return False
+        self._route(lengths, is_normed=normed)
         if self._sums is not None:
             self._feed_shared(self._moe, lengths, self._sums)
-            return
-        self._add_experts(self._moe, lengths, x, accumulate=True)
-        if self._moe.shared is not None:
-            self._add_mlp(self._moe.shared, normed, x, self._moe.shared_gate)
+            return False
+        shared = self._moe.shared
+        done = self._add_experts(self._moe, lengths, x, then=self._following if shared is None else None)
+        if shared is not None:
+            self._add_mlp(shared, rows, x, self._moe.shared_gate)
+        return done
 
     def _feed_shared(self, moe: MoEBlock, lengths: Tensor, sums: SharedSums) -> None:
         """What this rank's experts, and its share of the one that every token takes, give; added with the others'."""
         b, count = self._buffers, len(lengths)
         part = sums.part(count)
-        self._add_experts(moe, lengths, part, accumulate=False)
+        self._add_experts(moe, lengths, part)
         if moe.shared is not None:
             self._linear(self._hidden(moe.shared, b.normed[:count], moe.shared_gate), moe.shared.down, b.normed[:count])
             part += b.normed[:count]
         sums.add_experts(b.x[:count])
 
-    def _route(self, lengths: Tensor) -> None:
+    def _route(self, lengths: Tensor, *, is_normed: bool) -> None:
         b, count = self._buffers, len(lengths)
         norm, router = self._mlp_norm, self._router_weight
         route(
             b.x[:count], norm.weight.data, norm.eps, router, b.normed[:count], b.router_logits[:count],
-            tile=self._tiles.route(count, router.dtype), pdl=self._pdl,
+            is_normed=is_normed, tile=self._tiles.route(count, router), pdl=self._pdl,
         )  # fmt: skip
 
-    def _add_experts(self, moe: MoEBlock, lengths: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        """What the experts here give for the routed rows, to out: added, or by itself."""
+    def _add_experts(self, moe: MoEBlock, lengths: Tensor, out: Tensor, then: RMSNorm | None = None) -> bool:
+        """What the experts here give for the routed rows, to out: added to x, or by itself to a rank's part.
+
+        then: the norm that x is for next. Returns whether the normed rows are there.
+        """
+        accumulate = self._sums is None
         if not len(moe.experts.gate_up):  # all are on other ranks, but choices are looked at here, too
             out.zero_()
             self._choose(moe, lengths)
         elif self._tiles.reads_alone(len(lengths)):
             self._add_alone(moe, lengths, out, accumulate=accumulate)
         else:
-            self._add_grouped(moe, lengths, out, accumulate=accumulate)
+            places = self._compute_grouped(moe, lengths)
+            results, normed = (
+                self._buffers.expert_out[: len(lengths)].flatten(0, 1),
+                self._buffers.normed[: len(lengths)],
+            )
+            if then is not None:
+                combine_norm(results, places, out, then.weight.data, then.eps, normed, pdl=self._pdl)
+                return True
+            combine(results, places, out, accumulate=accumulate, pdl=self._pdl)
+        return False
 
     def _add_alone(self, moe: MoEBlock, lengths: Tensor, out: Tensor, *, accumulate: bool) -> None:
         """Each (token, expert) pair by itself; experts are chosen within the first launch."""
@@ -212,8 +195,8 @@ class FusedLayer:
             accumulate=accumulate, tile=second, pdl=pdl,
         )  # fmt: skip
 
-    def _add_grouped(self, moe: MoEBlock, lengths: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        """Rows of one expert together."""
+    def _compute_grouped(self, moe: MoEBlock, lengths: Tensor) -> Tensor:
+        """Rows of one expert together, each (token, expert) pair by itself to `expert_out`; returns where they are."""
         b, count, pdl = self._buffers, len(lengths), self._pdl
         hidden, rows_out = b.hidden[:count].flatten(0, 1), b.expert_out[:count].flatten(0, 1)
         gate_up, down, weights = moe.experts.gate_up.data, moe.experts.down.data, b.topk_weights[:count]
@@ -232,7 +215,7 @@ class FusedLayer:
         normed, top_k = b.normed[:count], places.shape[1]
         expert_gate_up_grouped(normed, grouped, counts, gate_up, hidden, top_k=top_k, tile=first, pdl=pdl)
         expert_down_grouped(hidden, grouped, counts, weights, down, rows_out, tile=second, pdl=pdl)
-        combine(rows_out, places, out, accumulate=accumulate, pdl=pdl)
+        return places
 
     def _choose(self, moe: MoEBlock, lengths: Tensor) -> Tensor:
         """Each row's experts; returns where they are, int32 [T, K], -1 if elsewhere."""
@@ -259,10 +242,10 @@ class FusedLayer:
             hidden *= torch.sigmoid(torch.nn.functional.linear(normed, weight_of(gate)))
         return hidden
 
-    def _add(self, rows: Tensor, linear: Linear, x: Tensor) -> None:
+    def _add(self, rows: Tensor, linear: Linear, x: Tensor, after: norm_linear.NormAfter | None = None) -> None:
         """x += linear(rows), of which each rank holds some columns."""
         if self._sums is None:
-            self._linear(rows, linear, x, residual=True)
+            self._linear(rows, linear, x, residual=True, after=after)
         else:
             self._linear(rows, linear, self._sums.part(len(x)))
             self._sums.add_product(x)
@@ -270,15 +253,25 @@ class FusedLayer:
     def _norm(self, x: Tensor, out: Tensor) -> None:
         rms_norm(x, self._mlp_norm.weight.data, self._mlp_norm.eps, out, pdl=self._pdl)
 
+    def _tile(self, rows: int, linear: Linear, *, norm: bool) -> norm_linear.Tile:
+        return self._tiles.linear(rows, *weight_of(linear).shape, norm=norm)
+
     def _linear(
-        self, x: Tensor, linear: Linear, out: Tensor, *, norm: RMSNorm | None = None, residual: bool = False
+        self,
+        x: Tensor,
+        linear: Linear,
+        out: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        is_normed: bool = False,
+        residual: bool = False,
+        after: norm_linear.NormAfter | None = None,
     ) -> None:
         norm_weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-        weight = weight_of(linear)
-        tile = self._tiles.linear(len(x), *weight.shape, norm=norm is not None)
         norm_linear.norm_linear(
-            x, weight, out, norm_weight=norm_weight, eps=eps, bias=linear.added, residual=residual,
-            scratch=self._buffers.scratch, tile=tile, pdl=self._pdl,
+            x, weight_of(linear), out, norm_weight=norm_weight, eps=eps, bias=linear.added, residual=residual,
+            after=after, scratch=self._buffers.scratch, pdl=self._pdl,
+            tile=self._tile(len(x), linear, norm=is_normed or norm is not None),
         )  # fmt: skip
 
 
@@ -312,8 +305,11 @@ class FusedDecoder:
         self.spread = sums is not None
         cos, sin = rotary_tables(config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
+        layers = model.decoder_layers
+        following = [*(layer.input_norm for layer in layers[1:]), model.norm]
         self._layers = [
-            FusedLayer(layer, config, b, tiles, sums, mesh, pdl=self._pdl) for layer in model.decoder_layers
+            FusedLayer(layer, config, b, tiles, norm, sums, mesh, pdl=self._pdl)
+            for layer, norm in zip(layers, following, strict=True)
         ]
 
     @property
@@ -338,10 +334,11 @@ class FusedDecoder:
         seen = Seen(probe, x)
         seen.record("embedding", -1, x)
         paged = DecodeRows(rows.lengths, rows.tables, rows.table_stride, cache.block_size)
+        normed = False
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            layer.attend(paged, self._cos, self._sin, layer_cache, long=long)
+            normed = layer.attend(paged, self._cos, self._sin, layer_cache, normed=normed, long=long)
             seen.added("attention", layer.index)
-            layer.feed(rows.lengths)
+            normed = layer.feed(rows.lengths, normed=normed)
             if layer.stage == "moe":
                 seen.record("topk_ids", layer.index, layer.choices[:count])
                 seen.record("topk_weights", layer.index, b.topk_weights[:count])
@@ -349,8 +346,9 @@ class FusedDecoder:
             seen.record("layer", layer.index, x)
         if counter is not None:
             count_choices(b.topk_ids[:, :count], counter.counts, counter.active, pdl=self._pdl)
+        last, norm_weight = (b.normed[:count], None) if normed else (x, self._norm.weight.data)
         norm_linear.norm_linear(
-            x, self._head, self._vocabulary.part[:count, : len(self._head)], norm_weight=self._norm.weight.data,
+            last, self._head, self._vocabulary.part[:count, : len(self._head)], norm_weight=norm_weight,
             eps=self._norm.eps, scratch=b.scratch, pdl=self._pdl,
             tile=self._tiles.linear(count, *self._head.shape, norm=True),
         )  # fmt: skip

@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexmoe.config.model import ModelConfig, MoEConfig
 from flexmoe.kernels.triton import decode_attention, expert_down, expert_gate_up, norm_linear
 from flexmoe.kernels.triton.route import RouteTile
+from flexmoe.kernels.triton.route import default_tile as default_route
 from flexmoe.kernels.triton.tiles import (
     TileTable,
     Work,
@@ -55,10 +57,11 @@ class StepTiles:
             return decode_attention.for_long(self.attention(rows, long=False))
         return decode_attention.default_tile(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=dtype)
 
-    def route(self, rows: int, dtype: torch.dtype) -> RouteTile | None:
-        """Of the router, whose weight is of `dtype`; None: the operation's own."""
-        found: RouteTile | None = self._find(route_work(dtype, self._config.hidden_size, self._moe), rows)
-        return found
+    def route(self, rows: int, weight: Tensor) -> RouteTile:
+        """Of the router with that weight [E, H]."""
+        experts, hidden = weight.shape
+        found: RouteTile | None = self._find(route_work(weight.dtype, hidden, self._moe), rows)
+        return found or default_route(rows, hidden, experts, weight.itemsize)
 
     def few_experts(self, rows: int, *, in_order: bool = True) -> GemvTiles:
         """Of both halves of the experts, read for each row alone; the second one says when it may start.
