@@ -25,12 +25,12 @@ from tests.kernels.support import DEVICE
 ATTENTION = ["norm_linear", "decode_attention", "norm_linear"]
 ALONE = [*ATTENTION, "route", "expert_gate_up_gemv", "expert_down_gemv"]
 GROUPED = [
-    *ATTENTION, "route", "topk", "group_by_expert", "expert_gate_up_grouped", "expert_down_grouped", "combine",
+    *ATTENTION, "route", "topk", "group_by_expert", "expert_gate_up_grouped", "expert_down_grouped", "combine_norm",
 ]  # fmt: skip
 HEAD = ["norm_linear", "greedy"]
 OF_FUSED = (
-    "combine", "count_choices", "decode_attention", "expert_down_gemv", "expert_down_grouped", "expert_gate_up_gemv",
-    "expert_gate_up_grouped", "group_by_expert", "rms_norm", "route", "topk", "topk_by_expert",
+    "combine", "combine_norm", "count_choices", "decode_attention", "expert_down_gemv", "expert_down_grouped",
+    "expert_gate_up_gemv", "expert_gate_up_grouped", "group_by_expert", "rms_norm", "route", "topk", "topk_by_expert",
 )  # fmt: skip
 VIEWS = {
     "_unsafe_view", "alias", "as_strided", "detach", "expand", "select", "slice", "split", "t", "transpose",
