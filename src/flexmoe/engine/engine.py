@@ -206,7 +206,7 @@ class Engine:
         } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
 
     def count_experts(self, on: bool) -> None:
-        """Count from the next launch on which experts tokens choose, or no more. While it counts, a GPU has no graphs.
+        """Count from the next launch on which experts tokens choose, or no more.
 
         Raises ConfigError for a model without experts, EngineError if a trace or another recording is at work.
         """
