@@ -107,6 +107,20 @@ def test_a_death_of_one_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing.is_left()
 
 
+@pytest.mark.parametrize(
+    ("rank", "how", "what"), [(1, "kill", "died with"), (0, "sleep", "hangs"), (1, "sleep", "hangs")]
+)
+def test_a_stage_that_ends(monkeypatch: pytest.MonkeyPatch, rank: int, how: str, what: str) -> None:
+    """The stages before and behind it wait for it, and have begun more or fewer collectives than it."""
+    nothing = Nothing()
+    one = {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "worker_timeout": 2.0}
+    llm = make(monkeypatch, f"decode {rank} {how}", **one)
+    with soon(), pytest.raises(RankError, match=rf"rank {rank} of 2 \(pp {rank}\) {what}"):
+        llm.generate(PROMPTS, PARAMS)
+    llm.close()
+    assert nothing.is_left()
+
+
 def test_an_error_in_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = Nothing()
     llm = make(monkeypatch, "decode 1 raise")

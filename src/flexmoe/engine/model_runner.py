@@ -62,7 +62,7 @@ class ModelRunner:
         # Remembered, since a thread that is new to torch starts with what any thread set last: the 1 of `_decode`, too.
         self._threads = torch.get_num_threads()
         self._process = os.getpid()
-        self._windows = sorted({layer.window for layer in model.config.layers}, key=lambda w: w or 0)
+        self._windows = sorted({layer.attention.window for layer in model.decoder_layers}, key=lambda w: w or 0)
 
     def count_experts(self, on: bool) -> None:
         """Count from now on which experts tokens choose, or no more. Raises EngineError if a probe is at work."""

@@ -1,7 +1,7 @@
 """An engine whose model is spread over ranks. Enters: options. Leaves: what Engine needs to run it like one in-process.
 
 The driver (this process) keeps scheduler, sampling states and detokenizers. It sends each step as plain data to all
-ranks; the first rank samples and answers. Why the driver is no rank itself stands in parallel/supervisor.py.
+ranks; those that have the logits sample and answer. Why the driver is no rank itself stands in parallel/supervisor.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.layout import RankLayout
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.routing import LayerLoad
 from flexmoe.config.shard import check
 from flexmoe.engine.device import choose_device, choose_dtype, physical_cores
@@ -67,28 +68,31 @@ class _RemoteFlight:
 
     ranks: Supervisor
     number: int
+    sampler: int
 
     def wait(self) -> SampleOutput:
-        found: SampleOutput = self.ranks.wait(self.number)[0]
+        found: SampleOutput = self.ranks.wait(self.number)[self.sampler]
         return found
 
 
 class RankedRunner:
     """A ModelRunner's interface on top of the ranks."""
 
-    def __init__(self, ranks: Supervisor, device: torch.device, *, keep: bool) -> None:
+    def __init__(self, ranks: Supervisor, plan: ParallelPlan, device: torch.device, *, keep: bool) -> None:
         """keep: leave the processes to whoever made them; close() only unloads the model."""
         self.ranks, self.device, self._keep = ranks, device, keep
+        (self._sampler,) = RankLayout(plan).samplers
         self._end = weakref.finalize(self, _nothing if keep else ranks.kill)  # also when the interpreter ends
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
-        """Not yet: the first rank would have to feed the tokens of one step into the next."""
+        """Not yet: the rank that samples would have to feed the tokens of one step into the next."""
         return False
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Send a step to all ranks. Raises RankError if one has failed."""
         assert after is None, "can_run_ahead was false"
-        return _RemoteFlight(self.ranks, self.ranks.post("step", pack(step, states), "computing a step", owed=[0]))
+        number = self.ranks.post("step", pack(step, states), "computing a step", owed=[self._sampler])
+        return _RemoteFlight(self.ranks, number, self._sampler)
 
     def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
         """Send a step and wait for its tokens."""
@@ -154,7 +158,7 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     return StartedRanks(
         source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, "torch (several ranks)",
         first.max_model_len,
-    ), RankedRunner(ranks, device, keep=keep)  # fmt: skip
+    ), RankedRunner(ranks, plan, device, keep=keep)  # fmt: skip
 
 
 def launch_ranks(options: EngineConfig) -> Supervisor:

@@ -1,7 +1,7 @@
 """One rank of an engine. Enters: commands of the driver, see engine/ranks.py. Leaves: reports, and tokens.
 
     start   join the others, load this rank's share of the model; answers a RankReport
-    step    compute one step; the first rank answers a SampleOutput, the others nothing
+    step    compute one step; the ranks that sample answer a SampleOutput, the others nothing
     traffic answers the bytes sent since the last call, by label
     count   count the choices of experts from now on, or no more; answers None
     loads   answers what was counted, if no other rank has counted the same rows
@@ -88,14 +88,19 @@ class Worker:
     def step(self, wire: WireStep) -> Any:
         """Compute one step; all ranks do so at once."""
         assert self.runner is not None
-        sampled = self.runner.run(*unpack(wire))
-        return sampled if self.setup.rank == 0 else SILENT
+        assert self.mesh is not None
+        with self.mesh.pipeline.step():
+            sampled = self.runner.run(*unpack(wire))
+        return sampled if self.setup.rank in self.mesh.layout.samplers else SILENT
 
     def loads(self, model: str) -> list[LayerLoad]:
-        """The counts of this rank's rows, which its whole tensor group has: its first rank tells them."""
+        """The counts of this rank's rows and layers, which its whole tensor group has: its first rank tells them."""
         assert self.runner is not None
         assert self.mesh is not None
-        return self.runner.expert_loads(model) if self.mesh.place.tp == 0 else []
+        if self.mesh.place.tp > 0:
+            return []
+        layers = self.mesh.shard(self.runner.model.config).layers
+        return [load for load in self.runner.expert_loads(model) if load.layer in layers]
 
     def stop(self) -> None:
         """Let go of the model."""

@@ -22,9 +22,15 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+_MILESTONE = 2**32  # more collectives than any rank begins between two milestones
+
+
 @dataclass(slots=True)
 class Traffic:
-    """What one rank has sent, in bytes by label, and how many collectives it has begun (in beats[0])."""
+    """What one rank has sent, in bytes by label, and how far it has come: beats[0] counts the collectives begun.
+
+    Ranks that begin different numbers of them meet at milestones, which count for more than any collectives.
+    """
 
     sent: dict[str, float] = field(default_factory=dict)
     beats: MutableSequence[int] = field(default_factory=lambda: [0])
@@ -32,6 +38,15 @@ class Traffic:
     def count(self, label: str, num_bytes: float) -> None:
         self.sent[label] = self.sent.get(label, 0) + num_bytes
         self.beats[0] += 1
+
+    @property
+    def milestone(self) -> int:
+        """The last one reached."""
+        return self.beats[0] // _MILESTONE
+
+    def reach(self, milestone: int) -> None:
+        """Say that the rank has come so far; going back is not said."""
+        self.beats[0] = max(self.beats[0], milestone * _MILESTONE)
 
     def take(self) -> dict[str, float]:
         """What was sent since the last call."""
