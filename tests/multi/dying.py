@@ -56,8 +56,8 @@ class DyingWorker(Worker):
             self._load = workers.start
             workers.start = lambda *_: meet(self._how)  # type: ignore[assignment, return-value]
 
-    def step(self, wire: WireStep) -> Any:
-        decodes = wire.num_decodes == len(wire.samples)
+    def step(self, wires: list[WireStep]) -> Any:
+        decodes = all(wire.num_decodes == len(wire.samples) for wire in wires)
         if self._phase == ("decode" if decodes else "prefill"):
             assert self.runner is not None
             assert self.mesh is not None
@@ -66,7 +66,7 @@ class DyingWorker(Worker):
                 if hasattr(part, "traffic"):
                     part.traffic = Doomed(beats=self._beats)
                     part.traffic.left, part.traffic.how = 0, self._how
-        return super().step(wire)
+        return super().step(wires)
 
     def close(self) -> None:
         if self._phase == "close":

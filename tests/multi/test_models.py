@@ -57,7 +57,7 @@ class Recording:
         self.logits: list[Tensor] = []
 
     def record(self, stage: str, layer: int, tensor: Tensor) -> None:
-        if stage == "topk_ids":
+        if stage == "topk_ids" and len(tensor):
             self.topk_ids.append((layer, tensor.clone()))
         elif stage == "logits" and len(tensor):
             self.logits.append(tensor.clone())
@@ -77,9 +77,13 @@ def seen(worker: PoolWorker) -> Recording:
 Computed = tuple[list[tuple[int, ...]], list[int], Recording]
 
 
-def generate(llm: LLM) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Tokens of all prompts, of which the fourth comes when the first has filled blocks that it can share."""
-    outputs = [*llm.generate(PROMPTS[:3], PARAMS), *llm.generate(PROMPTS[3:], PARAMS)]
+Rounds = tuple[tuple[int, ...], ...]
+ROUNDS: Rounds = ((0, 1, 2), (3, 4))
+
+
+def generate(llm: LLM, rounds: Rounds = ROUNDS) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Tokens of prompts, of which the fourth comes when the first has filled blocks that it can share."""
+    outputs = [output for numbers in rounds for output in llm.generate([PROMPTS[n] for n in numbers], PARAMS)]
     return [o.token_ids for o in outputs], [o.metrics.num_cached_tokens for o in outputs]  # type: ignore[union-attr]
 
 

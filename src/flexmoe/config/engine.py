@@ -151,9 +151,6 @@ class EngineConfig:
             raise ConfigError(f"seed={self.seed!r} is not an integer.")
 
     def _check_parallel(self) -> None:
-        degree = self.parallel.data_parallel_size
-        if degree != 1:
-            raise ConfigError(f"data_parallel_size={degree}: this version does not divide a model like that; use 1.")
         timeout: object = self.launch.worker_timeout
         if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
             raise ConfigError(f"worker_timeout={timeout!r} is not a positive number of seconds.")

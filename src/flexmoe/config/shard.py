@@ -104,10 +104,11 @@ class Shard:
 
     @property
     def shared_width(self) -> range:
-        """Columns of the shared expert: a slice, or all where each rank computes it for tokens of its own."""
+        """Columns of the shared expert: a slice like a dense layer's, or all where each rank has tokens of its own."""
         assert self.config.moe is not None
         width = self.config.moe.shared_width
-        return range(width) if self.plan.uses_all_to_all else even_share(width, self.plan.stage_size, self.place.stage)
+        tp = self.plan.tensor_parallel_size
+        return range(width) if self.plan.uses_all_to_all else even_share(width, tp, self.place.tp)
 
     def slots(self, layer: int) -> tuple[int, ...]:
         """The logical expert in each physical slot of a MoE layer."""
@@ -146,7 +147,7 @@ def check(plan: ParallelPlan, config: ModelConfig) -> None:
     _check_experts(plan, config, config.moe.num_experts)
     _divides("the width of an expert", config.moe.expert_width, plan.expert_tensor_size, "ranks that slice each expert")
     if not plan.uses_all_to_all:
-        _divides("the width of the shared expert", config.moe.shared_width, plan.stage_size, "ranks of a stage")
+        _divides("the width of the shared expert", config.moe.shared_width, plan.tensor_parallel_size, "tensor ranks")
 
 
 def _check_tensor(plan: ParallelPlan, config: ModelConfig) -> None:

@@ -104,10 +104,10 @@ class ModelRunner:
         with computing_on(self.device):
             return Landed(self.run(step, states))
 
-    def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.
 
-        states: one for each chunk that samples, in order.
+        states: one for each chunk that samples, in order. most_rows: of any data rank in this step.
 
         Decodes and prompts are two passes: otherwise a request's rounding, in bf16 its tokens too, would depend on
         whether another one's prompt is computed in the same step. Measured on a CPU, the two passes take as long as
@@ -117,7 +117,7 @@ class ModelRunner:
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
         if path is None or not 0 < decodes <= path.max_rows:
-            return self._run(step, states)
+            return self._run(step, states, most_rows)
         sampled = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
         if decodes == len(step.chunks):
             return sampled
@@ -150,9 +150,9 @@ class ModelRunner:
             _use_torch_threads(self._threads)
 
     @torch.inference_mode()
-    def _run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         _use_torch_threads(self._threads)
-        batch = build_batch(step, self.cache.block_size, self._windows, self.device, self.probe)
+        batch = build_batch(step, self.cache.block_size, self._windows, self.device, self.probe, most_rows)
         hidden = self.model(batch, self.cache)
         if not states:
             return SampleOutput([], [])

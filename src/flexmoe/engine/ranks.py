@@ -24,7 +24,7 @@ from flexmoe.engine.model_runner import Flight
 from flexmoe.engine.sampler import SampleOutput, SamplingState
 from flexmoe.engine.startup import load_tokenizer
 from flexmoe.engine.tokenizer import Tokenizer
-from flexmoe.engine.wire import pack
+from flexmoe.engine.wire import pack_parts
 from flexmoe.engine.worker import RankReport, Worker
 from flexmoe.errors import ConfigError
 from flexmoe.models.hub import ModelSource, open_model
@@ -68,11 +68,15 @@ class _RemoteFlight:
 
     ranks: Supervisor
     number: int
-    sampler: int
+    samplers: Sequence[int]
 
     def wait(self) -> SampleOutput:
-        found: SampleOutput = self.ranks.wait(self.number)[self.sampler]
-        return found
+        """The tokens of all data ranks, one after the other."""
+        answers = self.ranks.wait(self.number)
+        found: list[SampleOutput] = [answers[rank] for rank in self.samplers]
+        return SampleOutput(
+            [token for part in found for token in part.token_ids], [line for part in found for line in part.logprobs]
+        )
 
 
 class RankedRunner:
@@ -81,7 +85,7 @@ class RankedRunner:
     def __init__(self, ranks: Supervisor, plan: ParallelPlan, device: torch.device, *, keep: bool) -> None:
         """keep: leave the processes to whoever made them; close() only unloads the model."""
         self.ranks, self.device, self._keep = ranks, device, keep
-        (self._sampler,) = RankLayout(plan).samplers
+        self._samplers = RankLayout(plan).samplers
         self._end = weakref.finalize(self, _nothing if keep else ranks.kill)  # also when the interpreter ends
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
@@ -91,8 +95,8 @@ class RankedRunner:
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Send a step to all ranks. Raises RankError if one has failed."""
         assert after is None, "can_run_ahead was false"
-        number = self.ranks.post("step", pack(step, states), "computing a step", owed=[self._sampler])
-        return _RemoteFlight(self.ranks, number, self._sampler)
+        number = self.ranks.post("step", pack_parts(step, states), "computing a step", owed=self._samplers)
+        return _RemoteFlight(self.ranks, number, self._samplers)
 
     def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
         """Send a step and wait for its tokens."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.scheduling.data_ranks import JointStep
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.scheduler import ScheduledChunk, Step
 
@@ -39,6 +40,10 @@ class WireStep:
     tokens: Ints
     blocks: Ints
     states: list[SamplingState | None]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.tokens)
 
 
 class _Tail:
@@ -69,6 +74,15 @@ class _WireRequest(Request):
     def __init__(self, start: int, tokens: list[int], blocks: list[int], contiguous: bool) -> None:
         self.token_ids = _Tail(start, tokens)  # type: ignore[assignment]
         self.blocks, self.contiguous = blocks, contiguous
+
+
+def pack_parts(step: Step, states: Sequence[SamplingState]) -> list[WireStep]:
+    """What each data rank computes of a step: its own part, or the step where there is one."""
+    packed, start = [], 0
+    for part in step.parts if isinstance(step, JointStep) else [step]:
+        packed.append(pack(part, states[start : start + part.num_samples]))
+        start += part.num_samples
+    return packed
 
 
 def pack(step: Step, states: Sequence[SamplingState]) -> WireStep:

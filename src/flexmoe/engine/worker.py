@@ -85,12 +85,13 @@ class Worker:
         self.mesh.traffic.beats = self._beats
         return self.mesh
 
-    def step(self, wire: WireStep) -> Any:
-        """Compute one step; all ranks do so at once."""
+    def step(self, wires: list[WireStep]) -> Any:
+        """Compute one step, of which each data rank has a part; all ranks do so at once, also those with no rows."""
         assert self.runner is not None
         assert self.mesh is not None
         with self.mesh.pipeline.step():
-            sampled = self.runner.run(*unpack(wire))
+            most_rows = max(wire.num_rows for wire in wires)
+            sampled = self.runner.run(*unpack(wires[self.mesh.place.dp]), most_rows)
         return sampled if self.setup.rank in self.mesh.layout.samplers else SILENT
 
     def loads(self, model: str) -> list[LayerLoad]:

@@ -68,9 +68,18 @@ class Group:
         self.handle = handle
         self.traffic = traffic or Traffic()
 
+    def _skips(self, x: Tensor, label: str) -> bool:
+        """Whether there is nothing to exchange: with one rank, or where x is empty, and so it is on all ranks.
+
+        The latter counts as begun: data ranks that have rows begin it.
+        """
+        if self.size > 1 and not x.numel():
+            self.traffic.count(label, 0)
+        return self.size == 1 or not x.numel()
+
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
         """The sum over the ranks, the same bits on all of them; in place if x is contiguous."""
-        if self.size == 1:
+        if self._skips(x, label):
             return x
         self.traffic.count(label, 2 * (self.size - 1) * _bytes(x) / self.size)
         x = x.contiguous()
@@ -80,7 +89,7 @@ class Group:
 
     def all_gather(self, x: Tensor, label: str) -> Tensor:
         """x [n, ...] of every rank, one after the other: [P n, ...]."""
-        if self.size == 1:
+        if self._skips(x, label):
             return x
         self.traffic.count(label, (self.size - 1) * _bytes(x))
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
@@ -91,7 +100,7 @@ class Group:
 
     def reduce_scatter(self, x: Tensor, label: str) -> Tensor:
         """Of the sum of x [P n, ...] over the ranks this one's part [n, ...]."""
-        if self.size == 1:
+        if self._skips(x, label):
             return x
         self.traffic.count(label, (self.size - 1) * _bytes(x) / self.size)
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
@@ -150,13 +159,13 @@ class Group:
     def send(self, x: Tensor, to: int, label: str) -> None:
         """Give x to a rank that calls `receive` for it."""
         self.traffic.count(label, _bytes(x))
-        if self.handle is not None:
+        if self.handle is not None and x.numel():
             dist.send(x.contiguous(), group=self.handle, group_dst=to)
 
     def receive(self, x: Tensor, source: int, label: str) -> Tensor:
         """Fill x with what `source` sends."""
         self.traffic.count(label, 0)
-        if self.handle is not None:
+        if self.handle is not None and x.numel():
             dist.recv(x, group=self.handle, group_src=source)
         return x
 
