@@ -62,7 +62,7 @@ class DyingWorker(Worker):
             assert self.runner is not None
             assert self.mesh is not None
             parts = [value for module in self.runner.model.modules() for value in vars(module).values()]
-            for part in (*parts, self.mesh.pp):
+            for part in (*parts, self.mesh.pp, self.mesh.dp):
                 if hasattr(part, "traffic"):
                     part.traffic = Doomed(beats=self._beats)
                     part.traffic.left, part.traffic.how = 0, self._how
