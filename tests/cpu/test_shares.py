@@ -28,7 +28,7 @@ from tests.cpu.tiny_models import tiny
 CPU = torch.device("cpu")
 CASES = ["mixtral-tied", "olmoe-odd", "qwen2_moe", "qwen3_moe-odd", "llama-mha-bias"]
 DENSE_PLANS = [ParallelPlan(2), ParallelPlan(4), ParallelPlan(2, pipeline_parallel_size=2)]
-PLANS = [*DENSE_PLANS, ParallelPlan(2, 2), ParallelPlan(4, 2), ParallelPlan(4, 4)]
+PLANS = [*DENSE_PLANS, ParallelPlan(2, 2), ParallelPlan(4, 2), ParallelPlan(4, 4), ParallelPlan(2, 2, 1, 2)]
 
 
 @pytest.mark.parametrize("layout", ["saved", "fused"])

@@ -116,7 +116,9 @@ _MODEL_OPTIONS = (
     click.option(
         "--pipeline-parallel-size", type=_positive, help="Stages of layers, each in processes of its own.  [default: 1]"
     ),
-    click.option("--data-parallel-size", type=_positive, help="Replicas of attention.  [default: 1]"),
+    click.option(
+        "--data-parallel-size", type=_positive, help="Groups of processes with requests of their own.  [default: 1]"
+    ),
     click.option(
         "--moe-dispatch",
         type=click.Choice(MOE_DISPATCH),
