@@ -106,7 +106,9 @@ def test_random_lives() -> None:
             preempted += advance(ranks)
         assert all(r.status is RequestStatus.FINISHED for r in made)
         assert all(r.output_token_ids == answer_alone(r) for r in made if r.finish_reason != "abort")
-        cached += sum(r.num_cached_tokens for r in made)
+        assert ranks.blocks.num_free == ranks.blocks.num_blocks == 8 * len(ranks.schedulers)
+        assert ranks.blocks.stats.hit_tokens == sum(r.num_cached_tokens for r in made)
+        cached += ranks.blocks.stats.hit_tokens
     assert preempted > 0
     assert cached > 0
 

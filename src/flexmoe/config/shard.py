@@ -68,7 +68,7 @@ class Shard:
 
     @property
     def vocab(self) -> range:
-        """Words of the stage's rank: rows of embedding and language-model head, where the stage has them."""
+        """Words of the tensor rank: rows of embedding and language-model head, where the stage has them."""
         return block_share(self.config.vocab_size, self.plan.tensor_parallel_size, self.place.tp)
 
     @property

@@ -107,16 +107,16 @@ class ModelRunner:
     def run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.
 
-        states: one for each chunk that samples, in order. most_rows: of any data rank in this step.
+        states: one for each chunk that samples, in order. most_rows: of any data rank in this step; None: there is one.
 
         Decodes and prompts are two passes: otherwise a request's rounding, in bf16 its tokens too, would depend on
         whether another one's prompt is computed in the same step. Measured on a CPU, the two passes take as long as
-        one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of torch's products; in fp32 that
-        has not been seen to change a token.
+        one. Data ranks, which would have to agree on the passes, take one. Beyond `max_rows` decodes, and for prompts,
+        rounding depends on the shape of torch's products; in fp32 that has not been seen to change a token.
         """
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
-        if path is None or not 0 < decodes <= path.max_rows:
+        if path is None or most_rows is not None or not 0 < decodes <= path.max_rows:
             return self._run(step, states, most_rows)
         sampled = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
         if decodes == len(step.chunks):

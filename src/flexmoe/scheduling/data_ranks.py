@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmoe.config.engine import SchedulerConfig
-from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.block_manager import BlockManager, PrefixStats
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
@@ -30,6 +30,15 @@ class JointStep(Step):
         chunks = [chunk for part in parts for chunk in part.chunks]
         preempted = [request for part in parts for request in part.preempted]
         return cls(chunks, sum(part.num_decodes for part in parts), preempted, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTotals:
+    """Blocks of all data ranks together, and what was looked up in their prefix caches."""
+
+    num_blocks: int
+    num_free: int
+    stats: PrefixStats
 
 
 class DataRanks:
@@ -52,6 +61,15 @@ class DataRanks:
     @property
     def num_running(self) -> int:
         return sum(scheduler.num_running for scheduler in self.schedulers)
+
+    @property
+    def blocks(self) -> BlockTotals:
+        """Figures of now, for people: requests live within the blocks of their own data rank."""
+        managers = [scheduler.blocks for scheduler in self.schedulers]
+        queried = sum(own.stats.queried_tokens for own in managers)
+        hits = sum(own.stats.hit_tokens for own in managers)
+        free = sum(own.num_free for own in managers)
+        return BlockTotals(sum(own.num_blocks for own in managers), free, PrefixStats(queried, hits))
 
     @property
     def num_tokens(self) -> int:
