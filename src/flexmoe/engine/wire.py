@@ -41,10 +41,6 @@ class WireStep:
     blocks: Ints
     states: list[SamplingState | None]
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.tokens)
-
 
 class _Tail:
     """The tokens from number `start` on, under the numbers they have in the whole sequence."""
@@ -74,15 +70,6 @@ class _WireRequest(Request):
     def __init__(self, start: int, tokens: list[int], blocks: list[int], contiguous: bool) -> None:
         self.token_ids = _Tail(start, tokens)  # type: ignore[assignment]
         self.blocks, self.contiguous = blocks, contiguous
-
-
-def pack_parts(step: Step, states: Sequence[SamplingState]) -> list[WireStep]:
-    """What each data rank computes of a step: its own part, or the step where there is one."""
-    packed, start = [], 0
-    for part in step.parts if isinstance(step, JointStep) else [step]:
-        packed.append(pack(part, states[start : start + part.num_samples]))
-        start += part.num_samples
-    return packed
 
 
 def pack(step: Step, states: Sequence[SamplingState]) -> WireStep:
@@ -119,3 +106,12 @@ def unpack(wire: WireStep) -> tuple[Step, list[SamplingState]]:
         chunks.append(ScheduledChunk(request, start, num_tokens, samples))
         token, block = token + num_tokens, block + num_blocks
     return Step(chunks, wire.num_decodes, []), [state or _ARGMAX for state in wire.states]
+
+
+def pack_parts(step: Step, states: Sequence[SamplingState]) -> list[WireStep]:
+    """What each data rank computes of a step: its own part, or the step where there is one."""
+    packed, start = [], 0
+    for part in step.parts if isinstance(step, JointStep) else [step]:
+        packed.append(pack(part, states[start : start + part.num_samples]))
+        start += part.num_samples
+    return packed

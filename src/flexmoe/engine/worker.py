@@ -90,7 +90,7 @@ class Worker:
         assert self.runner is not None
         assert self.mesh is not None
         with self.mesh.pipeline.step():
-            most_rows = max(wire.num_rows for wire in wires) if len(wires) > 1 else None
+            most_rows = max(len(wire.tokens) for wire in wires) if len(wires) > 1 else None
             sampled = self.runner.run(*unpack(wires[self.mesh.place.dp]), most_rows)
         return sampled if self.setup.rank in self.mesh.layout.samplers else SILENT
 

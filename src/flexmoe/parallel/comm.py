@@ -39,6 +39,11 @@ class Traffic:
         self.sent[label] = self.sent.get(label, 0) + num_bytes
         self.beats[0] += 1
 
+    def take(self) -> dict[str, float]:
+        """What was sent since the last call."""
+        sent, self.sent = self.sent, {}
+        return sent
+
     @property
     def milestone(self) -> int:
         """The last one reached."""
@@ -47,11 +52,6 @@ class Traffic:
     def reach(self, milestone: int) -> None:
         """Say that the rank has come so far; going back is not said."""
         self.beats[0] = max(self.beats[0], milestone * _MILESTONE)
-
-    def take(self) -> dict[str, float]:
-        """What was sent since the last call."""
-        sent, self.sent = self.sent, {}
-        return sent
 
 
 class Group:
