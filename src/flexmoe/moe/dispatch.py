@@ -139,7 +139,7 @@ class GatherDispatcher:
         num_rows = x.shape[0]
         padding = (0, 0, 0, most_rows - num_rows)
         ids, weights = F.pad(topk_ids.int(), padding, value=-1), F.pad(topk_weights, padding)
-        x = self._data.all_gather(F.pad(x, padding), "dispatch")  # [D m, H], m the most rows
+        x = self._data.all_gather(F.pad(x, padding), "dispatch")  # [D m, H], D data ranks, m the most rows
         routing = self._data.all_gather(torch.cat((ids, weights.view(torch.int32)), 1), "routing")  # [D m, 2 K]
         ids, weights = (part.contiguous() for part in routing.chunk(2, 1))
         slots = self._table.on_rank(ids.long().clamp(min=0), self._rank).masked_fill(ids < 0, -1)
