@@ -31,7 +31,7 @@ def report(files: tuple[Path, ...], out: Path) -> None:
     """Make a poster and a report from recorded measurements.
 
     Leaves poster.pdf (A0), report.pdf (A4), every figure as SVG and PNG, and sources.json, which tells of each number
-    the file and line that it comes from. Nothing is measured, and no GPU is needed. What the rows do not hold is left out.
+    the file and line that it comes from. Nothing is measured, and no GPU is needed. What rows do not hold is left out.
 
     \b
     Examples:

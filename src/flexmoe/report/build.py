@@ -80,11 +80,18 @@ def draw_all(shown: Sequence[Figure], folder: Path, fonts: Path) -> list[Path]:
     with mpl.rc_context(settings()):
         for figure in shown:
             canvas = draw(figure)
-            for kind, extra in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": _DPI})):
+            described = {"Date": None, "Description": description(figure)}
+            for kind, extra in (("svg", {"metadata": described}), ("png", {"dpi": _DPI})):
                 written.append(folder / f"{figure.name}.{kind}")
                 canvas.savefig(written[-1], **extra)
             plt.close(canvas)
     return written
+
+
+def description(figure: Figure) -> str:
+    """The numbers of a figure, in order, as its SVG bears them: whoever finds one alone can tell what it shows."""
+    numbers = [point.value.number for panel in figure.panels for one in panel.series for point in one.points]
+    return f"{figure.name}: " + " ".join(f"{number:g}" for number in numbers)
 
 
 def page_data(
@@ -115,13 +122,7 @@ def page_data(
 def traced(shown: Sequence[Figure], found: Sequence[Table], big: Sequence[Headline]) -> Iterator[dict[str, Any]]:
     """Every number with its cells."""
     for figure in shown:
-        for panel in figure.panels:
-            for series in panel.series:
-                for point in series.points:
-                    where = f"figure {figure.name} / {panel.title} / {series.label} / {point.x}"
-                    yield _traced(where, point.value)
-                    if point.note is not None:
-                        yield _traced(f"{where} / % of floor", point.note)
+        yield from _of_figure(figure)
     for table in found:
         for number, row in enumerate(table.rows, 1):
             for name, cell in zip(table.header, row, strict=True):
@@ -130,6 +131,16 @@ def traced(shown: Sequence[Figure], found: Sequence[Table], big: Sequence[Headli
     for one in big:
         for value in one.values:
             yield _traced(f"headline {one.big}", value)
+
+
+def _of_figure(figure: Figure) -> Iterator[dict[str, Any]]:
+    for panel in figure.panels:
+        for series in panel.series:
+            for point in series.points:
+                where = f"figure {figure.name} / {panel.title} / {series.label} / {point.x}"
+                yield _traced(where, point.value)
+                if point.note is not None:
+                    yield _traced(f"{where} / % of floor", point.note)
 
 
 def _traced(where: str, value: Value) -> dict[str, Any]:
@@ -147,7 +158,5 @@ def _set(page: str, data: dict[str, Any], out: Path, fonts: Path) -> Path:
             shutil.copy(template, folder)
         shutil.copytree(out / "figures", folder / "figures")
         (folder / "data.json").write_text(json.dumps(data), encoding="utf-8")
-        typst.compile(
-            folder / f"{page}.typ", output=pdf, root=folder, font_paths=[fonts], ignore_system_fonts=True
-        )
+        typst.compile(folder / f"{page}.typ", output=pdf, root=folder, font_paths=[fonts], ignore_system_fonts=True)
     return pdf

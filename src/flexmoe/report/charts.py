@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flexmoe.report.rows import Row, Value, newest
 
 ENGINES = {
-    "floor": "floor: memory's own time",
+    "floor": "roofline: memory's own time",
     "flexmoe": "FlexMoE",
     "vllm": "vLLM 0.24 (cited)",
     "hf-best": "transformers, best setup",
@@ -91,8 +91,8 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
 def latency_groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """(model, its rows), of unchanged models on one device, GPUs first and the largest model first.
 
-    Of each engine and batch size the newest row, of the prompt length that most rows have. Cited rows on the same device
-    are among them, marked by `is_cited`.
+    Of each engine and batch size the newest row, of the prompt length that most rows have. Cited rows on the same
+    device are among them, marked by `is_cited`.
     """
     found = [row for row in rows if row.get("benchmark") == "latency" and row.get("result.ms") is not None]
     own = [row for row in found if not row.is_cited and " with " not in row.get("model.label")]
@@ -121,7 +121,9 @@ def latency(rows: Sequence[Row]) -> Figure | None:
         return None
     panels = tuple(Panel(MODELS.get(model, model), _latency_series(of_model)) for model, of_model in groups)
     first = next(row for row in groups[0][1] if not row.is_cited)
-    about = f"{first.get('device.name')}, {first.get('params.dtype')}, prompts of {first.get('params.prompt_len')} tokens"
+    about = (
+        f"{first.get('device.name')}, {first.get('params.dtype')}, prompts of {first.get('params.prompt_len')} tokens"
+    )
     return Figure("latency", "latency", "ms a decode step", panels, f"{about}, greedy; {_measured(first)}")
 
 
@@ -167,11 +169,11 @@ def experts(rows: Sequence[Row]) -> Figure | None:
         )
         series = _expert_series(of_device)
         if max((len(one.points) for one in series), default=0) > 1:
-            panels.append(Panel(f"here: {short_device(str(device))}", series))
+            panels.append(Panel(f"this project, {short_device(str(device)).removeprefix('NVIDIA ')}", series))
     if not panels:
         return None
     if cited:
-        panels.insert(0, Panel("course project: NVIDIA L4 (cited)", _expert_series(cited)))
+        panels.insert(0, Panel("course project, L4 (cited)", _expert_series(cited)))
     about = f"TinyMistral-6x248M's shape, two experts a token, one sequence; {_measured(found[-1])}"
     return Figure("experts", "experts", "ms a token", tuple(panels), about)
 
@@ -244,7 +246,7 @@ STRATEGIES = {
 
 
 def strategy_rows(rows: Sequence[Row]) -> list[Row]:
-    """On the most ranks that were measured, the largest batch: the newest row of each strategy, in STRATEGIES' order."""
+    """On the most ranks, with the largest batch: the newest row of each strategy, in STRATEGIES' order."""
     found = [row for row in rows if row.get("benchmark") == "strategies" and row.get("result.sent_in_all") is not None]
     if not found:
         return []
@@ -278,7 +280,9 @@ def strategies(rows: Sequence[Row]) -> Figure | None:
         for key, title in shown.items()
     )
     first = found[0]
-    about = f"{first.get('model.label')}, batch {first.get('params.batch')}, {first.get('config.ranks')} ranks over gloo"
+    about = (
+        f"{first.get('model.label')}, batch {first.get('params.batch')}, {first.get('config.ranks')} ranks over gloo"
+    )
     about += f" on {first.get('device.cores')} shared CPU cores; {_measured(first)}"
     return Figure("strategies", "bars", "", panels, about)
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from flexmoe.report import style
-from flexmoe.report.charts import Figure, Panel, Point, Series
+from flexmoe.report.charts import ENGINES, Figure, Panel, Point
 
 _CLIP = 1.28  # bars above the highest of ours, the floor and vLLM times this are cut, with their value written on them
+_LEAST_GROUPS = 3  # a single group of bars does not become as wide as the page
 _INCHES = {"latency": (15.4, 4.0), "experts": (6.2, 3.1), "cpu": (6.2, 3.1), "operations": (6.2, 3.1)}
 _INCHES |= {"strategies": (9.6, 2.7)}
 
@@ -95,6 +96,7 @@ def _latency(axes: Any, panel: Panel, _: int) -> None:
         axes.plot([place - half, place + half], [level, level], color=style.INK, lw=3, solid_capstyle="butt")
     axes.set_ylim(0, top)
     axes.set_yticks([])
+    axes.set_xlim(-0.6, max(len(batches), _LEAST_GROUPS) - 0.4)
     axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches], color=style.INK)
 
 
@@ -102,10 +104,13 @@ def _tell(axes: Any, x: float, height: float, point: Point, top: float, *, ours:
     """The value above a bar; inside ours the percentage of the floor; a cut bar's value at its head."""
     text = short(point.value.number)
     if point.value.number > top:
-        axes.text(x, top * 0.985, text, ha="center", va="top", rotation=90, fontsize=11, color=style.INK)
+        axes.text(x, top * 0.985, text, ha="center", va="top", rotation=90, fontsize=11, color=style.INK,
+                  bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.5})  # fmt: skip
         return
     weight = "bold" if ours else "normal"
-    axes.text(x, height + top * 0.012, text, ha="center", va="bottom", fontsize=11.5, fontweight=weight, color=style.INK)
+    axes.text(
+        x, height + top * 0.012, text, ha="center", va="bottom", fontsize=11.5, fontweight=weight, color=style.INK
+    )
     if ours and point.note is not None:
         words = f"{point.note.number:.0f}%"
         inside = height > 0.16 * top
@@ -128,6 +133,7 @@ def _experts(axes: Any, panel: Panel, _: int) -> None:
                 short(point.value.number), (places[point.x], values[end]), (0, 11), textcoords="offset points",
                 ha="center", fontweight="bold", color=style.INK,
             )  # fmt: skip
+    axes.title.set_fontsize(13)
     highest = max(point.value.number for one in panel.series for point in one.points)
     axes.set_ylim(0, highest * 1.35)
     axes.margins(x=0.1)
@@ -159,7 +165,8 @@ def _bars(axes: Any, panel: Panel, column: int) -> None:
     """Horizontal bars of one series; names beside the first panel only."""
     points = panel.series[0].points[::-1]
     values = [point.value.number for point in points]
-    colours = [style.OURS if "tensor" in point.x else style.LINK if "expert" in point.x else style.ROUTER for point in points]
+    families = {"tensor": style.OURS, "expert": style.LINK, "hybrid": style.ROUTER}
+    colours = [families[point.x.split(",")[0].split(" ")[0]] for point in points]
     axes.barh(range(len(points)), values, 0.66, color=colours, label=panel.series[0].label)
     for place, value in enumerate(values):
         axes.text(value, place, f" {short(value)}", va="center", fontweight="semibold", color=style.INK)
@@ -198,14 +205,9 @@ def _legend_below(canvas: Any, axes: Any) -> None:
     """Each engine once, whichever panel has it; the floor first."""
     import matplotlib.lines as lines
 
-    named: dict[str, Any] = {"floor: memory's own time": lines.Line2D([], [], color=style.INK, lw=3)}
+    named: dict[str, Any] = {ENGINES["floor"]: lines.Line2D([], [], color=style.INK, lw=3)}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
     canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=11.5,
                   handlelength=1.4, columnspacing=1.4)  # fmt: skip
-
-
-def series_values(series: Series) -> list[float]:
-    """The numbers of a series, in order."""
-    return [point.value.number for point in series.points]

@@ -42,20 +42,22 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def latency(rows: Sequence[Row]) -> Table | None:
     """Every batch size that was measured; beside it vLLM and what was wanted."""
     groups = latency_groups(rows)
-    lines: list[tuple[Shown, ...]] = []
-    for model, of_model in groups:
-        ours = [row for row in of_model if engine_key(row) == "flexmoe"]
-        for row in sorted(ours, key=lambda row: int(row.get("params.batch"))):
-            lines.append(_latency_line(model, row, of_model, rows))
+    lines = [
+        _latency_line(model, row, of_model, rows)
+        for model, of_model in groups
+        for row in sorted(of_model, key=lambda row: int(row.get("params.batch")))
+        if engine_key(row) == "flexmoe"
+    ]
     if not lines:
         return None
-    header = ("model", "batch", "FlexMoE, ms", "floor, ms", "% of floor", "experts read", "vLLM 0.24, ms", "its %", "vLLM / ours")
+    header = ("model", "batch", "FlexMoE, ms", "floor, ms", "% of floor", "experts read")
+    header += ("vLLM 0.24, ms", "its %", "vLLM / ours", "goal missed")
     first = next(row for row in groups[0][1] if not row.is_cited)
     about = f"{_versions(first)} {_dates(rows_of(groups))} " + (
-        "“Experts read”: distinct experts a layer, counted. vLLM's figures are cited: another run on such a card. “Goal missed”: "
-        "the time that was set as a goal before measuring, in ms, where it was not reached."
+        "“Experts read”: distinct experts a layer, counted. vLLM's figures are cited: another run on such a card. "
+        "“Goal missed”: the time that was set as a goal before measuring, in ms, where it was not reached."
     )
-    return Table("latency", "A decode step", (*header, "goal missed"), tuple(lines), about)
+    return Table("latency", "A decode step", header, tuple(lines), about)
 
 
 def rows_of(groups: Sequence[tuple[str, list[Row]]]) -> list[Row]:
@@ -108,7 +110,7 @@ def experts(rows: Sequence[Row]) -> Table | None:
             Shown(ENGINES.get(str(row.get("engine")), str(row.get("version")) + " (cited)")),
             Shown(short_device(str(row.get("device.name")))),
             Shown(str(row.get("model.experts")), row.value("model.experts")),
-            _number(row.value("result.ms")),
+            _number(row.value("result.ms"), "{:g}" if row.is_cited else None),
             _number(row.value("result.percent_of_floor"), "{:.0f}")
             if row.get("result.percent_of_floor") is not None
             else Shown(_MISSING),
@@ -117,7 +119,8 @@ def experts(rows: Sequence[Row]) -> Table | None:
         for row in (*cited, *found)
     )
     header = ("engine", "device", "experts", "ms a token", "% of floor", "remark")
-    return Table("experts", "Latency against the number of experts", header, lines, f"{_versions(found[-1])} {_dates(found)}")
+    about = f"{_versions(found[-1])} {_dates(found)}"
+    return Table("experts", "Latency against the number of experts", header, lines, about)
 
 
 def cpu(rows: Sequence[Row]) -> Table | None:
@@ -141,7 +144,9 @@ def cpu(rows: Sequence[Row]) -> Table | None:
             )
         )
     first = pairs[0][1]
-    about = f"Built-in model, {first.get('device.cores')} cores of {short_device(str(first.get('device.cpu')))}; medians. "
+    about = (
+        f"Built-in model, {first.get('device.cores')} cores of {short_device(str(first.get('device.cpu')))}; medians. "
+    )
     header = ("what", "FlexMoE", "transformers", "its configuration", "ratio", "% of floor")
     about += f"{_versions(first)} {_dates([ours for _, ours, _ in pairs])}"
     return Table("cpu", "On a CPU, beside the best of transformers", header, tuple(lines), about)
