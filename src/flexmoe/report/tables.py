@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flexmoe.report.charts import CPU_METRICS, ENGINES, MODELS, cpu_pairs, engine_key, latency_groups, short_device
+from flexmoe.report.charts import (
+    CPU_METRICS,
+    ENGINES,
+    MODELS,
+    cpu_pairs,
+    engine_key,
+    is_two_of,
+    latency_groups,
+    short_device,
+)
 from flexmoe.report.rows import Row, Value, newest
 
 _MISSING = "not recorded"
@@ -50,8 +59,8 @@ def latency(rows: Sequence[Row]) -> Table | None:
     ]
     if not lines:
         return None
-    header = ("model", "batch", "FlexMoE, ms", "floor, ms", "% of floor", "experts read")
-    header += ("vLLM 0.24, ms", "its %", "vLLM / ours", "goal missed")
+    ours = ("model", "batch", "FlexMoE, ms", "floor, ms", "% of floor", "experts read")
+    header = (*ours, "vLLM 0.24, ms", "its %", "vLLM / ours", "goal missed")
     first = next(row for row in groups[0][1] if not row.is_cited)
     about = f"{_versions(first)} {_dates(rows_of(groups))} " + (
         "“Experts read”: distinct experts a layer, counted. vLLM's figures are cited: another run on such a card. "
@@ -100,7 +109,7 @@ def experts(rows: Sequence[Row]) -> Table | None:
     found = [row for row in rows if row.get("benchmark") == "latency" and row.get("result.ms") is not None]
     found = [row for row in found if (row.get("model.name"), row.get("params.batch")) == ("tinymistral-6x248m", 1)]
     found = newest(
-        [row for row in found if row.get("model.top_k") in (1, 2)],
+        [row for row in found if is_two_of(row)],
         ("device.name", "engine", "model.experts", "model.top_k", "params.dtype"),
     )
     if not found:
