@@ -16,7 +16,7 @@ from flexmoe.engine.engine import Engine
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.routing import RoutingRecorder, recording
 from flexmoe.engine.tokenizer import Tokenizer
-from flexmoe.errors import EngineError, RequestError
+from flexmoe.errors import EngineError, RequestError, RequestFailedError
 
 Prompt: TypeAlias = str | Sequence[int]
 Message: TypeAlias = Mapping[str, Any]
@@ -175,7 +175,7 @@ class LLM:
                 raise EngineError(f"request {request_id!r} was aborted while its output was awaited.")
         self._unseen[request_id] = None
         if output.error is not None:
-            raise EngineError(output.error)
+            raise RequestFailedError(output.error)
         return output
 
 
