@@ -47,7 +47,7 @@ class Admission:
             raise RequestError(f"the prompt is of type {type(prompt).__name__}; use a string or a list of token ids.")
         if not prompt:
             raise RequestError("the prompt is empty; give at least one token.")
-        self._check_length(len(prompt))
+        self.check_length(len(prompt))
         vocab = self.config.vocab_size
         for position, token in enumerate(prompt):
             if type(token) is not int:
@@ -96,7 +96,8 @@ class Admission:
         if sampling.json_schema is not None:
             raise RequestError("a JSON schema needs a tokenizer, and this model has none; leave it out.")
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raises RequestError for a prompt of so many tokens that leaves no room for a new one."""
         limit = self.max_model_len
         if length < limit:
             return

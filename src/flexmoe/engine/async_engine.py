@@ -52,8 +52,8 @@ class Stream:
     Raises RequestFailedError if the request could not go on, EngineError if the engine died or was closed.
     """
 
-    def __init__(self, request_id: str, close: Callable[[str], None]) -> None:
-        self.request_id = request_id
+    def __init__(self, request_id: str, num_samples: int, close: Callable[[str], None]) -> None:
+        self.request_id, self.num_samples = request_id, num_samples
         self._close = close
         self._latest: RequestOutput | None = None
         self._error: FlexMoEError | None = None
@@ -132,6 +132,11 @@ class AsyncEngine:
         """Requests that were accepted and have not ended."""
         return len(self._streams)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of these."""
+        return sum(stream.num_samples for stream in self._streams.values())
+
     def start(self) -> None:
         """Begin to work for the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
@@ -139,7 +144,7 @@ class AsyncEngine:
 
     async def submit(self, jobs: Sequence[Job]) -> list[Stream]:
         """Queue all of the jobs or, if one of them is refused, none. Raises RequestError, EngineError."""
-        streams = [Stream(job.request_id, self._abort) for job in jobs]
+        streams = [Stream(job.request_id, job.sampling.n, self._abort) for job in jobs]
         self._streams |= {stream.request_id: stream for stream in streams}
         try:
             await self.call(lambda: self._add(jobs))
