@@ -73,6 +73,13 @@ _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
     show_default=True,
     help="Seconds between looks at which experts are chosen; 0: never.",
 )
+@click.option(
+    "--max-chunk-rate",
+    type=float,
+    default=2000.0,
+    show_default=True,
+    help="Pieces of streams a second in all; where tokens come more quickly, a piece holds several.",
+)
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")
 @model_options
 def serve(

@@ -17,7 +17,8 @@ class ServerConfig:
     of one prompt; None: what the model's context allows. max_waiting: samples that may wait beyond the max_num_seqs
     that run; more are refused with status 429.
     receive_seconds: how long a client may take to send its request. drain_seconds: how long requests may go on after
-    SIGTERM. expert_interval: seconds between looks at which experts are chosen; 0: never.
+    SIGTERM. expert_interval: seconds between looks at which experts are chosen; 0: never. max_chunk_rate: pieces of
+    streams a second in all; where tokens come more quickly, a piece holds several of them.
     """
 
     host: str = "127.0.0.1"
@@ -33,6 +34,7 @@ class ServerConfig:
     receive_seconds: float = 20.0
     drain_seconds: float = 30.0
     expert_interval: float = 1.0
+    max_chunk_rate: float = 2000.0
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
@@ -47,5 +49,6 @@ class ServerConfig:
         for name in ("max_waiting", "drain_seconds", "expert_interval"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is below 0.")
-        if not self.receive_seconds > 0:
-            raise ConfigError(f"receive_seconds={self.receive_seconds} is not a positive number of seconds.")
+        for name in ("receive_seconds", "max_chunk_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not above 0.")

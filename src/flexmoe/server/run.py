@@ -42,7 +42,7 @@ def serve(options: Mapping[str, Any], config: ServerConfig, announce: Callable[[
 
     Raises ConfigError if the address cannot be had, and what the engine raises at its start.
     """
-    with _listening(config) as listener:
+    with listening(config) as listener:
         engine = Engine(EngineConfig.from_options(options))
         _start_log()
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -57,7 +57,12 @@ class Server(uvicorn.Server):
     def __init__(
         self, engine: Engine, config: ServerConfig, listener: socket.socket, announce: Callable[[Service, str], None]
     ) -> None:
-        self._engine = AsyncEngine(engine, expert_interval=config.expert_interval, on_death=self._on_death)
+        self._engine = AsyncEngine(
+            engine,
+            expert_interval=config.expert_interval,
+            max_output_rate=config.max_chunk_rate,
+            on_death=self._on_death,
+        )
         self.service = Service(self._engine, config)
         self._drain_seconds, self._url, self._announce = config.drain_seconds, _url(listener), announce
         self._drain: asyncio.Task[None] | None = None
@@ -107,7 +112,7 @@ class Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _listening(config: ServerConfig) -> Any:
+def listening(config: ServerConfig) -> Any:
     """The address, taken before minutes are spent on a model. Nobody can connect before uvicorn listens."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
