@@ -49,7 +49,7 @@ def build_api(service: Service) -> FastAPI:
         api.include_router(module.routes(service))
     api.add_exception_handler(RequestValidationError, on_validation)
     api.add_exception_handler(HTTPException, on_http_error)
-    for kind in (APIError, FlexMoEError):
+    for kind in (APIError, FlexMoEError, Exception):
         api.add_exception_handler(kind, on_error)
     _tell_truth(api)
     return api

@@ -62,9 +62,8 @@ class Logged:
         try:
             await self._app(scope, receive, marked)
         except Exception as error:  # noqa: BLE001 - it is logged, and told to the client if nothing was told yet
-            told = as_api_error(error)
             if not status:
-                await told.response()(scope, receive, marked)
+                await as_api_error(error).response()(scope, receive, marked)
         finally:
             self._record(scope, status, time.monotonic() - start)
 
