@@ -32,6 +32,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 WORDS = "once upon a time the old king and his daughter went to the sea where ships of many lands were lying".split()
 LEFT = "left"  # the outcome of a stream that its client did not read to the end
 GROWTH = 2**26  # bytes of memory that a soak may add
+WARM = 100  # requests until everything was used once
 
 
 @dataclass
@@ -109,9 +110,11 @@ async def ask(http: httpx.AsyncClient, name: str, path: str, body: dict[str, Any
 
 
 async def run(soak: Soak, clients: int, server: ServerProcess, seconds: float) -> int:
-    """All clients at once; the memory after the first fifth of the time."""
+    """All clients at once; the memory after the first fifth of the time, and a hundred requests at least."""
     tasks = [asyncio.create_task(client(soak, number)) for number in range(clients)]
     await asyncio.sleep(seconds / 5)
+    while len(soak.outcomes) < WARM and not all(task.done() for task in tasks):
+        await asyncio.sleep(0.1)
     memory = server.memory
     await asyncio.gather(*tasks)
     return memory
