@@ -35,7 +35,8 @@ T = TypeVar("T")
 
 # An idle engine looks so often whether its processes still live.
 _WATCH_SECONDS = 1.0
-# Looking at experts slows the steps looked at, on a GPU several times; this bounds what that costs in all.
+# Looking at experts slows the steps looked at, most of all on a GPU where it needs a graph that counts, to be captured
+# first; this bounds what that costs in all.
 _EXPERT_SHARE = 0.01
 _EXPERT_STEPS = 2  # the first may have been launched before the counting began
 

@@ -81,7 +81,8 @@ class Service:
         self.created = int(time.time())
         self.http: Counter[tuple[str, int]] = Counter()  # requests by route and status
         self.draining = False
-        self._most_samples = about["max_num_seqs"] + config.max_waiting
+        # Limits of a step are each data rank's own.
+        self._most_samples = about["max_num_seqs"] * about.get("data_parallel_size", 1) + config.max_waiting
 
     @property
     def status(self) -> str:
