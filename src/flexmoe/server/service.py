@@ -123,7 +123,7 @@ class Service:
     ) -> Generation:
         """Begin to complete prompts. prefix: of the answer's id. Raises what the limits and the engine refuse."""
         for prompt in prompts:
-            self._check_length(len(prompt.token_ids))
+            self.check_length(len(prompt.token_ids))
         if sampling.json_schema is not None:
             await self._check_schema(sampling.json_schema)
         self._check_room(len(prompts), sampling.n)  # the last before submit: nobody comes between
@@ -135,13 +135,20 @@ class Service:
             log |= {"prompts": [prompt.text or list(prompt.token_ids) for prompt in prompts]}
         return Generation(name, await self.engine.submit(jobs), log)
 
+    def check_count(self, num_prompts: int) -> None:
+        """Raises APIError for more prompts than a request may have; before they are encoded."""
+        most = self.config.max_prompts
+        if num_prompts > most:
+            raise APIError(400, f"{num_prompts} prompts in one request; at most {most}.", param="prompt")
+
     async def _check_schema(self, schema: Mapping[str, Any]) -> None:
         grammars = self.engine.engine.admission.grammars
         if grammars is None:
             raise RequestError("response_format needs a tokenizer, and this model has none; leave it out.")
         await asyncio.to_thread(grammars.check, schema)
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raises APIError for a prompt of more tokens than fit."""
         limit = self.config.max_prompt_tokens
         if limit is not None and length > limit:
             message = f"the prompt has {length} tokens; this server takes at most {limit}."
@@ -153,8 +160,6 @@ class Service:
 
     def _check_room(self, num_prompts: int, num_samples: int) -> None:
         config, wanted = self.config, num_prompts * num_samples
-        if num_prompts > config.max_prompts:
-            raise APIError(400, f"{num_prompts} prompts in one request; at most {config.max_prompts}.", param="prompt")
         if num_samples > config.max_n:
             raise APIError(400, f"n={num_samples} samples of a prompt; at most {config.max_n}.", param="n")
         if wanted > self._most_samples:
