@@ -27,7 +27,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.metrics import ExpertMetrics
 from flexmoe.engine.outputs import RequestOutput
-from flexmoe.errors import EngineError, FlexMoEError, RequestFailedError
+from flexmoe.errors import EngineDeadError, EngineError, FlexMoEError, RequestFailedError
 
 _log = logging.getLogger(__name__)
 
@@ -300,7 +300,7 @@ class AsyncEngine:
         return list(outputs.values())
 
     def _die(self, cause: BaseException) -> None:
-        error = cause if isinstance(cause, EngineError) else EngineError(f"the engine died: {_name(cause)}")
+        error = EngineDeadError(f"the engine died: {type(cause).__name__}: {cause}")
         self.error = error
         _log.critical("the engine is dead", exc_info=cause)
         self._tell(self._bury, error)
@@ -323,7 +323,3 @@ def _settle(future: asyncio.Future[T], result: Any, error: Exception | None) -> 
         future.set_result(result)
     else:
         future.set_exception(error)
-
-
-def _name(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
