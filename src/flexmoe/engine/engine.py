@@ -150,8 +150,11 @@ class Engine:
         """An id that no request has had yet, unless it was made up by somebody else."""
         return f"request-{next(self._numbers)}"
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, *, report: bool = True) -> list[RequestOutput]:
         """Compute one step. Returns the outputs of the requests that finished, and of those that stream.
+
+        report: False leaves out those that stream and go on, unless it is their first output. Their text is made when
+        it is asked for, so that this saves work.
 
         If it raises, nothing of the step counts: the next one computes it again, or abort() ends its requests.
         """
@@ -162,7 +165,7 @@ class Engine:
             return []
         following = self._launch_behind(current)
         sampled = current.flight.wait()
-        outputs = self._whole(self._advance, current, sampled)
+        outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None
         return outputs
 
@@ -282,7 +285,7 @@ class Engine:
         step = self._whole(self.scheduler.schedule_ahead, current.step)
         return None if step is None else self._launch(step, current)
 
-    def _advance(self, launched: _Launched, sampled: SampleOutput) -> list[RequestOutput]:
+    def _advance(self, launched: _Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
         going = []
         for (tracked, sample), token, logprobs in zip(
@@ -296,28 +299,28 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller
                 self._fail(tracked, error)
         self.scheduler.update(launched.step, sampled.token_ids)
-        return self._read(going)
+        return self._read(going, report)
 
-    def _read(self, samples: Sequence[tuple[Tracked, Sample]]) -> list[RequestOutput]:
+    def _read(self, samples: Sequence[tuple[Tracked, Sample]], report: bool) -> list[RequestOutput]:
         """Bring the texts of these up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
         for tracked, sample in samples:
             if tracked.error is None:
                 self.metrics.token(tracked, sample, now)
-                self._read_text(tracked, sample)
+                if sample.finished or tracked.sampling.stop or tracked.is_due(report):
+                    self._read_text(tracked, sample)
         outputs = []
         # Each once, though several of its samples may be in the step.
         for tracked in {tracked.request_id: tracked for tracked, _ in samples}.values():
             if tracked.finished:
                 tracked.end = time.monotonic()
                 self._forget(tracked)
-            if tracked.finished or tracked.stream:
+            if tracked.is_due(report):
+                tracked.reported = True
                 outputs.append(tracked.output())
         return outputs
 
     def _read_text(self, tracked: Tracked, sample: Sample) -> None:
-        if not tracked.reads_every_step and not sample.finished:
-            return
         try:
             stop = sample.read()
         except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller
