@@ -17,13 +17,6 @@ from flexmoe.parallel.comm import Group, Traffic
 
 TCPStore = dist.TCPStore  # type: ignore[attr-defined]  # exported, if not by a word
 
-# Multicast over NVLink fails where a container may not use it, and from NCCL 2.29 on the whole start with it.
-SAFE_ENVIRONMENT: Mapping[str, str] = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
-
 
 class Mesh:
     """The groups of one rank: tp slices attention and dense layers, ep spreads experts, etp slices each of them,
