@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from flexmoe.parallel.beats import Beats
 from flexmoe.parallel.child import SAFE_ENVIRONMENT, Child, Process
 from flexmoe.parallel.mesh import TCPStore
+from flexmoe.parallel.network import is_loopback, own_address
 from flexmoe.parallel.rank import Handler, Setup, serve
 
 _LOOPBACK = "127.0.0.1"
@@ -130,9 +131,9 @@ def gather(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler])
     os.environ.update(SAFE_ENVIRONMENT)
     store = TCPStore(setup.host, setup.port, is_master=False)
     key = secrets.token_bytes(32)
-    with Listener((_address(setup), 0), backlog=setup.size, authkey=key) as listener:
-        host, port = listener.address
-        store.set(_CONTROL, f"{host} {port} {key.hex()}")
+    inner, outer = _addresses(setup)
+    with Listener((inner, 0), backlog=setup.size, authkey=key) as listener:
+        store.set(_CONTROL, f"{outer} {listener.address[1]} {key.hex()}")
         members = [Member(*_accept(listener)) for _ in range(setup.size - 1)]
     ours, theirs = Pipe()
     threading.Thread(target=serve, args=(theirs, setup, lambda: make(setup, [0, 0])), daemon=True).start()
@@ -153,8 +154,9 @@ def _accept(listener: Listener) -> tuple[int, Connection]:
     return connection.recv(), connection
 
 
-def _address(setup: Setup) -> str:
-    """This machine's address on the way to the store, which the other machines can reach, too."""
-    with socket.create_connection((setup.host, setup.port)) as way:
-        address: str = way.getsockname()[0]
-    return address
+def _addresses(setup: Setup) -> tuple[str, str]:
+    """Where the first process listens, and the name by which the others reach it."""
+    own = own_address(setup.host, setup.port)
+    if is_loopback(own) and not is_loopback(setup.host):  # the store is here, and this machine's name leads inwards
+        return "", setup.host
+    return own, own

@@ -14,6 +14,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard
 from flexmoe.parallel.comm import Group, Traffic
+from flexmoe.parallel.network import interface_to
 
 TCPStore = dist.TCPStore  # type: ignore[attr-defined]  # exported, if not by a word
 
@@ -70,8 +71,9 @@ class Mesh:
 
 def join(host: str, port: int, rank: int, size: int, device: torch.device, timeout: float) -> None:
     """Join the world of `size` ranks that meet at the store at host:port. gloo for a CPU, NCCL for CUDA."""
-    if host in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo may pick an interface that leads nowhere
+    interface = interface_to(host, port)
+    if interface is not None:  # gloo may pick one that leads nowhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     limit = timedelta(seconds=timeout)
     store = TCPStore(host, port, is_master=False, timeout=limit)
     cuda = device.type == "cuda"
