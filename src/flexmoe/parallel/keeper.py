@@ -102,6 +102,8 @@ class Keeper:
                 said = tail
                 if ended or (control.poll(_REPORT_SECONDS) and not self._goes_on(control, child)):
                     break
+        # In this order: a driver that dies takes its keepers along, and then only the rank could still tidy up.
+        shutil.rmtree(self._folder, ignore_errors=True)
         child.kill()
         child.close()
 

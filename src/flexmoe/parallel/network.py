@@ -1,5 +1,4 @@
-"""This machine on the way to others. Enters: where they are. Leaves: its address and interface, sockets that notice.
-"""
+"""This machine on the way to others. Enters: where they are. Leaves: its address and interface, sockets that notice."""
 
 from __future__ import annotations
 

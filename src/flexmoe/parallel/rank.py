@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -66,7 +67,7 @@ def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list
     connection, lifeline = Connection(int(arguments[0])), int(arguments[1])
     setup: Setup = connection.recv()
     counters = _counters(setup)
-    threading.Thread(target=_pulse, args=(lifeline, counters), daemon=True).start()
+    threading.Thread(target=_pulse, args=(lifeline, counters, setup.beats), daemon=True).start()
     code = serve(connection, setup, lambda: make(setup, counters))
     # Threads of torch or NCCL that wait for dead peers must not keep the process.
     sys.stdout.flush()
@@ -130,9 +131,14 @@ def _counters(setup: Setup) -> MutableSequence[int]:
     return cells  # type: ignore[no-any-return]
 
 
-def _pulse(lifeline: int, counters: MutableSequence[int]) -> None:
-    """Show that the process runs; end it when the driver's end of the lifeline closes, even if it died unawares."""
+def _pulse(lifeline: int, counters: MutableSequence[int], beats: str | None) -> None:
+    """Show that the process runs; end it when the other end of the lifeline closes, even if its holder died unawares.
+
+    Then nobody else is left to remove the folder that the holder made for this process.
+    """
     while True:
         counters[LIFE] += 1
         if select.select([lifeline], [], [], _PULSE_SECONDS)[0]:
+            if beats is not None:
+                shutil.rmtree(Path(beats).parent, ignore_errors=True)
             os._exit(1)
