@@ -77,8 +77,8 @@ def test_neighbours_sit_together() -> None:
     assert [(s.bundle, s.node.id) for s in seats([SMALL, LARGE, SMALL, LARGE, LARGE], 1, "")] == [
         (1, "b"), (3, "b"), (4, "b"), (0, "a"), (2, "a"),
     ]  # fmt: skip
-    assert [s.bundle for s in seats([SMALL, LARGE], 2, SMALL.address)] == [0, 0, 1, 1]
-    assert [s.bundle for s in seats([SMALL, LARGE], 2, LARGE.address)] == [1, 1, 0, 0]
+    assert [s.bundle for s in seats([SMALL, LARGE], 2, SMALL.id)] == [0, 0, 1, 1]
+    assert [s.bundle for s in seats([SMALL, LARGE], 2, LARGE.id)] == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("options", [{"device": "cuda:0"}])

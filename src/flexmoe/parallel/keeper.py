@@ -93,9 +93,9 @@ class Keeper:
         beats = Beats(self._folder / "beats", order.size, create=True).of(order.rank)
         with socket.socket(fileno=os.dup(connection.fileno())) as theirs, connection:
             child = Child(order.module, theirs, self._folder / "log", order.environment)
-        said: bytes | None = None
+        said, parent = b"", os.getppid()
         with contextlib.suppress(OSError):  # the driver is gone
-            while True:
+            while os.getppid() == parent:  # else what placed this keeper is gone, and with it the node for everybody
                 ended, tail = child.ended(), child.tail()
                 code = child.code if ended else None
                 control.send(Report(child.pid, (beats[WORK], beats[LIFE]), None if tail == said else tail, code))

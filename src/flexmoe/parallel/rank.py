@@ -67,7 +67,7 @@ def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list
     connection, lifeline = Connection(int(arguments[0])), int(arguments[1])
     setup: Setup = connection.recv()
     counters = _counters(setup)
-    threading.Thread(target=_pulse, args=(lifeline, counters, setup.beats), daemon=True).start()
+    threading.Thread(target=_pulse, args=(lifeline, counters, setup), daemon=True).start()
     code = serve(connection, setup, lambda: make(setup, counters))
     # Threads of torch or NCCL that wait for dead peers must not keep the process.
     sys.stdout.flush()
@@ -79,7 +79,7 @@ def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> 
     """Carry out commands until "exit", or until the driver is gone. Returns the exit code."""
     try:
         handler = make()
-        while (message := _next(connection)) is not None:
+        while (message := _next(connection, setup)) is not None:
             number, command, payload = message
             answer = _carry_out(handler, command, payload)
             if answer is not None:
@@ -93,10 +93,11 @@ def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> 
     return 0
 
 
-def _next(connection: Connection) -> tuple[int, str, Any] | None:
+def _next(connection: Connection, setup: Setup) -> tuple[int, str, Any] | None:
     try:
         message: tuple[int, str, Any] = connection.recv()
     except (EOFError, OSError):
+        _tidy_up(setup)
         return None
     return None if message[1] == "exit" else message
 
@@ -131,14 +132,16 @@ def _counters(setup: Setup) -> MutableSequence[int]:
     return cells  # type: ignore[no-any-return]
 
 
-def _pulse(lifeline: int, counters: MutableSequence[int], beats: str | None) -> None:
-    """Show that the process runs; end it when the other end of the lifeline closes, even if its holder died unawares.
-
-    Then nobody else is left to remove the folder that the holder made for this process.
-    """
+def _pulse(lifeline: int, counters: MutableSequence[int], setup: Setup) -> None:
+    """Show that the process runs; end it when the lifeline's other end closes, even if its holder died unawares."""
     while True:
         counters[LIFE] += 1
         if select.select([lifeline], [], [], _PULSE_SECONDS)[0]:
-            if beats is not None:
-                shutil.rmtree(Path(beats).parent, ignore_errors=True)
+            _tidy_up(setup)
             os._exit(1)
+
+
+def _tidy_up(setup: Setup) -> None:
+    """Remove the folder that was made for this process by one who died since."""
+    if setup.beats is not None:
+        shutil.rmtree(Path(setup.beats).parent, ignore_errors=True)

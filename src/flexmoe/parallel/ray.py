@@ -74,12 +74,12 @@ def cpus_of_each(nodes: Sequence[Node], ranks: int, gpus: int) -> int:
     return 1
 
 
-def seats(bundles: Sequence[Node], together: int, own_address: str) -> list[Seat]:
-    """Ranks to bundles of `together` each: node by node, those with most ranks first, of equals the driver's own."""
+def seats(bundles: Sequence[Node], together: int, own: str) -> list[Seat]:
+    """Ranks to bundles of `together` each: node by node, those with most ranks first, of equals `own`, by its id."""
     count = Counter(node.id for node in bundles)
     order = sorted(
         range(len(bundles)),
-        key=lambda i: (-count[bundles[i].id], bundles[i].address != own_address, bundles[i].id, i),
+        key=lambda i: (-count[bundles[i].id], bundles[i].id != own, bundles[i].id, i),
     )
     return [Seat(bundle, bundles[bundle]) for bundle in order for _ in range(together)]
 
@@ -182,7 +182,7 @@ class RayCluster:
             if group.wait(_PLACE_SECONDS):
                 found = ray.util.placement_group_table(group)["bundles_to_node_id"]
                 nodes = [by_id[found[bundle]] for bundle in sorted(found)]
-                return _Taken(group), seats(nodes, together, self.address)
+                return _Taken(group), seats(nodes, together, ray.get_runtime_context().get_node_id())
             ray.util.remove_placement_group(group)
         free = ray.available_resources()
         left = " and ".join(f"{free.get(kind, 0):g} {kind}s" for kind, count in kinds.items() if count)
