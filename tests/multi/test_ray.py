@@ -23,13 +23,16 @@ from flexmoe.engine.ranks import RankedRunner
 from flexmoe.errors import CheckpointError, ConfigError, EngineError, RankError
 from flexmoe.parallel.child import SAFE_ENVIRONMENT
 from flexmoe.parallel.ray import Need, RayCluster
+from flexmoe.parallel.supervisor import Supervisor
 from tests.cpu.tiny_models import tiny
 from tests.multi.test_supervisor import OPTIONS, PARAMS, PROMPTS, ROOT, all_end, soon
+from tests.multi.worker import PoolWorker
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'flexmoe[ray]'")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 ON_RAY: dict[str, Any] = {**OPTIONS, "launcher": "ray"}
+HEAD = {"num_gpus": 2, "include_dashboard": False}
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +44,16 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[Any]:
-    """A head and a second node with one CPU each."""
+    """A head with one CPU and what Ray takes for two GPUs, and a second node with one CPU."""
     tiny("mixtral")
-    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20, "temp_dir": str(folder / "ray")}
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "temp_dir": str(folder / "ray")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_TMPDIR", str(folder))
         patch.setenv("TMPDIR", str(folder))
         patch.setenv("PYTHONPATH", os.pathsep.join(path or "." for path in sys.path))
-        made = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        made.add_node(**node)
+        made = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, **HEAD})
+        made.add_node(**node, num_gpus=0)
         patch.setenv("RAY_ADDRESS", made.address)
         yield made
         ray.shutdown()
@@ -154,6 +157,22 @@ def test_ranks_end_with_a_driver_that_is_killed(cluster: Any, folder: Path) -> N
     assert left.is_nothing()
 
 
+def test_ranks_on_one_node_see_the_gpus_of_all(cluster: Any, folder: Path) -> None:
+    """A tensor group fits on the head; each rank takes the GPU of its number there, and can reach the other's."""
+    left = Left(folder)
+    ranks = Supervisor(RayCluster().start("tests.multi.worker", Need(2, 2, 0, 1), 60.0, None), 60.0, str)
+    found = ranks.wait(ranks.post("call", (__name__, "place", {}), "testing", owed=[0, 1]))
+    ranks.close()
+    visible = found[0][0]
+    assert sorted(visible.split(",")) == ["0", "1"]
+    assert found == {0: (visible, 0, 2), 1: (visible, 1, 2)}
+    assert left.is_nothing()
+
+
+def place(worker: PoolWorker) -> tuple[str, int, int]:
+    return os.environ["CUDA_VISIBLE_DEVICES"], worker.setup.local_rank, worker.setup.machine_size
+
+
 def test_a_cluster_that_is_too_small(cluster: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         LLM(tiny("mixtral"), **{**ON_RAY, "tensor_parallel_size": 4})
@@ -161,8 +180,8 @@ def test_a_cluster_that_is_too_small(cluster: Any) -> None:
         "the plan has 4 ranks (pipeline x data x tensor) with 1 CPU (threads) each, but the Ray cluster has 2 CPUs on "
         "2 nodes, room for 2; use lower degrees or fewer threads, or add nodes."
     )
-    with pytest.raises(ConfigError, match=r"2 ranks .* with a GPU each, but the Ray cluster has 0 GPUs on 2 nodes"):
-        LLM(tiny("mixtral"), **{**ON_RAY, "device": "cuda"})
+    with pytest.raises(ConfigError, match=r"4 ranks .* with a GPU each, but the Ray cluster has 2 GPUs on 2 nodes"):
+        LLM(tiny("mixtral"), **{**ON_RAY, "tensor_parallel_size": 4, "device": "cuda"})
 
 
 def test_a_node_without_the_model(cluster: Any, folder: Path) -> None:
