@@ -81,7 +81,10 @@ class Keeper:
                 watch_peer(connection)
                 self._keep(order, control, connection)
         finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._tidy_up()
+
+    def _tidy_up(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _accept(self) -> Connection:
         """A connection of the driver's. Others that find the port are turned away."""
@@ -98,12 +101,13 @@ class Keeper:
             while os.getppid() == parent:  # else what placed this keeper is gone, and with it the node for everybody
                 ended, tail = child.ended(), child.tail()
                 code = child.code if ended else None
+                if ended:  # once the driver hears of it nothing is left here, and it may end this process, too
+                    self._tidy_up()
                 control.send(Report(child.pid, (beats[WORK], beats[LIFE]), None if tail == said else tail, code))
                 said = tail
                 if ended or (control.poll(_REPORT_SECONDS) and not self._goes_on(control, child)):
                     break
-        # In this order: a driver that dies takes its keepers along, and then only the rank could still tidy up.
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._tidy_up()  # first: a driver that dies takes its keepers along, and then only the rank could still do it
         child.kill()
         child.close()
 

@@ -10,7 +10,6 @@ for ranks is given back with them, and by Ray itself if this process dies.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import secrets
 import socket
@@ -18,9 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import flexmoe
 from flexmoe.errors import CheckpointError, ConfigError, EngineError, MissingDependencyError
 from flexmoe.parallel.keeper import Keeper, KeptBeats, KeptProcess, Order, Place
 from flexmoe.parallel.launch import Launched, Member
@@ -29,8 +27,8 @@ from flexmoe.parallel.rank import Setup
 
 _PLACE_SECONDS = 15.0  # what another program has just given back may count as taken for a moment
 _START_SECONDS = 60.0  # of a process on a node
-_CLEAN_SECONDS = 3.0
 _CONNECT_SECONDS = 5.0
+_MODEL = "model's folder"  # what a node says beside versions, if it has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +88,12 @@ class _Taken:
 
     group: Any
     keepers: list[Any] = field(default_factory=list)
-    runs: list[Any] = field(default_factory=list)
 
     def give_back(self) -> None:
         import ray
 
         if not ray.is_initialized():  # the interpreter ends, and Ray went first
             return
-        if self.runs:  # they clean up behind themselves
-            ray.wait(self.runs, num_returns=len(self.runs), timeout=_CLEAN_SECONDS)
         for keeper in self.keepers:
             ray.kill(keeper)
         ray.util.remove_placement_group(self.group)
@@ -116,6 +111,8 @@ class RayCluster:
         self._ray = ray
         if not ray.is_initialized():
             self._connect()
+        elif ray.util.client.ray.is_connected():
+            _refuse_client("a connection by Ray Client")
         self.address: str = ray.util.get_node_ip_address()
         alive = [node for node in ray.nodes() if node["Alive"]]
         self.nodes = [
@@ -144,10 +141,7 @@ class RayCluster:
         remedy = "start one with `ray start --head`, and `ray start --address=HOST:6379` on each further machine."
         address = os.environ.get("RAY_ADDRESS") or _recorded_address()
         if "://" in address:
-            raise ConfigError(
-                f"launcher='ray' with RAY_ADDRESS={address!r}: the program must run on a machine of the cluster; start "
-                "it there, or with `ray job submit`."
-            )
+            _refuse_client(f"RAY_ADDRESS={address!r}")
         try:
             if ":" in address:  # Ray itself would try for two minutes
                 host, port = address.rsplit(":", 1)
@@ -195,7 +189,7 @@ class RayCluster:
         """Refuse nodes whose versions differ from this process's, or that lack the model."""
         strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         look = self._ray.remote(num_cpus=0, max_retries=0)(_looker())
-        own = {"flexmoe": flexmoe.__version__, "torch": importlib.metadata.version("torch")}
+        own = {name: version for name, version in _looker()("").items() if name != _MODEL}
         on = {node: look.options(scheduling_strategy=strategy(node.id, soft=False)) for node in nodes}
         asked = {node: task.remote(str(folder)) for node, task in on.items()}
         for node, answer in asked.items():
@@ -206,7 +200,7 @@ class RayCluster:
                     f"node {node.address} has {_listed(theirs)}, but this process has {_listed(own)}; install the same "
                     "versions on every node."
                 )
-            if folder is not None and "model" not in found:
+            if folder is not None and _MODEL not in found:
                 raise CheckpointError(
                     f"the model's folder {folder} does not exist on node {node.address}, or has no config.json there; "
                     "put the same files at the same path on every node."
@@ -253,7 +247,8 @@ class RayCluster:
             self._get(answer, f"rank {rank} cannot be started on node {seat.node.address}")
             for rank, (answer, seat) in enumerate(zip(heard, places, strict=True))
         ]
-        taken.runs = [keeper.run.remote() for keeper in taken.keepers]
+        for keeper in taken.keepers:
+            keeper.run.remote()
         return found
 
     def _order(self, place: Place, key: bytes, order: Order, node: Node) -> KeptProcess:
@@ -272,6 +267,13 @@ class RayCluster:
         except self._ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise EngineError(f"{failed}: {lines[-1].strip()}") from error
+
+
+def _refuse_client(what: str) -> NoReturn:
+    raise ConfigError(
+        f"launcher='ray' with {what}: the program must run on a machine of the cluster; start it there, or with "
+        "`ray job submit`."
+    )
 
 
 def _recorded_address() -> str:
@@ -296,7 +298,7 @@ def _looker() -> Callable[[str], dict[str, str]]:
         if importlib.util.find_spec("torch"):
             found["torch"] = importlib.metadata.version("torch")
         if Path(folder, "config.json").is_file():
-            found["model"] = folder
+            found[_MODEL] = folder
         return found
 
     return look
