@@ -58,6 +58,7 @@ class ModelRunner:
         self.model, self.cache, self.device = model, cache, device
         self._graphed = graphed
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
+        self._counter: ExpertCounter | None = None  # once made it stays: graphs count into its memory
         self._sampler = Sampler()
         # Remembered, since a thread that is new to torch starts with what any thread set last: the 1 of `_decode`, too.
         self._threads = torch.get_num_threads()
@@ -68,7 +69,13 @@ class ModelRunner:
         """Count from now on which experts tokens choose, or no more. Raises EngineError if a probe is at work."""
         if on and self.probe is not None:
             raise EngineError("something else looks into the steps already, a trace or a recording; end that first.")
-        self.probe = ExpertCounter(self.model.config, self.device) if on else None
+        if not on:
+            self.probe = None
+            return
+        if self._counter is None:
+            self._counter = ExpertCounter(self.model.config, self.device)
+        self._counter.reset()
+        self.probe = self._counter
 
     def expert_loads(self, model: str) -> list[LayerLoad]:
         """What was counted since `count_experts`, under the model's name."""
@@ -82,9 +89,9 @@ class ModelRunner:
         requests that `step` samples for, in the same order; some may be left out.
         """
         graphed = self._graphed
-        if graphed is None or self.probe is not None or not _decodes_only(step, graphed.max_rows):
+        if graphed is None or not decodes_only(step, graphed.max_rows):
             return False
-        return all(state.device_ready for state in states)
+        return self.probe in (None, self._counter) and all(state.device_ready for state in states)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Begin to compute a step; see `run`. Steps take effect on the cache in the order of their launches.
@@ -95,12 +102,16 @@ class ModelRunner:
         chunk is the one token that `after` samples for its request, which the host does not know: chunk.start is
         len(request.token_ids), and a draw uses state.uniform(ahead=1).
         """
-        if self._graphed is not None and _decodes_only(step, self._graphed.max_rows):
+        assert after is None or isinstance(after, GraphFlight)
+        return self.launch_rows(step, states, None if after is None else rows_before(step, after.step))
+
+    def launch_rows(self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None) -> Flight:
+        """As `launch`; sources: instead of `after`, the row of it that each chunk continues."""
+        if self._graphed is not None and decodes_only(step, self._graphed.max_rows):
             self._check_process()
-            assert after is None or isinstance(after, GraphFlight)
             with computing_on(self.device):
-                return self._graphed.launch(step, states, after, self.probe)
-        assert after is None, "can_run_ahead was false"
+                return self._graphed.launch(step, states, sources, self.probe)
+        assert sources is None, "can_run_ahead was false"
         with computing_on(self.device):
             return Landed(self.run(step, states))
 
@@ -162,8 +173,15 @@ class ModelRunner:
         return self._sampler.sample(logits, states)
 
 
-def _decodes_only(step: Step, max_rows: int) -> bool:
+def decodes_only(step: Step, max_rows: int) -> bool:
+    """Whether a step is of decodes alone, and not too many."""
     return 0 < len(step.chunks) == step.num_decodes <= max_rows
+
+
+def rows_before(step: Step, before: Step) -> list[int]:
+    """The row that the request of each chunk had in the step before, of decodes alone; -1 if none."""
+    rows = {chunk.request: row for row, chunk in enumerate(before.chunks)}
+    return [rows.get(chunk.request, -1) for chunk in step.chunks]
 
 
 def _use_torch_threads(count: int) -> None:

@@ -93,9 +93,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     cache = KVCache(mesh.shard(config).local, num_blocks, options.cache.block_size, dtype, device)
     decode_kernels = f"torch ({native_reason})" if native_reason else "C"
     graphed = None
-    if device.type == "cuda" and alone and mesh.plan.placements:
-        decode_kernels = "torch (experts in places of their own)"
-    elif device.type == "cuda" and alone:
+    if device.type == "cuda":
         graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
     return Started(
         source, model, cache, graphed, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
@@ -107,13 +105,20 @@ def _graphed(
     model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str
 ) -> tuple[GraphedDecoder | None, str]:
     """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode."""
+    mesh = model.mesh
     reason = why_not_fused(model.config, device, backend, cache.block_size)
+    if mesh.plan.uses_all_to_all:
+        reason = "moe_dispatch=all_to_all waits for the host in every layer"
+    # All ranks take the same way, or they would wait for each other for ever.
+    if not mesh.world.minimum(int(not reason), device):
+        reason = reason or "another rank cannot decode in Triton"
     if reason:
         return None, f"torch ({reason})"
     from flexmoe.models.fused import FusedDecoder  # imports triton, which a start on a CPU need not wait for
 
     most_blocks = -(-max_model_len // cache.block_size)
-    return GraphedDecoder(FusedDecoder(model, max_model_len, device), cache, most_blocks, device), "Triton"
+    fused = FusedDecoder(model, max_model_len, device)
+    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), "Triton"
 
 
 def load_tokenizer(options: EngineConfig, source: ModelSource) -> Tokenizer | None:
@@ -220,7 +225,7 @@ def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int
 
 def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
-    free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(config, device)
+    free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(mesh, config, device)
     weights = num_parameters(mesh.shard(config)) * dtype.itemsize
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
@@ -232,11 +237,11 @@ def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, de
     return free - weights
 
 
-def _free_on_gpu(config: ModelConfig, device: torch.device) -> int:
+def _free_on_gpu(mesh: Mesh, config: ModelConfig, device: torch.device) -> int:
     """Bytes free on a GPU, less what steps need beside weights and cache: buffers, graphs, a prompt's activations."""
     gc.collect()
     torch.cuda.empty_cache()  # what earlier engines of this process held counts as taken until then
-    logits = 4 * MAX_ROWS * config.vocab_size
+    logits = 4 * MAX_ROWS * config.vocab_size * (1 if mesh.tp.size == 1 else 3)  # own, of all ranks, and in order
     return max(0, torch.cuda.mem_get_info(device)[0] - _GPU_RESERVE - logits)
 
 

@@ -27,7 +27,8 @@ _ARGMAX = SamplingState(SamplingParams(temperature=0.0), 0)
 class WireStep:
     """N chunks: their tokens and blocks one after the other, with the counts of each; states of those that sample.
 
-    None stands for a state that asks for the argmax and nothing else, as most do.
+    None stands for a state that asks for the argmax and nothing else, as most do. sources: if the step was sent before
+    the tokens of the one before it were known, each chunk's row in that one; then no tokens are sent.
     """
 
     num_decodes: int
@@ -39,6 +40,7 @@ class WireStep:
     tokens: Ints
     blocks: Ints
     states: list[SamplingState | None]
+    sources: list[int] | None = None
 
 
 class _Tail:
@@ -71,7 +73,7 @@ class _WireRequest(Request):
         self.blocks, self.contiguous = blocks, contiguous
 
 
-def pack(step: Step, states: Sequence[SamplingState]) -> WireStep:
+def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None = None) -> WireStep:
     """The step, with what its requests hold now."""
     chunks = step.chunks
     tokens: list[int] = []
@@ -89,6 +91,7 @@ def pack(step: Step, states: Sequence[SamplingState]) -> WireStep:
         np.array(tokens, np.int32),
         np.array(blocks, np.int32),
         [None if state.plain_greedy else state for state in states],
+        sources,
     )
 
 

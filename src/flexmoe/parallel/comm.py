@@ -9,7 +9,8 @@ all-gather or reduce-scatter to or from n bytes in all (P-1)/P n, an all-to-all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,21 @@ class Traffic:
     def count(self, label: str, num_bytes: float) -> None:
         self.sent[label] = self.sent.get(label, 0) + num_bytes
         self.beats[0] += 1
+
+    @contextmanager
+    def aside(self) -> Iterator[dict[str, float]]:
+        """What is counted within goes to the dictionary that is yielded, which is full at the end, and nowhere else."""
+        kept, self.sent = self.sent, {}
+        found = self.sent
+        try:
+            yield found
+        finally:
+            self.sent = kept
+
+    def repeat(self, sent: Mapping[str, float]) -> None:
+        """Count what a replayed graph sends, which nobody sees it do."""
+        for label, num_bytes in sent.items():
+            self.count(label, num_bytes)
 
     def take(self) -> dict[str, float]:
         """What was sent since the last call."""
