@@ -29,6 +29,7 @@ from flexmoe.parallel.network import shut_down, watch_peer
 
 _REPORT_SECONDS = 0.2
 _KILL_SECONDS = 2.0
+_CONNECT_SECONDS = 5.0
 
 
 class Place(NamedTuple):
@@ -126,6 +127,8 @@ class KeptProcess:
 
     def __init__(self, place: Place, key: bytes, order: Order) -> None:
         """Raises OSError if the keeper cannot be reached."""
+        # Client itself would wait for minutes where a firewall swallows all.
+        socket.create_connection((place.host, place.port), _CONNECT_SECONDS).close()
         self._control = Client((place.host, place.port), authkey=key)
         watch_peer(self._control)
         self._control.send(order)
