@@ -35,6 +35,7 @@ from flexmoe.engine.tracking import Sample, Tracked
 from flexmoe.errors import ConfigError, EngineError, RequestError
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.data_ranks import DataRanks
 from flexmoe.scheduling.request import Request, RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
@@ -67,6 +68,7 @@ class Engine:
     def __init__(self, options: EngineConfig, ranks: Supervisor | None = None) -> None:
         """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own."""
         self.options = options
+        self.scheduler: Scheduler | DataRanks
         self._started: Started | StartedRanks
         self.runner: ModelRunner | RankedRunner
         if options.parallel.num_ranks > 1:
@@ -82,8 +84,12 @@ class Engine:
 
     def _start_anew(self) -> None:
         cache = self.options.cache
-        blocks = BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
-        self.scheduler = Scheduler(self.options.scheduler, blocks)
+        blocks = [
+            BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
+            for _ in range(self.options.parallel.data_parallel_size)
+        ]
+        limits = self.options.scheduler
+        self.scheduler = Scheduler(limits, blocks[0]) if len(blocks) == 1 else DataRanks(limits, blocks)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
         self._ahead: _Launched | None = None  # the next step, if it is being computed already
@@ -96,7 +102,7 @@ class Engine:
     def max_model_len(self) -> int:
         """Tokens that prompt and output may have together: the model's context, or less if the KV cache is smaller."""
         self._check_open()
-        return min(self._started.max_model_len, self.scheduler.blocks.num_tokens)
+        return min(self._started.max_model_len, self.scheduler.num_tokens)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -206,7 +212,7 @@ class Engine:
         } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
 
     def count_experts(self, on: bool) -> None:
-        """Count from the next launch on which experts tokens choose, or no more. While it counts, a GPU has no graphs.
+        """Count from the next launch on which experts tokens choose, or no more.
 
         Raises ConfigError for a model without experts, EngineError if a trace or another recording is at work.
         """

@@ -63,7 +63,7 @@ class ModelRunner:
         # Remembered, since a thread that is new to torch starts with what any thread set last: the 1 of `_decode`, too.
         self._threads = torch.get_num_threads()
         self._process = os.getpid()
-        self._windows = sorted({layer.window for layer in model.config.layers}, key=lambda w: w or 0)
+        self._windows = sorted({layer.attention.window for layer in model.decoder_layers}, key=lambda w: w or 0)
 
     def count_experts(self, on: bool) -> None:
         """Count from now on which experts tokens choose, or no more. Raises EngineError if a probe is at work."""
@@ -105,30 +105,36 @@ class ModelRunner:
         assert after is None or isinstance(after, GraphFlight)
         return self.launch_rows(step, states, None if after is None else rows_before(step, after.step))
 
-    def launch_rows(self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None) -> Flight:
-        """As `launch`; sources: instead of `after`, the row of it that each chunk continues."""
+    def launch_rows(
+        self,
+        step: Step,
+        states: Sequence[SamplingState],
+        sources: Sequence[int] | None,
+        most_rows: int | None = None,
+    ) -> Flight:
+        """As `launch`; sources: instead of `after`, the row of it that each chunk continues. most_rows: see `run`."""
         if self._graphed is not None and decodes_only(step, self._graphed.max_rows):
             self._check_process()
             with computing_on(self.device):
                 return self._graphed.launch(step, states, sources, self.probe)
         assert sources is None, "can_run_ahead was false"
         with computing_on(self.device):
-            return Landed(self.run(step, states))
+            return Landed(self.run(step, states, most_rows))
 
-    def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.
 
-        states: one for each chunk that samples, in order.
+        states: one for each chunk that samples, in order. most_rows: of any data rank in this step; None: there is one.
 
         Decodes and prompts are two passes: otherwise a request's rounding, in bf16 its tokens too, would depend on
         whether another one's prompt is computed in the same step. Measured on a CPU, the two passes take as long as
-        one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of torch's products; in fp32 that
-        has not been seen to change a token.
+        one. Data ranks, which would have to agree on the passes, take one. Beyond `max_rows` decodes, and for prompts,
+        rounding depends on the shape of torch's products; in fp32 that has not been seen to change a token.
         """
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
-        if path is None or not 0 < decodes <= path.max_rows:
-            return self._run(step, states)
+        if path is None or most_rows is not None or not 0 < decodes <= path.max_rows:
+            return self._run(step, states, most_rows)
         sampled = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
         if decodes == len(step.chunks):
             return sampled
@@ -161,9 +167,9 @@ class ModelRunner:
             _use_torch_threads(self._threads)
 
     @torch.inference_mode()
-    def _run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         _use_torch_threads(self._threads)
-        batch = build_batch(step, self.cache.block_size, self._windows, self.device, self.probe)
+        batch = build_batch(step, self.cache.block_size, self._windows, self.device, self.probe, most_rows)
         hidden = self.model(batch, self.cache)
         if not states:
             return SampleOutput([], [])

@@ -1,8 +1,9 @@
 """An engine whose model is spread over ranks. Enters: options. Leaves: what Engine needs to run it like one in-process.
 
 The driver (this process) keeps scheduler, sampling states and detokenizers. It sends each step as plain data to all
-ranks; the first rank answers with the tokens. On GPUs every rank knows them on its device, so that the next step can be
-sent before the driver knows them. Why the driver is no rank itself stands in parallel/supervisor.py.
+ranks; those that have the logits answer with the tokens. On GPUs every rank of a plan without stages and data ranks
+knows them on its device, so that the next step can be sent before the driver knows them. Why the driver is no rank
+itself stands in parallel/supervisor.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.layout import RankLayout
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.routing import LayerLoad
 from flexmoe.config.shard import check
 from flexmoe.engine import launchers
@@ -26,7 +28,7 @@ from flexmoe.engine.model_runner import Flight, decodes_only, rows_before
 from flexmoe.engine.sampler import SampleOutput, SamplingState
 from flexmoe.engine.startup import load_tokenizer
 from flexmoe.engine.tokenizer import Tokenizer
-from flexmoe.engine.wire import pack
+from flexmoe.engine.wire import pack_parts
 from flexmoe.engine.worker import RankReport
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.parallel.supervisor import Supervisor
@@ -68,22 +70,30 @@ class _RemoteFlight:
 
     ranks: Supervisor
     number: int
+    samplers: Sequence[int]
     step: Step
 
     def wait(self) -> SampleOutput:
-        found: SampleOutput = self.ranks.wait(self.number)[0]
-        return found
+        """The tokens of all data ranks, one after the other."""
+        answers = self.ranks.wait(self.number)
+        found: list[SampleOutput] = [answers[rank] for rank in self.samplers]
+        return SampleOutput(
+            [token for part in found for token in part.token_ids], [line for part in found for line in part.logprobs]
+        )
 
 
 class RankedRunner:
     """A ModelRunner's interface on top of the ranks."""
 
-    def __init__(self, ranks: Supervisor, device: torch.device, max_ahead: int, *, keep: bool) -> None:
+    def __init__(
+        self, ranks: Supervisor, plan: ParallelPlan, device: torch.device, max_ahead: int, *, keep: bool
+    ) -> None:
         """max_ahead: decodes of a step that may be launched ahead.
 
         keep: leave the processes to whoever made them; close() only unloads the model.
         """
         self.ranks, self.device, self._max_ahead, self._keep = ranks, device, max_ahead, keep
+        self._samplers = RankLayout(plan).samplers
         self._end = weakref.finalize(self, _nothing if keep else ranks.kill)  # also when the interpreter ends
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
@@ -94,8 +104,9 @@ class RankedRunner:
         """Send a step to all ranks. after: as ModelRunner has it. Raises RankError if a rank has failed."""
         assert after is None or isinstance(after, _RemoteFlight)
         sources = None if after is None else rows_before(step, after.step)
-        number = self.ranks.post("step", pack(step, states, sources), "computing a step", owed=[0])
-        return _RemoteFlight(self.ranks, number, step)
+        payload = pack_parts(step, states, sources)
+        number = self.ranks.post("step", payload, "computing a step", owed=self._samplers)
+        return _RemoteFlight(self.ranks, number, self._samplers, step)
 
     def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
         """Send a step and wait for its tokens."""
@@ -160,7 +171,7 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     return StartedRanks(
         source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, first.decode_kernels,
         first.max_model_len,
-    ), RankedRunner(ranks, device, first.max_ahead, keep=keep)  # fmt: skip
+    ), RankedRunner(ranks, plan, device, first.max_ahead, keep=keep)  # fmt: skip
 
 
 def launch_ranks(options: EngineConfig, launcher: Launcher) -> Supervisor:

@@ -13,6 +13,7 @@ import torch
 
 from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads
@@ -106,9 +107,7 @@ def _graphed(
 ) -> tuple[GraphedDecoder | None, str]:
     """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode."""
     mesh = model.mesh
-    reason = why_not_fused(model.config, device, backend, cache.block_size)
-    if mesh.plan.uses_all_to_all:
-        reason = "moe_dispatch=all_to_all waits for the host in every layer"
+    reason = why_not_fused(model.config, device, backend, cache.block_size) or _why_no_graphs(mesh.plan)
     # All ranks take the same way, or they would wait for each other for ever.
     if not mesh.world.minimum(int(not reason), device):
         reason = reason or "another rank cannot decode in Triton"
@@ -119,6 +118,15 @@ def _graphed(
     most_blocks = -(-max_model_len // cache.block_size)
     fused = FusedDecoder(model, max_model_len, device)
     return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), "Triton"
+
+
+def _why_no_graphs(plan: ParallelPlan) -> str:
+    """Why the ranks of this plan cannot take steps as graphs, or "" if they can."""
+    if plan.uses_all_to_all:
+        return "moe_dispatch=all_to_all waits for the host in every layer"
+    if plan.pipeline_parallel_size > 1:
+        return "several stages"
+    return "several data ranks" if plan.data_parallel_size > 1 else ""
 
 
 def load_tokenizer(options: EngineConfig, source: ModelSource) -> Tokenizer | None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.scheduling.data_ranks import JointStep
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.scheduler import ScheduledChunk, Step
 
@@ -108,3 +109,15 @@ def unpack(wire: WireStep) -> tuple[Step, list[SamplingState]]:
         chunks.append(ScheduledChunk(request, start, num_tokens, samples))
         token, block = token + num_tokens, block + num_blocks
     return Step(chunks, wire.num_decodes, []), [state or _ARGMAX for state in wire.states]
+
+
+def pack_parts(step: Step, states: Sequence[SamplingState], sources: list[int] | None = None) -> list[WireStep]:
+    """What each data rank computes of a step: its own part, or the step where there is one."""
+    if not isinstance(step, JointStep):
+        return [pack(step, states, sources)]
+    assert sources is None, "data ranks take no step ahead"
+    packed, start = [], 0
+    for part in step.parts:
+        packed.append(pack(part, states[start : start + part.num_samples]))
+        start += part.num_samples
+    return packed

@@ -1,7 +1,7 @@
 """One rank of an engine. Enters: commands of the driver, see engine/ranks.py. Leaves: reports, and tokens.
 
     start   join the others, load this rank's share of the model; answers a RankReport
-    step    compute one step; the first rank answers a SampleOutput once it is there, the others nothing
+    step    compute one step; the ranks that sample answer a SampleOutput once it is there, the others nothing
     traffic answers the bytes sent since the last call, by label
     count   count the choices of experts from now on, or no more; answers None
     loads   answers what was counted, if no other rank has counted the same rows
@@ -91,21 +91,28 @@ class Worker:
         self.mesh.traffic.beats = self._beats
         return self.mesh
 
-    def step(self, wire: WireStep) -> Any:
-        """Compute one step; all ranks do so at once."""
-        assert self.runner is not None
-        flight = self.runner.launch_rows(*unpack(wire), wire.sources)
-        if self.setup.rank > 0:
-            return SILENT
-        if isinstance(flight, GraphFlight) and not flight.needs_host:
-            return Later(flight.landed, flight.wait)
-        return flight.wait()
-
-    def loads(self, model: str) -> list[LayerLoad]:
-        """The counts of this rank's rows, which its whole tensor group has: its first rank tells them."""
+    def step(self, wires: list[WireStep]) -> Any:
+        """Compute one step, of which each data rank has a part; all ranks do so at once, also those with no rows."""
         assert self.runner is not None
         assert self.mesh is not None
-        return self.runner.expert_loads(model) if self.mesh.place.tp == 0 else []
+        with self.mesh.pipeline.step():
+            most_rows = max(len(wire.tokens) for wire in wires) if len(wires) > 1 else None
+            own = wires[self.mesh.place.dp]
+            flight = self.runner.launch_rows(*unpack(own), own.sources, most_rows)
+            if self.setup.rank not in self.mesh.layout.samplers:
+                return SILENT
+            if isinstance(flight, GraphFlight) and not flight.needs_host:
+                return Later(flight.landed, flight.wait)
+            return flight.wait()
+
+    def loads(self, model: str) -> list[LayerLoad]:
+        """The counts of this rank's rows and layers, which its whole tensor group has: its first rank tells them."""
+        assert self.runner is not None
+        assert self.mesh is not None
+        if self.mesh.place.tp > 0:
+            return []
+        layers = self.mesh.shard(self.runner.model.config).layers
+        return [load for load in self.runner.expert_loads(model) if load.layer in layers]
 
     def stop(self) -> None:
         """Let go of the model."""

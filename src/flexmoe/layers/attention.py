@@ -54,7 +54,7 @@ class Attention(nn.Module):
         cache[:, 0].index_copy_(0, batch.slot_mapping, rotated[:, self.num_heads :])
         cache[:, 1].index_copy_(0, batch.slot_mapping, heads[:, -self.num_kv_heads :])
         out = paged_attention(rotated[:, : self.num_heads], cache, batch.attention[self.window])
-        return self.out(out.view(rows, -1))  # type: ignore[no-any-return]
+        return self.out(out.flatten(1))  # type: ignore[no-any-return]
 
     def norm(self, qkv: Tensor) -> Tensor:
         """Queries and keys normed, where the model does that: [T, (Hq + 2 Hkv) D]."""

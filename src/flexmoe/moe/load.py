@@ -39,7 +39,7 @@ class ExpertCounter:
 
     def record(self, stage: str, layer: int, tensor: Tensor) -> None:
         """Count the choices topk_ids [T, K] of a layer; other stages are passed over."""
-        if stage != "topk_ids":
+        if stage != "topk_ids" or not len(tensor):  # an idle data rank makes no pass
             return
         row = self._row[layer]
         ids = tensor.reshape(-1).long()

@@ -104,12 +104,13 @@ def _dots_in_chunks(
 
 
 @triton.jit
-def _slot_of(slots_ptr, stride, row, expert):
+def _slot_of(slots_ptr, stride, row, expert, HAS_SLOTS: tl.constexpr):
     """Where a row finds an expert; -1 for none (-1), and for one that is elsewhere. Without slots it is its number."""
-    if slots_ptr is None:
-        return expert
-    slot = tl.load(slots_ptr + row * stride + tl.maximum(expert, 0))
-    return tl.where(expert >= 0, slot, -1)
+    slot = expert
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + row * stride + tl.maximum(expert, 0))
+        slot = tl.where(expert >= 0, slot, -1)
+    return slot
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def _gate_up_gemv(
     else:
         expert = tl.load(ids_ptr + a)
     expert = tl.where(alive, expert, -1)
-    slot = _slot_of(slots_ptr, stride, a // K, expert)
+    slot = _slot_of(slots_ptr, stride, a // K, expert, slots_ptr is not None)
     # Without a slot there are no steps.
     for step in tl.range(0, tl.where(slot >= 0, STEPS, 0), num_stages=1 if IN_CHUNKS else STAGES):
         n = (tl.program_id(1) * STEPS + step) * (WARPS * PAIRS) + row
