@@ -67,9 +67,9 @@ def test_processors_are_shared_out(nodes: list[Node], ranks: int, gpus: int, cpu
 
 
 def test_how_many_ranks_a_node_holds() -> None:
-    assert Need(4, 2, 3, 0).fits(LARGE) == 10
-    assert Need(4, 2, 3, 0).fits(LARGE, together=4) == 2
-    assert [Need(4, 2, 0, 1).fits(node, together=2) for node in (SMALL, LARGE, BARE)] == [1, 2, 0]
+    assert Need(4, (2,), 3, 0).fits(LARGE) == 10
+    assert Need(4, (2,), 3, 0).fits(LARGE, together=4) == 2
+    assert [Need(4, (2,), 0, 1).fits(node, together=2) for node in (SMALL, LARGE, BARE)] == [1, 2, 0]
 
 
 def test_neighbours_sit_together() -> None:

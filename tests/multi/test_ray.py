@@ -160,7 +160,7 @@ def test_ranks_end_with_a_driver_that_is_killed(cluster: Any, folder: Path) -> N
 def test_ranks_on_one_node_see_the_gpus_of_all(cluster: Any, folder: Path) -> None:
     """A tensor group fits on the head; each rank takes the GPU of its number there, and can reach the other's."""
     left = Left(folder)
-    ranks = Supervisor(RayCluster().start("tests.multi.worker", Need(2, 2, 0, 1), 60.0, None), 60.0, str)
+    ranks = Supervisor(RayCluster().start("tests.multi.worker", Need(2, (2,), 0, 1), 60.0, None), 60.0, str)
     found = ranks.wait(ranks.post("call", (__name__, "place", {}), "testing", owed=[0, 1]))
     ranks.close()
     visible = found[0][0]
@@ -188,7 +188,7 @@ def test_a_node_without_the_model(cluster: Any, folder: Path) -> None:
     left = Left(folder)
     node = ray.util.get_node_ip_address()
     with pytest.raises(CheckpointError, match=f"folder /nowhere does not exist on node {node}"):
-        RayCluster().start("flexmoe.engine.worker", Need(2, 2, 1, 0), 60.0, Path("/nowhere"))
+        RayCluster().start("flexmoe.engine.worker", Need(2, (2,), 1, 0), 60.0, Path("/nowhere"))
     assert left.is_nothing()
 
 
@@ -197,7 +197,7 @@ def test_a_node_with_another_version(cluster: Any, folder: Path, monkeypatch: py
     here = flexmoe.__version__
     monkeypatch.setattr(flexmoe, "__version__", "99.0")
     with pytest.raises(EngineError, match=f"has flexmoe {here}, torch .*, but this process has flexmoe 99.0, torch"):
-        RayCluster().start("flexmoe.engine.worker", Need(2, 2, 1, 0), 60.0, None)
+        RayCluster().start("flexmoe.engine.worker", Need(2, (2,), 1, 0), 60.0, None)
     assert left.is_nothing()
 
 

@@ -114,7 +114,8 @@ class OnRay:
         plan, own = options.parallel, options.device
         assert own.threads is not None, "decided before"
         gpus = _gpus(torch.device(own.device))
-        need = Need(plan.num_ranks, plan.tensor_parallel_size, 0 if gpus else own.threads, gpus)
+        groups = plan.stage_size, plan.tensor_parallel_size
+        need = Need(plan.num_ranks, groups, 0 if gpus else own.threads, gpus)
         model = options.load.model
         folder = Path(model) if model is not None and Path(model).is_absolute() else None
         return self._cluster.start(module, need, timeout, folder)

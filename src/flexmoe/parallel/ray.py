@@ -25,7 +25,7 @@ from flexmoe.parallel.launch import Launched, Member
 from flexmoe.parallel.mesh import TCPStore
 from flexmoe.parallel.rank import Setup
 
-_PLACE_SECONDS = 15.0  # what another program has just given back may count as taken for a moment
+_PLACE_SECONDS = 10.0  # what another program has just given back may count as taken for a moment
 _START_SECONDS = 60.0  # of a process on a node
 _CONNECT_SECONDS = 5.0
 _MODEL = "model's folder"  # what a node says beside versions, if it has it
@@ -43,10 +43,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What ranks need. cpus, gpus: each of them. group: so many neighbours talk most, and should be on one node."""
+    """What ranks need. cpus, gpus: each of them. groups: so many neighbours should share a node; what is best first."""
 
     ranks: int
-    group: int
+    groups: tuple[int, ...]
     cpus: int
     gpus: int
 
@@ -66,7 +66,7 @@ class Seat(NamedTuple):
 def cpus_of_each(nodes: Sequence[Node], ranks: int, gpus: int) -> int:
     """The most processors that each of so many ranks can have, if it takes so many GPUs; at least 1."""
     for cpus in range(max((node.cpus for node in nodes), default=0), 1, -1):
-        need = Need(ranks, 1, cpus, gpus)
+        need = Need(ranks, (), cpus, gpus)
         if sum(map(need.fits, nodes)) >= ranks:
             return cpus
     return 1
@@ -166,11 +166,11 @@ class RayCluster:
         )
 
     def _reserve(self, need: Need) -> tuple[_Taken, list[Seat]]:
-        """Places for all ranks: each group on one node if that can be, on as few nodes as possible in any case."""
+        """Places for all ranks: each group on one node if that can be, on few nodes in any case."""
         ray, kinds = self._ray, {"CPU": need.cpus, "GPU": need.gpus}
-        whole = sum(need.fits(node, need.group) for node in self.nodes) * need.group >= need.ranks
         by_id = {node.id: node for node in self.nodes}
-        for together in (need.group, 1) if whole and need.group > 1 else (1,):
+        sizes = dict.fromkeys((*need.groups, 1))
+        for together in [n for n in sizes if n * sum(need.fits(node, n) for node in self.nodes) >= need.ranks]:
             bundle = {kind: count * together for kind, count in kinds.items() if count}
             group = ray.util.placement_group([bundle] * (need.ranks // together), strategy="PACK")
             if group.wait(_PLACE_SECONDS):
