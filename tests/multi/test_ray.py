@@ -95,11 +95,16 @@ def pids(llm: LLM) -> list[int]:
     return [member.process.pid for member in llm.engine.runner.ranks.members if member.process is not None]
 
 
-def test_tokens_are_those_of_one_process(cluster: Any, folder: Path) -> None:
+@pytest.mark.parametrize(
+    "degrees",
+    [{"tensor_parallel_size": 2, "expert_parallel_size": 2}, {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}],
+    ids=["experts", "stages"],
+)
+def test_tokens_are_those_of_one_process(cluster: Any, folder: Path, degrees: dict[str, int]) -> None:
     left = Left(folder)
     with LLM(tiny("mixtral"), **{**OPTIONS, "tensor_parallel_size": 1}) as llm:
         expected = [out.token_ids for out in llm.generate(PROMPTS, PARAMS)]
-    with LLM(tiny("mixtral"), **ON_RAY, expert_parallel_size=2) as llm:
+    with LLM(tiny("mixtral"), **{**ON_RAY, **degrees}) as llm:
         assert [out.token_ids for out in llm.generate(PROMPTS, PARAMS)] == expected
         ranks = [psutil.Process(pid) for pid in pids(llm)]
         assert len({rank.parent().ppid() for rank in ranks}) == 2, "both are below the same node"  # type: ignore[union-attr]
