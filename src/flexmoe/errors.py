@@ -10,7 +10,8 @@
     ├── RequestError(ValueError)         a prompt or its sampling parameters are refused
     ├── MissingDependencyError           an optional package is not installed; prints the pip line
     └── EngineError(RuntimeError)        the engine was closed or died
-        └── RankError                    one of its processes died or hangs; says which
+        ├── RankError                    one of its processes died or hangs; says which
+        └── RequestFailedError           the engine lives, but one request could not go on
 
 Messages say what was wrong, the value, the limit and the remedy, in that order.
 """
@@ -68,6 +69,10 @@ class MissingDependencyError(FlexMoEError):
 
 class EngineError(FlexMoEError, RuntimeError):
     """The engine was closed or died."""
+
+
+class RequestFailedError(EngineError):
+    """One request could not go on, for a reason of its own; the engine and all others can."""
 
 
 class RankError(EngineError):

@@ -24,7 +24,19 @@ from flexmoe.cli.options import DEBUG, debug_option
 from flexmoe.errors import FlexMoEError
 
 # In the order of the help. Each is the function of that name in flexmoe/cli/<name>.py.
-_COMMANDS = ("generate", "chat", "trace", "models", "verify", "bench", "tune", "balance", "run", "incr_decoding")
+_COMMANDS = (
+    "generate",
+    "chat",
+    "serve",
+    "trace",
+    "models",
+    "verify",
+    "bench",
+    "tune",
+    "balance",
+    "run",
+    "incr_decoding",
+)
 _INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 

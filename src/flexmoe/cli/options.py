@@ -32,7 +32,7 @@ DEBUG = "flexmoe.debug"  # key in the context's meta, which all commands share
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+def byte_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """A number of bytes, with a unit if wanted: 1073741824, 1GiB, 500M."""
     if value is None:
         return None
@@ -102,7 +102,7 @@ _MODEL_OPTIONS = (
     click.option(
         "--kv-cache-memory",
         metavar="BYTES",
-        callback=_bytes,
+        callback=byte_size,
         help="Memory for keys and values, e.g. 2GiB.  [default: as needed]",
     ),
     click.option(
