@@ -11,11 +11,12 @@ from typing import Any, TypeAlias, TypeGuard
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.sampling import SamplingParams
-from flexmoe.engine.engine import Engine, is_list
+from flexmoe.engine.admission import is_list
+from flexmoe.engine.engine import Engine
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.routing import RoutingRecorder, recording
 from flexmoe.engine.tokenizer import Tokenizer
-from flexmoe.errors import EngineError, RequestError
+from flexmoe.errors import EngineError, RequestError, RequestFailedError
 
 Prompt: TypeAlias = str | Sequence[int]
 Message: TypeAlias = Mapping[str, Any]
@@ -173,6 +174,8 @@ class LLM:
             if self._unseen[request_id] is None and not self._engine.serves(request_id):
                 raise EngineError(f"request {request_id!r} was aborted while its output was awaited.")
         self._unseen[request_id] = None
+        if output.error is not None:
+            raise RequestFailedError(output.error)
         return output
 
 

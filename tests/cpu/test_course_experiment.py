@@ -27,9 +27,8 @@ def test_rows_of_one_and_two_experts_make_the_figure(
     experiment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "rows.jsonl"
-    experiment.main(
-        "--experts 1,2 --layers 1 --tokens 2 --engine flexmoe --device cpu --threads 1 --out".split() + [str(out)]
-    )
+    words = "--experts 1,2 --layers 1 --tokens 2 --engine flexmoe --device cpu --threads 1 --out".split()
+    experiment.main([*words, str(out)])
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["model"]["experts"], row["model"]["top_k"]) for row in found] == [(1, 1), (2, 2)]
     assert {row["params"]["prompt"] for row in found} == {experiment.PROMPT}

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -342,4 +343,39 @@ def test_damaged_weights_are_an_error(way: str, params: SamplingParams) -> None:
         llm.engine.runner.model.norm.weight.data.fill_(float("nan"))
         with pytest.raises(EngineError, match="are not numbers; the weights may be damaged"):
             llm.generate([[5, 6], [7]], params)
+        assert_idle(llm)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("params", [GREEDY, SEEDED, replace(GREEDY, logprobs=2)], ids=lambda _: "")
+def test_a_row_without_numbers_ends_its_request_alone(way: str, params: SamplingParams) -> None:
+    """One token's embedding is damaged; the request that meets it fails, the others do not notice."""
+    with open_llm("mixtral", way, enable_prefix_caching=False) as llm:
+        prompts = [[5, 6], [7, 8]]
+        expected = [output.token_ids for output in llm.generate(prompts, params)]
+        bad = next(t for t in range(9, llm.config.vocab_size) if not any(t in row for row in expected))
+        llm.engine.runner.model.embed_tokens.weight.data[bad] = float("nan")
+        for i, prompt in enumerate([[5, 6], [7, bad], [7, 8]]):
+            llm.engine.add_request(prompt, params, request_id=str(i))
+        found = finish(llm.engine)
+        assert found["1"].error is not None
+        assert "not numbers" in found["1"].error
+        assert found["1"].outputs[0].finish_reason == "error"
+        assert [found[i].token_ids for i in "02"] == expected
+        assert_idle(llm)
+
+
+def test_a_text_that_cannot_be_made_ends_its_request_alone() -> None:
+    with LLM(num_blocks=64) as llm:
+        alone = llm.generate("Once upon a time", GREEDY)[0]
+        ids = llm.encode("Once upon a time")
+        llm.engine.add_request(ids, GREEDY, request_id="good", stream=True)
+        llm.engine.add_request(ids, replace(SEEDED, n=2), request_id="bad", stream=True)
+        llm.engine.step()
+        _, sample = vars(llm.engine)["_owner"]["bad/1"]
+        with patch.object(sample.detokenizer, "append", side_effect=ValueError("broken table")):
+            found = finish(llm.engine)
+        assert found["bad"].error == "request 'bad' failed: broken table"
+        assert [s.finish_reason for s in found["bad"].outputs] == ["error", "error"]
+        assert found["good"].text == alone.text
         assert_idle(llm)

@@ -27,6 +27,7 @@ from flexmoe.errors import FlexMoEError
 _COMMANDS = (
     "generate",
     "chat",
+    "serve",
     "trace",
     "models",
     "verify",

@@ -14,9 +14,11 @@ import click
 from flexmoe.config.engine import (
     DTYPES,
     EXPERT_BACKENDS,
+    LAUNCHERS,
     LOAD_FORMATS,
     CacheConfig,
     DeviceConfig,
+    LaunchConfig,
     LoadConfig,
     SchedulerConfig,
 )
@@ -30,7 +32,7 @@ DEBUG = "flexmoe.debug"  # key in the context's meta, which all commands share
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+def byte_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """A number of bytes, with a unit if wanted: 1073741824, 1GiB, 500M."""
     if value is None:
         return None
@@ -100,7 +102,7 @@ _MODEL_OPTIONS = (
     click.option(
         "--kv-cache-memory",
         metavar="BYTES",
-        callback=_bytes,
+        callback=byte_size,
         help="Memory for keys and values, e.g. 2GiB.  [default: as needed]",
     ),
     click.option(
@@ -125,6 +127,11 @@ _MODEL_OPTIONS = (
         help="Add the ranks' results, or send tokens to their experts.  [default: auto]",
     ),
     click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan as a JSON file, for all these."),
+    click.option(
+        "--launcher",
+        type=click.Choice(LAUNCHERS),
+        help=f"Who starts the processes; `ray`: on many machines.  [default: {_default(LaunchConfig, 'launcher')}]",
+    ),
     debug_option,
 )
 
@@ -145,6 +152,7 @@ _MODEL_NAMES = (
     *DEGREES,
     "moe_dispatch",
     "plan",
+    "launcher",
 )
 
 

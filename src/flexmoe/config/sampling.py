@@ -44,7 +44,8 @@ class SamplingParams:
     stop: strings that end the text (left out unless include_stop_str_in_output). stop_token_ids: the same by id.
     Of both, one or a list; None is an empty list.
     ignore_eos: go on after the end-of-sequence token. logprobs: log-probabilities of that many best tokens a step.
-    logit_bias: added to the logits of the given token ids.
+    logit_bias: added to the logits of the given token ids. json_schema: the text will be JSON of this schema; {} is any
+    JSON. Needs the package llguidance.
     """
 
     n: int = 1
@@ -65,6 +66,7 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
+    json_schema: Mapping[str, Any] | None = None
 
     def __new__(cls, **options: Any) -> SamplingParams:
         """Refuses unknown names with the nearest known one; __init__ would only say that it is unexpected."""
@@ -99,7 +101,7 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
-        return penalties or bool(self.logit_bias) or self.min_tokens > 0
+        return penalties or bool(self.logit_bias) or self.min_tokens > 0 or self.json_schema is not None
 
     def _check_numbers(self) -> None:
         ranges = {
@@ -140,6 +142,10 @@ class SamplingParams:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}; lower one or raise the other."
             )
+        if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
+            raise RequestError(f"json_schema={self.json_schema!r} is not a mapping.")
+        if self.json_schema is not None and (self.min_tokens or self.ignore_eos):
+            raise RequestError("json_schema ends an answer where its JSON ends; leave out min_tokens and ignore_eos.")
         if self.greedy and self.n > 1:
             raise RequestError(
                 f"n={self.n} with temperature=0 would give {self.n} identical samples; "

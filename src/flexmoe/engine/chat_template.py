@@ -210,9 +210,15 @@ def _plain(value: Any) -> Any:
 def _explain(template: Template, messages: list[dict[str, Any]], values: dict[str, Any], error: Exception) -> str:
     """The template's complaint and the first message that brings it about."""
     text = str(error) or type(error).__name__
-    for count in range(1, len(messages) + 1):
+    # By halves: a template that refuses some messages refuses them also with more behind them. One that does not costs
+    # a wrong number, not the time of rendering a long conversation again for each of its messages.
+    accepted, refused = 0, len(messages)
+    while refused - accepted > 1:
+        middle = (accepted + refused) // 2
         try:
-            template.render(messages=messages[:count], **values)
+            template.render(messages=messages[:middle], **values)
         except Exception:  # noqa: BLE001  (any failure marks the message)
-            return f"messages[{count - 1}] (role {messages[count - 1]['role']!r}): {text}"
-    return f"the chat template refuses these messages: {text}"
+            refused = middle
+        else:
+            accepted = middle
+    return f"messages[{refused - 1}] (role {messages[refused - 1]['role']!r}): {text}"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.engine.packed_rows import PackedRows
-from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState, checked
+from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import MAX_ROWS, DeviceDecoder, Sampling
@@ -82,11 +82,11 @@ class GraphFlight:
         return bool(self._landed.query())
 
     def wait(self) -> SampleOutput:
-        """The tokens. Raises EngineError if the logits of a row are not numbers."""
+        """The tokens; NO_TOKEN where the logits of a row are not numbers."""
         if self._host_states:
             return Sampler().sample(self._logits, self._host_states)
         self._landed.synchronize()
-        token_ids = checked(self._tokens)
+        token_ids: list[int] = self._tokens.tolist()
         return SampleOutput(token_ids, [None] * len(token_ids))
 
 

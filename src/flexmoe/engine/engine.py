@@ -15,6 +15,7 @@ bookkeeping that it cuts short may have left a block with two owners, so then al
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,25 +25,24 @@ from typing import Any, ParamSpec, TypeVar
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.routing import LayerLoad
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.admission import Admission
 from flexmoe.engine.chat_template import ChatTemplate
-from flexmoe.engine.detokenizer import Detokenizer
+from flexmoe.engine.grammar import Grammars
+from flexmoe.engine.metrics import EngineMetrics
 from flexmoe.engine.model_runner import Flight, ModelRunner
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.ranks import RankedRunner, StartedRanks, start_ranks
-from flexmoe.engine.sampler import SampleOutput, SamplingState
+from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.startup import Started, start
 from flexmoe.engine.tracking import Sample, Tracked
-from flexmoe.errors import ConfigError, EngineError, RequestError
+from flexmoe.errors import ConfigError, EngineError, FlexMoEError, RequestError
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks
-from flexmoe.scheduling.request import Request, RequestStatus
+from flexmoe.scheduling.request import RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
-# Keep apart the seeds of requests that gave none, and of the samples of one request; the second is the golden ratio in
-# 64 bits, no small multiple of the first, so that no sample of one request equals one of a neighbour.
-_REQUEST_STRIDE = 1_000_003
-_SAMPLE_STRIDE = 0x9E3779B97F4A7C15
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,6 +78,7 @@ class Engine:
             self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed)
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
+        self.metrics = EngineMetrics()
         self._start_anew()
         self._numbers = itertools.count()
         self._closed = False
@@ -102,7 +103,15 @@ class Engine:
     def max_model_len(self) -> int:
         """Tokens that prompt and output may have together: the model's context, or less if the KV cache is smaller."""
         self._check_open()
-        return min(self._started.max_model_len, self.scheduler.num_tokens)
+        return self.admission.max_model_len
+
+    @cached_property
+    def admission(self) -> Admission:
+        """What requests must be to be served."""
+        tokenizer, config = self.tokenizer, self.config
+        grammars = None if tokenizer is None else Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
+        limits = self._started.max_model_len, self.scheduler.num_tokens
+        return Admission(config, tokenizer, grammars, self.options.seed, *limits)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -127,10 +136,10 @@ class Engine:
         Raises RequestError for a prompt that is empty, too long or holds unknown ids; nothing is queued then.
         """
         self._check_open()
-        ids = self._check_request(prompt_token_ids, sampling)
+        ids = self.admission.check(prompt_token_ids, sampling)
         request_id = request_id or self.new_id()
         number = next(self._numbers)
-        samples = [self._make_sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
+        samples = [self.admission.sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
         for sample in samples:
             if sample.request.request_id in self._owner:
                 raise RequestError(f"request_id={sample.request.request_id!r} is still being served; use another id.")
@@ -141,8 +150,11 @@ class Engine:
         """An id that no request has had yet, unless it was made up by somebody else."""
         return f"request-{next(self._numbers)}"
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, *, report: bool = True) -> list[RequestOutput]:
         """Compute one step. Returns the outputs of the requests that finished, and of those that stream.
+
+        report: False leaves out those that stream and go on, unless it is their first output. Their text is made when
+        it is asked for, so that this saves work.
 
         If it raises, nothing of the step counts: the next one computes it again, or abort() ends its requests.
         """
@@ -153,7 +165,7 @@ class Engine:
             return []
         following = self._launch_behind(current)
         sampled = current.flight.wait()
-        outputs = self._whole(self._advance, current, sampled)
+        outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None
         return outputs
 
@@ -233,69 +245,15 @@ class Engine:
             raise ConfigError("this looks into a model of one process; use degrees of parallelism of 1.")
         return self.runner
 
+    def check(self) -> None:
+        """Raise the error that ended the engine's processes, if one did. Cheap."""
+        self._check_open()
+        if isinstance(self.runner, RankedRunner):
+            self.runner.ranks.check()
+
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed; make a new one.")
-
-    def _check_request(self, prompt: Sequence[int], sampling: SamplingParams) -> tuple[int, ...]:
-        """The prompt's token ids. Raises RequestError for what cannot be served."""
-        if not isinstance(sampling, SamplingParams):
-            raise RequestError(f"sampling_params={sampling!r} is not SamplingParams.")
-        if not is_list(prompt):
-            raise RequestError(f"the prompt is of type {type(prompt).__name__}; use a string or a list of token ids.")
-        if not prompt:
-            raise RequestError("the prompt is empty; give at least one token.")
-        self._check_length(len(prompt))
-        vocab = self.config.vocab_size
-        for position, token in enumerate(prompt):
-            if type(token) is not int:
-                raise RequestError(
-                    f"token id {token!r} at position {position} of the prompt is of type {type(token).__name__}; "
-                    "use Python's int."
-                )
-            if not 0 <= token < vocab:
-                raise RequestError(
-                    f"token id {token} at position {position} of the prompt is outside of the vocabulary; "
-                    f"use 0 to {vocab - 1}."
-                )
-        if sampling.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids.")
-        return tuple(prompt)
-
-    def _check_length(self, length: int) -> None:
-        limit = self.max_model_len
-        if length < limit:
-            return
-        if limit < self._started.max_model_len:
-            holder = f"the KV cache of {limit} tokens"
-            remedy = "raise kv_cache_memory" if limit > 1 else "raise block_size"
-        else:
-            holder, remedy = f"the context of max_model_len={limit}", ""
-        raise RequestError(
-            f"the prompt has {length} tokens, but {holder} must also hold at least one new token; "
-            f"shorten it to {limit - 1} tokens{remedy and ' or ' + remedy}."
-        )
-
-    def _make_sample(
-        self, request_id: str, number: int, index: int, ids: tuple[int, ...], sampling: SamplingParams
-    ) -> Sample:
-        seed = self.options.seed + number * _REQUEST_STRIDE if sampling.seed is None else sampling.seed
-        request = Request(
-            request_id if index == 0 else f"{request_id}/{index}",
-            ids,
-            sampling,
-            eos_token_ids=self.config.eos_token_ids,
-            max_total_tokens=self.max_model_len,
-        )
-        state = SamplingState(
-            sampling,
-            seed + index * _SAMPLE_STRIDE,
-            ids,
-            eos_token_ids=self.config.eos_token_ids,
-            vocab_size=self.config.vocab_size,
-        )
-        detokenizer = None if self.tokenizer is None else Detokenizer(self.tokenizer, ids, sampling)
-        return Sample(request, state, detokenizer)
 
     def _whole(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Do some bookkeeping; see the module's text for why it may not be cut short."""
@@ -314,6 +272,8 @@ class Engine:
     def _launch(self, step: Step, after: _Launched | None = None) -> _Launched | None:
         if not step.chunks:
             return None
+        owners = (self._owner[chunk.request.request_id][0] for chunk in step.chunks)
+        self.metrics.launched(owners, len(step.preempted), time.monotonic())
         samples = [self._owner[chunk.request.request_id] for chunk in step.chunks if chunk.samples]
         states = [sample.state for _, sample in samples]
         return _Launched(step, samples, self.runner.launch(step, states, after=None if after is None else after.flight))
@@ -325,7 +285,7 @@ class Engine:
         step = self._whole(self.scheduler.schedule_ahead, current.step)
         return None if step is None else self._launch(step, current)
 
-    def _advance(self, launched: _Launched, sampled: SampleOutput) -> list[RequestOutput]:
+    def _advance(self, launched: _Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
         going = []
         for (tracked, sample), token, logprobs in zip(
@@ -333,31 +293,50 @@ class Engine:
         ):
             if sample.finished:
                 continue
-            sample.state.accept(token)
-            if logprobs is not None:
-                sample.logprobs.append(logprobs)
             going.append((tracked, sample))
+            try:
+                sample.take(token, logprobs)
+            except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller
+                self._fail(tracked, error)
         self.scheduler.update(launched.step, sampled.token_ids)
-        return self._read(going)
+        return self._read(going, report)
 
-    def _read(self, samples: Sequence[tuple[Tracked, Sample]]) -> list[RequestOutput]:
+    def _read(self, samples: Sequence[tuple[Tracked, Sample]], report: bool) -> list[RequestOutput]:
         """Bring the texts of these up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
         for tracked, sample in samples:
-            tracked.first_token = tracked.first_token or now
-            if tracked.reads_every_step or sample.finished:
-                stop = sample.read()
-                if stop is not None:
-                    self.scheduler.finish(sample.request, "stop", stop)
+            if tracked.error is None:
+                self.metrics.token(tracked, sample, now)
+                if sample.finished or tracked.sampling.stop or tracked.is_due(report):
+                    self._read_text(tracked, sample)
         outputs = []
         # Each once, though several of its samples may be in the step.
         for tracked in {tracked.request_id: tracked for tracked, _ in samples}.values():
             if tracked.finished:
                 tracked.end = time.monotonic()
                 self._forget(tracked)
-            if tracked.finished or tracked.stream:
+            if tracked.is_due(report):
+                tracked.reported = True
                 outputs.append(tracked.output())
         return outputs
+
+    def _read_text(self, tracked: Tracked, sample: Sample) -> None:
+        try:
+            stop = sample.read()
+        except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller
+            self._fail(tracked, error)
+        else:
+            if stop is not None:
+                self.scheduler.finish(sample.request, "stop", stop)
+
+    def _fail(self, tracked: Tracked, error: Exception) -> None:
+        """End one request that cannot go on; the others do not notice."""
+        if not isinstance(error, FlexMoEError):
+            _log.error("request %s fails", tracked.request_id, exc_info=error)
+        tracked.error = f"request {tracked.request_id!r} failed: {str(error) or type(error).__name__}"
+        for sample in tracked.samples:
+            if not sample.finished:
+                self.scheduler.finish(sample.request, "error")
 
     def _drop(self, tracked: Tracked) -> None:
         for sample in tracked.samples:
@@ -367,11 +346,7 @@ class Engine:
             self._ahead = None
 
     def _forget(self, tracked: Tracked) -> None:
+        self.metrics.ended(tracked, time.monotonic())
         del self._tracked[tracked.request_id]
         for sample in tracked.samples:
             del self._owner[sample.request.request_id]
-
-
-def is_list(value: object) -> bool:
-    """Whether this is a sequence of things of its own: a text or bytes is not, though Python calls it one."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))

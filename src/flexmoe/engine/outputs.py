@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,9 @@ class CompletionOutput:
     """One sample of a request.
 
     finish_reason: None while it runs; "stop" (end-of-sequence token, stop token or stop string), "length"
-    (max_tokens or the model's context is full), "abort". stop_reason: the stop string or stop token id that ended
-    it; None for the model's own end-of-sequence token. logprobs: one entry a token, or None if not asked for.
+    (max_tokens or the model's context is full), "abort", "error" (see RequestOutput.error). stop_reason: the stop
+    string or stop token id that ended it; None for the model's own end-of-sequence token. logprobs: one entry a token,
+    or None if not asked for.
     """
 
     index: int
@@ -65,7 +66,10 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request and all its samples so far; `text` and `token_ids` are those of the first sample."""
+    """A request and all its samples so far; `text` and `token_ids` are those of the first sample.
+
+    error: why this request alone could not go on; None if all is well.
+    """
 
     request_id: str
     prompt: str | None
@@ -73,6 +77,7 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     finished: bool = False
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival=0.0))
+    error: str | None = None
 
     @property
     def text(self) -> str:

@@ -1,8 +1,8 @@
 """Logits to tokens. Enters: logits [N, V] and the sampling state of each row. Leaves: one token a row.
 
-Order, as in transformers: logit_bias, repetition penalty, frequency and presence penalty, min_tokens; then, unless
-greedy, temperature, top_k, top_p (of what top_k left), min_p. Each filter is a threshold on the logits, so equally
-likely tokens stay or go together. A row's result depends on its own logits and state only, never on the batch.
+Order, as in transformers: logit_bias, repetition penalty, frequency and presence penalty, grammar, min_tokens; then,
+unless greedy, temperature, top_k, top_p (of what top_k left), min_p. Each filter is a threshold on the logits, so
+equally likely tokens stay or go together. A row's result depends on its own logits and state only, never on the batch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 
 from flexmoe.engine.outputs import TokenLogprobs
 from flexmoe.engine.sampling_state import SamplingState
-from flexmoe.errors import EngineError
 
-__all__ = ["SampleOutput", "Sampler", "SamplingState"]
+__all__ = ["NO_TOKEN", "SampleOutput", "Sampler", "SamplingState"]
 
 Rows = Sequence[SamplingState]
 Chooser = Callable[[torch.Tensor, Rows], torch.Tensor]
+
+# In place of a token that could not be chosen. The kernels on a GPU write it, too.
+NO_TOKEN = -1
 
 # Sorting the whole vocabulary to find the most likely tokens is slow; this many are looked at first.
 _SHORTLIST = 128
@@ -33,7 +35,7 @@ _COLDEST = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """One token a row, and its log-probability for the rows that asked."""
+    """One token a row, or NO_TOKEN; and its log-probability for the rows that asked."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
@@ -45,7 +47,7 @@ class Sampler:
     def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> SampleOutput:
         """logits: [N, V] of any float type, left unchanged. The caller accepts the tokens into the states.
 
-        Raises EngineError if the logits of a row are not numbers.
+        A row whose logits are not numbers gets NO_TOKEN.
         """
         if all(state.plain_greedy for state in states):
             chosen = _argmax(logits, states)
@@ -54,16 +56,8 @@ class Sampler:
             starts = range(0, len(states), size)
             parts = [_by_row(states[i : i + size], _is_plain, logits[i : i + size], _argmax, _choose) for i in starts]
             chosen = torch.cat(parts)  # [N]
-        token_ids = checked(chosen)
+        token_ids: list[int] = chosen.tolist()
         return SampleOutput(token_ids, _logprobs(logits, chosen, token_ids, states))
-
-
-def checked(chosen: torch.Tensor) -> list[int]:
-    """The tokens [N]. Raises EngineError where one is -1, chosen from logits that are not numbers."""
-    token_ids: list[int] = chosen.tolist()
-    if -1 in token_ids:
-        raise EngineError(f"the logits of row {token_ids.index(-1)} are not numbers; the weights may be damaged.")
-    return token_ids
 
 
 def _by_row(
@@ -128,11 +122,21 @@ def adjust(logits: torch.Tensor, states: Rows) -> torch.Tensor:
         place = (_tensor(row, work), _tensor(token, work))
         work[place] += torch.tensor(bias, device=work.device)
     _penalise(work, states)
+    _keep_to_grammar(work, states)
     suppressed = [(row, token) for row, s in enumerate(states) for token in s.suppressed_ids]
     if suppressed:
         row, token = zip(*suppressed, strict=True)
         work[_tensor(row, work), _tensor(token, work)] = -math.inf
     return work
+
+
+def _keep_to_grammar(work: torch.Tensor, states: Rows) -> None:
+    """Forbid, in place, what a row's grammar does not allow next."""
+    for place, state in enumerate(states):
+        bits = state.allowed
+        if bits is not None:
+            allowed = np.unpackbits(bits.view(np.uint8), count=work.shape[1], bitorder="little")  # [V]
+            work[place].masked_fill_(torch.from_numpy(allowed == 0).to(work.device), -math.inf)
 
 
 def _penalise(work: torch.Tensor, states: Rows) -> None:
@@ -223,7 +227,7 @@ def _logprobs(
         return found
     index = torch.tensor(list(wanted), device=logits.device)
     raw = torch.log_softmax(logits[index].float(), dim=-1)  # [n, V]
-    own = raw.gather(1, chosen[index][:, None])  # [n, 1]
+    own = raw.gather(1, chosen[index][:, None].clamp(min=0))  # [n, 1]
     ranks: list[int] = (1 + (raw > own).sum(-1)).tolist()
     best = _best(raw, list(wanted.values()))
     values: list[float] = own[:, 0].tolist()

@@ -7,11 +7,13 @@ batch, nor on the row, nor on whether the request was preempted and computed aga
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.grammar import Bits, FixedMask, Matcher
 from flexmoe.errors import RequestError
 
 _WORD = (1 << 64) - 1
@@ -29,13 +31,16 @@ class SamplingState:
         *,
         eos_token_ids: Iterable[int] = (),
         vocab_size: int | None = None,
+        grammar: Matcher | None = None,
     ) -> None:
         """seed: of this sample; give each of `n` samples its own. eos_token_ids: the model's, for min_tokens.
+        grammar: at its start.
 
         Raises RequestError if logit_bias or stop_token_ids name a token that is not below vocab_size.
         """
         self.params = params
         self.num_tokens = 0
+        self._grammar = grammar
         self._start = _mix(seed & _WORD)
         eos = () if params.ignore_eos else eos_token_ids
         self._stop_ids = tuple(sorted({*eos, *params.stop_token_ids}))
@@ -46,8 +51,10 @@ class SamplingState:
             _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
 
     def accept(self, token_id: int) -> None:
-        """The request got this token."""
+        """The request got this token. Raises EngineError if its grammar does not allow it."""
         self.num_tokens += 1
+        if self._grammar is not None:
+            self._grammar.accept(token_id)
         if self._penalised:
             self._seen.add(token_id)
 
@@ -62,7 +69,14 @@ class SamplingState:
         random number, nothing else. Once true it stays true.
         """
         params = self.params
+        if self._grammar is not None:
+            return False
         return not (self._penalised or params.logit_bias or params.logprobs is not None or self.suppressed_ids)
+
+    @property
+    def allowed(self) -> Bits | None:
+        """A bit for each token that the grammar lets come next, see grammar.Matcher; None if there is no grammar."""
+        return None if self._grammar is None else self._grammar.mask()
 
     @property
     def suppressed_ids(self) -> tuple[int, ...]:
@@ -80,6 +94,11 @@ class SamplingState:
         ahead: tokens still to be accepted before that one.
         """
         return (_mix((self._start + (self.num_tokens + ahead + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs for the next token: of a grammar its mask."""
+        bits = self.allowed
+        return self.__dict__ if bits is None else self.__dict__ | {"_grammar": FixedMask(bits)}
 
 
 class TokenCounts:

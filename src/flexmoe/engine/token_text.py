@@ -267,3 +267,12 @@ class _WindowStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """What a token adds to a text, in UTF-8; it may be part of a character. Special tokens are spelt out."""
+    spelling = tokenizer.token(token_id) or ""
+    if [step["type"] for step in tokenizer.decoder_steps] == ["ByteLevel"]:
+        return _ByteLevelStream(tokenizer, frozenset())._bytes(token_id)
+    byte = _BYTE_TOKEN.fullmatch(spelling)
+    return bytes([int(byte[1], 16)]) if byte else spelling.replace("▁", " ").encode()

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.detokenizer import Detokenizer
 from flexmoe.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
-from flexmoe.engine.sampler import SamplingState
+from flexmoe.engine.sampler import NO_TOKEN, SamplingState
+from flexmoe.errors import EngineError
 from flexmoe.scheduling.request import Request, RequestStatus
 
 
@@ -17,6 +18,7 @@ class Sample:
     """One of the n samples of a request: a sequence of its own to the scheduler.
 
     num_read: output tokens already handed to the detokenizer, which is None when the model has no tokenizer.
+    first_token, last_token: when they came, in seconds of `time.monotonic()`.
     """
 
     request: Request
@@ -24,10 +26,20 @@ class Sample:
     detokenizer: Detokenizer | None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_read: int = 0
+    first_token: float | None = None
+    last_token: float | None = None
 
     @property
     def finished(self) -> bool:
         return self.request.status is RequestStatus.FINISHED
+
+    def take(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """Remember a token. Raises EngineError if it is none, because the row's logits were not numbers."""
+        if token_id == NO_TOKEN:
+            raise EngineError("the logits are not numbers; the weights may be damaged.")
+        self.state.accept(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
 
     def read(self) -> str | None:
         """Bring the text up to date. Returns the stop string that ends it, if one was found."""
@@ -60,7 +72,11 @@ class Sample:
 
 @dataclass(slots=True)
 class Tracked:
-    """A request with all its samples. stream: the caller wants an output after every step, not only at the end."""
+    """A request with all its samples. stream: the caller wants an output after every step, not only at the end.
+
+    scheduled: when a step first computed something of it. reported: whether its caller has had an output. error: why it
+    alone could not go on.
+    """
 
     request_id: str
     prompt: str | None
@@ -69,13 +85,15 @@ class Tracked:
     stream: bool
     samples: list[Sample]
     arrival: float = field(default_factory=time.monotonic)
+    scheduled: float | None = None
     first_token: float | None = None
     end: float | None = None
+    reported: bool = False
+    error: str | None = None
 
-    @property
-    def reads_every_step(self) -> bool:
-        """Whether text is needed as it comes; otherwise it is made once, at the end."""
-        return self.stream or bool(self.sampling.stop)
+    def is_due(self, report: bool) -> bool:
+        """Whether its caller wants an output of this step. report: see Engine.step."""
+        return self.finished or (self.stream and (report or not self.reported))
 
     @property
     def finished(self) -> bool:
@@ -90,4 +108,5 @@ class Tracked:
             tuple(sample.output(i, self.sampling) for i, sample in enumerate(self.samples)),
             self.finished,
             metrics,
+            self.error,
         )

@@ -23,6 +23,7 @@ ENGINES = {
 }
 _SHOWN_BATCHES = (1, 8, 32, 128)
 _MOST_PANELS = 3
+_COURSE_MODEL = "tinymistral-6x248m"
 OPERATIONS = {
     "qkv": "Q, K, V with norm",
     "decode_attention": "attention",
@@ -158,13 +159,12 @@ def _latency_series(rows: Iterable[Row]) -> tuple[Series, ...]:
 
 def experts(rows: Sequence[Row]) -> Figure | None:
     """Latency against how many experts a layer holds, at the same top-k; beside it the course project's figures."""
-    found = [row for row in rows if row.get("benchmark") == "latency" and row.get("result.ms") is not None]
-    found = [row for row in found if row.get("model.name") == "tinymistral-6x248m" and row.get("params.batch") == 1]
+    found = course_rows(rows)
     cited = [row for row in rows if row.get("benchmark") == "course_experts"]
     panels = []
     for device in dict.fromkeys(row.get("device.name") for row in found):
         of_device = newest(
-            [row for row in found if row.get("device.name") == device and is_two_of(row)],
+            [row for row in found if row.get("device.name") == device],
             ("engine", "model.experts"),
         )
         series = _expert_series(of_device)
@@ -178,9 +178,16 @@ def experts(rows: Sequence[Row]) -> Figure | None:
     return Figure("experts", "experts", "ms a token", tuple(panels), about)
 
 
-def is_two_of(row: Row) -> bool:
-    """Two experts a token, or the only one there is."""
-    return bool(row.get("model.top_k") == min(2, row.get("model.experts")))
+def course_rows(rows: Sequence[Row]) -> list[Row]:
+    """Latency of TinyMistral's shape in all its layers, one sequence, two experts a token or the only one there is."""
+    found = [row for row in rows if row.get("benchmark") == "latency" and row.get("result.ms") is not None]
+    found = [row for row in found if (row.get("model.name"), row.get("params.batch")) == (_COURSE_MODEL, 1)]
+    layers = max((row.get("model.layers") for row in found), default=0)
+    return [
+        row
+        for row in found
+        if row.get("model.layers") == layers and row.get("model.top_k") == min(2, row.get("model.experts"))
+    ]
 
 
 def _expert_series(rows: Sequence[Row]) -> tuple[Series, ...]:

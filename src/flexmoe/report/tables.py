@@ -12,9 +12,9 @@ from flexmoe.report.charts import (
     CPU_METRICS,
     ENGINES,
     MODELS,
+    course_rows,
     cpu_pairs,
     engine_key,
-    is_two_of,
     latency_groups,
     short_device,
 )
@@ -106,12 +106,7 @@ def _latency_line(model: str, row: Row, peers: Sequence[Row], rows: Sequence[Row
 def experts(rows: Sequence[Row]) -> Table | None:
     """Latency against the number of experts, the course project's first."""
     cited = [row for row in rows if row.get("benchmark") in ("course_experts", "course_latency")]
-    found = [row for row in rows if row.get("benchmark") == "latency" and row.get("result.ms") is not None]
-    found = [row for row in found if (row.get("model.name"), row.get("params.batch")) == ("tinymistral-6x248m", 1)]
-    found = newest(
-        [row for row in found if is_two_of(row)],
-        ("device.name", "engine", "model.experts", "model.top_k", "params.dtype"),
-    )
+    found = newest(course_rows(rows), ("device.name", "engine", "model.experts", "params.dtype"))
     if not found:
         return None
     lines = tuple(

@@ -12,7 +12,7 @@ from typing import Literal
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.errors import RequestError
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class RequestStatus(Enum):

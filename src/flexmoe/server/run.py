@@ -1,0 +1,144 @@
+"""The life of a server: socket, model, serving, drain, end. Enters: options. Leaves: an exit status.
+
+SIGTERM or SIGINT: no new requests; those that run may finish within drain_seconds, then the status is 0. The same
+again: the end at once. If the engine dies, requests in flight are answered with an error, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from flexmoe.config.engine import EngineConfig
+from flexmoe.config.server import ServerConfig
+from flexmoe.engine.async_engine import AsyncEngine
+from flexmoe.engine.engine import Engine
+from flexmoe.errors import ConfigError, EngineError
+from flexmoe.server.app import build_app
+from flexmoe.server.connection import patient_protocol
+from flexmoe.server.logs import JSONFormatter
+from flexmoe.server.service import Service
+
+_log = logging.getLogger("flexmoe.server")
+
+# How long a thread may hold the interpreter before another gets it. With Python's 5 ms the engine, back from a step,
+# would wait for the event loop longer than the step took.
+_SWITCH_SECONDS = 0.0005
+# Pieces of streams a second, by device. One costs some 20 us, which a model on a CPU misses on its cores.
+_CHUNK_RATES = {"cpu": 1000.0}
+# Until streams that were told to end have said so to their clients.
+_LAST_WORDS_SECONDS = 3.0
+
+
+def serve(options: Mapping[str, Any], config: ServerConfig, announce: Callable[[Service, str], None]) -> int:
+    """Serve until a signal or the engine's death. announce: called with the URL, once requests are taken.
+
+    Raises ConfigError if the address cannot be had, and what the engine raises at its start.
+    """
+    with listening(config) as listener:
+        engine = Engine(EngineConfig.from_options(options))
+        _start_log()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        server = Server(engine, config, listener, announce)
+        server.run(sockets=[listener])
+    return 1 if server.died else 0
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our signals, our drain and our log."""
+
+    def __init__(
+        self, engine: Engine, config: ServerConfig, listener: socket.socket, announce: Callable[[Service, str], None]
+    ) -> None:
+        self._engine = AsyncEngine(
+            engine,
+            expert_interval=config.expert_interval,
+            max_output_rate=config.max_chunk_rate or _CHUNK_RATES.get(engine.describe()["device"], 10_000.0),
+            on_death=self._on_death,
+        )
+        self.service = Service(self._engine, config)
+        self._drain_seconds, self._url, self._announce = config.drain_seconds, _url(listener), announce
+        self._drain: asyncio.Task[None] | None = None
+        self.died = False
+        super().__init__(
+            uvicorn.Config(
+                build_app(self.service),
+                http=patient_protocol(config.receive_seconds),
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=round(_LAST_WORDS_SECONDS),
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn in the event loop."""
+        self._engine.start()
+        await super().startup(sockets)
+        self._announce(self.service, self._url)
+        _log.info("serving", extra={"fields": {"url": self._url, **self.service.about}})
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn once should_exit is set: doors are closed, what runs may finish."""
+        self.service.draining = True
+        for door in self.servers:
+            door.close()
+        in_flight = self._engine.num_streams
+        if not self.died:
+            _log.info("draining", extra={"fields": {"in_flight": in_flight, "seconds": self._drain_seconds}})
+            await self._engine.drain(self._drain_seconds)
+        await super().shutdown(sockets)
+        await self._engine.close()
+        _log.info("ended", extra={"fields": {"engine": "dead" if self.died else "closed"}})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the drain; uvicorn's own way would end the process by the signal, not with 0."""
+        if self.should_exit:
+            os.write(2, b"stopped at once, by a second signal\n")
+            os._exit(128 + sig)
+        self.should_exit = True
+
+    def _on_death(self, error: EngineError) -> None:
+        self.died = self.should_exit = True
+
+
+@contextlib.contextmanager
+def listening(config: ServerConfig) -> Any:
+    """The address, taken before minutes are spent on a model. Nobody can connect before uvicorn listens."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"host={config.host!r}, port={config.port}: the address cannot be had ({error.strerror}); "
+                "use another --port, or an address of this machine as --host."
+            ) from error
+        yield listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _start_log() -> None:
+    """Ours and uvicorn's, as lines of JSON on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JSONFormatter())
+    for name, level in (("flexmoe", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

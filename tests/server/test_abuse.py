@@ -1,0 +1,320 @@
+"""Clients that misbehave: each gets the right status, or nothing; the server goes on, and holds nothing of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+import psutil
+import pytest
+
+from tests.server.serving import PATIENCE, Running, running, wait_for
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object, checked to be one."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "Traceback" not in response.text
+    return dict(error)
+
+
+def send(server: Running, content: bytes, kind: str = "application/json", path: str = COMPLETIONS) -> httpx.Response:
+    return httpx.post(server.url + path, content=content, headers={"Content-Type": kind}, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, None),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, "two"]}, "prompt"),
+        ({"prompt": [-1]}, None),
+        ({"prompt": [10**9]}, None),
+        ({"prompt": [10**30]}, None),
+        ({"prompt": "x", "max_tokens": 0}, None),
+        ({"prompt": "x", "max_tokens": "9"}, "max_tokens"),
+        ({"prompt": "x", "max_tokens": 1.5}, "max_tokens"),
+        ({"prompt": "x", "temperature": -1}, None),
+        ({"prompt": "x", "temperature": True}, "temperature"),
+        ({"prompt": "x", "top_p": 0}, None),
+        ({"prompt": "x", "n": 0}, None),
+        ({"prompt": "x", "n": 10**6}, None),
+        ({"prompt": "x", "n": 17}, "n"),
+        ({"prompt": "x", "n": 2, "best_of": 1}, None),
+        ({"prompt": "x", "best_of": 2, "stream": True}, None),
+        ({"prompt": ["x"] * 65}, "prompt"),
+        ({"prompt": ["x"] * 33}, "n"),
+        ({"prompt": "x", "stop": ["s"] * 17}, "stop"),
+        ({"prompt": "x", "stop": ""}, None),
+        ({"prompt": "x", "logit_bias": {"a": 1}}, None),
+        ({"prompt": "x", "logit_bias": {"99999": 1}}, None),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "echo": True, "logprobs": 1}, None),
+        ({"prompt": "x", "seed": 2**70}, None),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format.type"),
+        ({"prompt": "x", "guided_regex": "a*"}, "guided_regex"),
+    ],
+    ids=str,
+)
+def test_a_wrong_field_is_named(server: Running, body: dict[str, Any], param: str | None) -> None:
+    error = error_of(server.post(COMPLETIONS, body), 400)
+    assert error["type"] == "invalid_request_error"
+    assert param is None or (error["param"] or "").startswith(param)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": []},
+        {"messages": "hello"},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        {"messages": [{"role": "user", "content": 7}]},
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]},
+        {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 3},
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "max_completion_tokens": 4},
+        {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 7 * 7 }}"},
+        {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": []}},
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "response_format": {"type": "json_object"},
+            "min_tokens": 2,
+        },
+    ],
+    ids=str,
+)
+def test_a_wrong_conversation_is_refused(server: Running, body: dict[str, Any]) -> None:
+    error_of(server.post(CHAT, body), 400)
+
+
+def test_the_nearest_name_is_offered(server: Running) -> None:
+    error = error_of(server.post(COMPLETIONS, {"promt": "x"}), 400)
+    assert error["code"] == "unknown_parameter"
+    assert "did you mean 'prompt'?" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"nonsense",
+        b"[]",
+        b"null",
+        b'"text"',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": ' + b"[" * 20000 + b"]" * 20000 + b"}",
+        b'{"\xc3\x28": 1}',
+        b'{"\\udfff": 1, "prompt": "x"}',
+    ],
+    ids=lambda content: repr(content[:40]),
+)
+def test_what_is_no_request_is_refused(server: Running, content: bytes) -> None:
+    error_of(send(server, content), 400)
+
+
+def test_other_types_than_json_are_refused(server: Running) -> None:
+    """A page of another origin may send these without being asked for; JSON it may not."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        error_of(send(server, b'{"prompt": "x"}', kind), 415)
+
+
+def test_a_body_may_not_be_huge(server: Running) -> None:
+    limit = server.service.config.max_body_bytes
+    error = error_of(send(server, json.dumps({"prompt": "x" * limit}).encode()), 413)
+    assert str(limit) in error["message"]
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(limit // 2**16 + 2):
+            yield b"x" * 2**16
+
+    with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):  # the door may close while it still talks
+        found = httpx.post(
+            server.url + COMPLETIONS, content=endless(), headers={"Content-Type": "application/json"}, timeout=PATIENCE
+        )
+        error_of(found, 413)
+
+
+def test_unknown_paths_and_methods(server: Running) -> None:
+    error_of(server.get("/v1/nothing"), 404)
+    error_of(server.get(COMPLETIONS), 405)
+    error_of(server.get("/v1/models/other"), 404)
+    error_of(server.get("/v1/flexmoe/events?interval=0"), 400)
+    for path in ("/../../etc/passwd", "/v1/models/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"):
+        assert server.get(path).status_code == 404
+
+
+def test_a_failure_of_our_own_shows_no_trace(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(server.service, "check_model", fail)
+    response = server.post(COMPLETIONS, {"prompt": "x"})
+    assert error_of(response, 500)["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"]
+
+
+# ------------------------------------------------------------------------------------------- slow and gone clients
+
+
+def closed_within(connection: socket.socket, seconds: float) -> bytes:
+    """What the server says before it closes the connection, which it must do in time."""
+    connection.settimeout(seconds)
+    said = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(4096):
+            said += piece
+    return said
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"", b""),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n", b""),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{",
+            b"408",
+        ),
+    ],
+    ids=["silent", "no end of headers", "no end of body"],
+)
+def test_who_dawdles_is_shown_the_door(server: Running, head: bytes, status: bytes) -> None:
+    """Byte by byte, so that the connection is never idle: slowloris."""
+    with server.connect() as connection:
+        connection.sendall(head)
+        start = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - start < 1.5:
+                if head:
+                    connection.sendall(b"a")
+                time.sleep(0.1)
+        assert status in closed_within(connection, 20)
+
+
+def test_endless_headers_are_cut_off(server: Running) -> None:
+    with server.connect() as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(b"GET /health HTTP/1.1\r\n" + b"x: " + b"y" * 2**20)
+        closed_within(connection, 20)
+    assert server.get("/health").status_code == 200
+
+
+def test_what_is_not_http_is_refused(server: Running) -> None:
+    with server.connect() as connection:
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n")
+        assert b"400" in closed_within(connection, 20)
+
+
+def abort_after(server: Running, body: dict[str, Any], num_bytes: int) -> None:
+    """Ask, read a little, and go."""
+    with server.connect() as connection:
+        content = json.dumps(body).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        connection.sendall(f"{head}{len(content)}\r\n\r\n".encode() + content)
+        if num_bytes:
+            assert connection.recv(num_bytes)
+
+
+def abort_many(server: Running, count: int) -> None:
+    """Clients that leave at once, in the first chunk, or while all of the answer is computed."""
+    for number in range(count):
+        body = {"prompt": f"Once {number}", "max_tokens": 900, "stream": number % 3 > 0, "ignore_eos": True, "n": 2}
+        abort_after(server, body, num_bytes=64 if number % 3 == 2 else 0)
+
+
+def test_aborted_requests_leave_nothing(server: Running) -> None:
+    abort_many(server, 10)
+    server.assert_idle()
+    memory = psutil.Process().memory_info().rss
+    aborted = server.engine.metrics.finished["abort"]
+    abort_many(server, 60)
+    server.assert_idle()
+    assert server.engine.metrics.finished["abort"] > aborted
+    assert psutil.Process().memory_info().rss < memory + 2**25
+    assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_reader_who_stops_reading_holds_up_nobody(server: Running) -> None:
+    """Its answer is computed to the end, and kept in one place only."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 300, "stream": True, "ignore_eos": True}).encode()
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % len(body)
+            + body
+        )
+        assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 4}).status_code == 200
+        server.assert_idle()
+
+
+# ------------------------------------------------------------------------------------------------------ limits and keys
+
+
+def test_more_than_can_wait_is_too_many() -> None:
+    with running({"max_num_seqs": 1}, max_waiting=1) as server:
+        url, body = server.url + COMPLETIONS, {"prompt": "x", "max_tokens": 900, "stream": True, "ignore_eos": True}
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE) as first:
+            assert first.status_code == 200
+            with httpx.stream("POST", url, json=body, timeout=PATIENCE) as second:
+                assert second.status_code == 200
+                third = server.post(COMPLETIONS, body)
+                assert error_of(third, 429)["type"] == "rate_limit_error"
+                assert int(third.headers["retry-after"]) >= 1
+        server.assert_idle()
+        assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_keys_and_origins() -> None:
+    with running(api_keys=("first-key", "second-key"), cors_origins=("https://good.example",)) as server:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first-key"}, {"Authorization": "é"}):
+            encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+            error = error_of(server.get("/v1/models", headers=encoded), 401)
+            assert error["type"] == "authentication_error"
+        for path in ("/metrics", "/openapi.json", "/docs", "/v1/flexmoe/events", "/nothing"):
+            error_of(server.get(path), 401)
+        error_of(server.post("/generate/", {"prompt": "x"}), 401)
+        for key in ("first-key", "second-key"):
+            assert server.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+        for path in ("/health", "/health/live", "/health/ready"):
+            assert server.get(path).status_code == 200
+        asked = {"Origin": "https://good.example", "Access-Control-Request-Method": "POST"}
+        assert httpx.options(server.url + CHAT, headers=asked).headers["access-control-allow-origin"] == asked["Origin"]
+        refused = httpx.options(server.url + CHAT, headers={**asked, "Origin": "https://bad.example"})
+        assert "access-control-allow-origin" not in refused.headers
+
+
+def test_no_origin_is_let_in_unless_asked(server: Running) -> None:
+    found = server.get("/v1/models", headers={"Origin": "https://good.example"})
+    assert not [name for name in found.headers if name.startswith("access-control")]
+
+
+def test_listeners_are_limited_and_forgotten(server: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        url = server.url + "/v1/flexmoe/events?interval=60"
+        for _ in range(32):
+            assert stack.enter_context(httpx.stream("GET", url, timeout=PATIENCE)).status_code == 200
+        error_of(server.get("/v1/flexmoe/events?count=1"), 429)
+    wait_for(lambda: server.get("/v1/flexmoe/events?count=1").status_code == 200)
