@@ -4,8 +4,8 @@
 
 Two experts a token (with one expert, that one), greedy, one sequence, weights random: what a token costs does not
 depend on them. The preset has no tokenizer, so the prompt's ids are those of the built-in model's, all below any
-vocabulary here. FlexFlow Serve of that project grew with each expert present, since its experts ran one after the other;
-its figures stand in src/flexmoe/report/cited.jsonl, and `flexmoe report` draws both. A row is one JSON line, with the
+vocabulary here. In FlexFlow Serve time grew with each expert present, since experts ran one after the other. That
+project's figures stand in src/flexmoe/report/cited.jsonl; `flexmoe report` draws both. A row is one JSON line, with the
 keys of `flexmoe bench latency`.
 """
 

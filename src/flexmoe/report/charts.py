@@ -82,7 +82,8 @@ class Figure:
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """All that these rows can fill."""
-    makers: tuple[Callable[[Sequence[Row]], Figure | None], ...] = (latency, experts, cpu, strategies, operations)
+    makers: tuple[Callable[[Sequence[Row]], Figure | None], ...]
+    makers = (latency, experts, cpu, strategies, operations, throughput, served)
     return [figure for make in makers if (figure := make(rows)) is not None]
 
 
@@ -95,7 +96,7 @@ def latency_groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     Of each engine and batch size the newest row, of the prompt length that most rows have. Cited rows on the same
     device are among them, marked by `is_cited`.
     """
-    found = [row for row in rows if row.get("benchmark") == "latency" and row.get("result.ms") is not None]
+    found = _timed_steps(rows)
     own = [row for row in found if not row.is_cited and " with " not in row.get("model.label")]
     if not own:
         return []
@@ -113,6 +114,11 @@ def latency_groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
         ]
         groups.append((model, newest(fitting, ("cited", "engine", "params.batch"))))
     return groups
+
+
+def _timed_steps(rows: Sequence[Row]) -> list[Row]:
+    """Rows of latency with a time. On a machine that is too busy a difference of two times may be none."""
+    return [row for row in rows if row.get("benchmark") == "latency" and (row.get("result.ms") or 0) > 0]
 
 
 def latency(rows: Sequence[Row]) -> Figure | None:
@@ -180,7 +186,7 @@ def experts(rows: Sequence[Row]) -> Figure | None:
 
 def course_rows(rows: Sequence[Row]) -> list[Row]:
     """Latency of TinyMistral's shape in all its layers, one sequence, two experts a token or the only one there is."""
-    found = [row for row in rows if row.get("benchmark") == "latency" and row.get("result.ms") is not None]
+    found = _timed_steps(rows)
     found = [row for row in found if (row.get("model.name"), row.get("params.batch")) == (_COURSE_MODEL, 1)]
     layers = max((row.get("model.layers") for row in found), default=0)
     return [
@@ -323,6 +329,61 @@ def operations(rows: Sequence[Row]) -> Figure | None:
     )
     about = f"{found[0].get('device.name')}, bf16, {found[0].get('layers')} layers in a graph; {_measured(found[0])}"
     return Figure("operations", "stack", "µs a layer", (Panel("", series),), about)
+
+
+def throughput(rows: Sequence[Row]) -> Figure | None:
+    """Output tokens a second of many requests at once, without a server: the newest model on its device."""
+    found = [row for row in rows if row.get("benchmark") == "throughput" and row.get("result.output_tokens_per_s")]
+    found = _like_the_last(found, ("model.label", "device.name", "params.requests"))
+    if not found:
+        return None
+    points = tuple(Point(_who(row), row.value("result.output_tokens_per_s")) for row in newest(found, ("engine",)))
+    first = found[-1]
+    about = f"{first.get('model.label')}, {first.get('params.requests')} requests of {first.get('params.prompt_len')}"
+    about += f" + {first.get('params.output_len')} tokens on {short_device(str(first.get('device.name')))}"
+    panel = Panel("output tokens a second", (Series("flexmoe", "tokens a second", points),))
+    return Figure("throughput", "bars", "", (panel,), f"{about}; {_measured(first)}")
+
+
+def served(rows: Sequence[Row]) -> Figure | None:
+    """A server under load, by streams at once: the newest model."""
+    found = [row for row in rows if row.get("benchmark") == "serve" and row.get("result.tpot_ms.p50")]
+    found = [row for row in found if row.get("params.concurrency")]
+    found = newest(
+        _like_the_last(found, ("model.name", "params.input_len", "params.output_len")), ("engine", "params.concurrency")
+    )
+    if not found:
+        return None
+    shown = {
+        "result.output_tokens_per_s": "tokens a second",
+        "result.ttft_ms.p50": "first token, ms",
+        "result.tpot_ms.p50": "a token, ms",
+    }
+    panels = tuple(
+        Panel(
+            title,
+            (
+                Series(
+                    "flexmoe",
+                    title,
+                    tuple(
+                        Point(f"{_who(row)}, {row.get('params.concurrency')} streams", row.value(key)) for row in found
+                    ),
+                ),
+            ),
+        )
+        for key, title in shown.items()
+    )
+    return Figure("served", "bars", "", panels, f"through HTTP, medians; {_measured(found[-1])}")
+
+
+def _like_the_last(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    return [row for row in rows if all(row.get(key) == rows[-1].get(key) for key in keys)]
+
+
+def _who(row: Row) -> str:
+    engine = str(row.get("engine"))
+    return ENGINES.get(engine, engine)
 
 
 def short_device(name: str) -> str:

@@ -11,7 +11,7 @@ from flexmoe.report.charts import ENGINES, Figure, Panel, Point
 _CLIP = 1.28  # bars above the highest of ours, the floor and vLLM times this are cut, with their value written on them
 _LEAST_GROUPS = 3  # a single group of bars does not become as wide as the page
 _INCHES = {"latency": (15.4, 4.0), "experts": (6.2, 3.1), "cpu": (6.2, 3.1), "operations": (6.2, 3.1)}
-_INCHES |= {"strategies": (9.6, 2.7)}
+_INCHES |= {"strategies": (9.6, 2.7), "throughput": (6.2, 3.1), "served": (9.6, 2.7)}
 
 
 def draw(figure: Figure) -> Any:
@@ -165,8 +165,7 @@ def _bars(axes: Any, panel: Panel, column: int) -> None:
     """Horizontal bars of one series; names beside the first panel only."""
     points = panel.series[0].points[::-1]
     values = [point.value.number for point in points]
-    families = {"tensor": style.OURS, "expert": style.LINK, "hybrid": style.ROUTER}
-    colours = [families[point.x.split(",")[0].split(" ")[0]] for point in points]
+    colours = [_bar_colour(point.x) for point in points]
     axes.barh(range(len(points)), values, 0.66, color=colours, label=panel.series[0].label)
     for place, value in enumerate(values):
         axes.text(value, place, f" {short(value)}", va="center", fontweight="semibold", color=style.INK)
@@ -175,6 +174,12 @@ def _bars(axes: Any, panel: Panel, column: int) -> None:
     axes.yaxis.grid(visible=False)
     axes.set_yticks(range(len(points)), [point.x if column == 0 else "" for point in points], color=style.INK)
     axes.title.set_fontsize(12.5)
+
+
+def _bar_colour(name: str) -> str:
+    """By strategy, or ours and others'."""
+    words = {"FlexMoE": style.OURS, "tensor": style.OURS, "expert": style.LINK, "hybrid": style.ROUTER}
+    return next((colour for word, colour in words.items() if name.startswith(word)), style.ENGINE_COLOURS["hf-best"])
 
 
 def _stack(axes: Any, panel: Panel, _: int) -> None:
