@@ -42,7 +42,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(" ".join(map(str, what)))
         return dict(FAKE_ROW)
 
-    for name in ("_latency", "_throughput", "_serving"):
+    for name in ("_latency", "_throughput", "_profile", "_serving"):
         monkeypatch.setattr(suite, name, fake)
     monkeypatch.setattr(suite, "import_transformers", lambda: None)
     return ran
@@ -52,8 +52,8 @@ def test_jobs_are_every_engine_size_and_server_but_those_that_are_there(fakes: l
     options = replace(SMALL, engines=("flexmoe", "hf-best"), urls=("http://there",))
     told: list[Progress] = []
     rows = list(suite.run(options, [], told.append))
-    assert fakes == ["flexmoe 2", "hf-best 2", "flexmoe", "None 2", "http://there 2"]
-    assert [(at.done, at.total) for at in told] == [(n, 5) for n in range(6)]
+    assert fakes == ["flexmoe 2", "hf-best 2", "flexmoe", "2", "None 2", "http://there 2"]
+    assert [(at.done, at.total) for at in told] == [(n, 6) for n in range(7)]
     assert told[0].left > told[-1].left == 0
     fakes.clear()
     rows[1]["result"] = {"error": "no"}
@@ -61,7 +61,7 @@ def test_jobs_are_every_engine_size_and_server_but_those_that_are_there(fakes: l
     assert fakes == ["hf-best 2"]
     assert again[0]["suite"] == rows[1]["suite"]
     fakes.clear()
-    assert len(list(suite.run(replace(options, output_len=5), rows, told.append))) == 5
+    assert len(list(suite.run(replace(options, output_len=5), rows, told.append))) == 6
 
 
 def test_a_suite_with_a_server_of_its_own_and_another_makes_figures(tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_a_suite_with_a_server_of_its_own_and_another_makes_figures(tmp_path: Pa
         assert len(server.requests) == asked
     assert first.exit_code == 0
     rows = [json.loads(line) for line in measured.splitlines()]
-    assert [row["benchmark"] for row in rows] == ["latency", "throughput", "serve", "serve"]
-    assert [row["result"].get("succeeded") for row in rows[2:]] == [8, 8]
+    assert [row["benchmark"] for row in rows] == ["latency", "throughput", "profile", "serve", "serve"]
+    assert [row["result"].get("succeeded") for row in rows[3:]] == [8, 8]
     assert rows[1]["result"]["output_tokens"] == 12
     assert rows[1]["result"]["percent_of_floor"] > 0
-    assert {figure.name for figure in figures(read_rows([out]))} >= {"throughput", "served"}
+    assert {figure.name for figure in figures(read_rows([out]))} >= {"throughput", "profiled", "served"}
     assert "throughput" in first.output
 
 

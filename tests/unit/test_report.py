@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flexmoe.errors import ConfigError
-from flexmoe.report.charts import cpu, experts, figures, latency, operations, strategies
+from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled, strategies
 from flexmoe.report.headlines import headlines
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
 from flexmoe.report.tables import latency as latency_table
@@ -75,6 +75,16 @@ def test_the_table_tells_a_goal_that_was_missed_and_no_other() -> None:
     assert table is not None
     assert [line[-1].text for line in table.rows] == ["1.90", ""]
     assert "| builtin | 1 | 2.00 | 1.00 | 50 | 2.0 |  |  |  | 1.90 |" in markdown(table)
+
+
+def test_operations_of_a_profile_are_piled_and_known_by_their_place() -> None:
+    found = [{"operation": "experts", "us": 7.0}, {"operation": "host gaps", "us": 2.0}]
+    figure = profiled([row(4, benchmark="profile", result={"operations": found})])
+    assert figure is not None
+    assert [one.label for one in figure.panels[0].series] == ["experts", "host gaps"]
+    (point,) = figure.panels[0].series[1].points
+    assert (point.x, point.value.number) == ("batch 1", 2.0)
+    assert point.value.cells == (Cell("rows.jsonl", 4, "result.operations.1.us"),)
 
 
 @pytest.mark.parametrize(("number", "text"), [(0.86, "0.860"), (6.066, "6.07"), (24.56, "24.6"), (182255.1, "182,255")])

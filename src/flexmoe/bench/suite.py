@@ -1,4 +1,4 @@
-"""The suite: latency, throughput and serving of chosen engines on this machine. Enters: SuiteOptions. Leaves: rows.
+"""The suite: all that is measured of a model and chosen engines on this machine. Enters: SuiteOptions. Leaves: rows.
 
 It is a list of jobs, each of which leaves one row. A row bears its job's name under `suite`, by which a later run with
 the same file knows what is there; one that failed is tried again.
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flexmoe.bench import latency, serving, throughput
+from flexmoe.bench import latency, profile, serving, throughput
 from flexmoe.bench.endpoint import EndpointOptions
 from flexmoe.bench.hugging_face import import_transformers
 from flexmoe.bench.latency import HF_DEFAULT, OURS, LatencyOptions
 from flexmoe.bench.load import LoadOptions
 from flexmoe.bench.own_server import own_server, why_not
+from flexmoe.bench.profile import ProfileOptions
 from flexmoe.bench.serving import ServeOptions
 from flexmoe.bench.subject import Subject, open_subject
 from flexmoe.bench.throughput import ThroughputOptions
@@ -30,7 +31,7 @@ Notify = Callable[[str], None]
 
 _HF_BEST_SECONDS = 90.0
 # What a job of the built-in model takes on two cores, to begin with; what jobs really take corrects it.
-_EXPECTED = {"latency": 6.0, "throughput": 8.0, "serving": 14.0}
+_EXPECTED = {"latency": 6.0, "profile": 4.0, "throughput": 8.0, "serving": 14.0}
 _EXPECTED_HF = {"latency": 20.0, "throughput": 30.0}
 
 
@@ -134,6 +135,11 @@ def _jobs(options: SuiteOptions, subject: Subject, notify: Notify) -> list[Job]:
         for engine in options.engines
         if engine != latency.HF_BEST  # compiled code is bound to one batch size
     ]
+    if OURS in options.engines:
+        jobs += [
+            _job(f"profile, {OURS}, batch {batch}, {lengths}", OURS, _profile, options, subject, batch)
+            for batch in options.batches
+        ]
     reason = why_not(subject) if OURS in options.engines else None
     if reason:
         notify(f"not measured: {reason}.")
@@ -183,6 +189,17 @@ def _throughput(options: SuiteOptions, subject: Subject, engine: str) -> Row:
         **options.engine_options,
     )
     return throughput.measure(subject, asked)
+
+
+def _profile(options: SuiteOptions, _: Subject, batch: int) -> Row:
+    asked = ProfileOptions(
+        model=options.model,
+        load_format=options.load_format,
+        batch=batch,
+        prompt_len=options.prompt_len,
+        **options.engine_options,
+    )
+    return profile.measure(asked).row
 
 
 def _serving(options: SuiteOptions, subject: Subject, url: str | None, streams: int) -> Row:

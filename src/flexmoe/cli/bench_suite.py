@@ -58,7 +58,7 @@ def _words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
 )
 @debug_option
 def suite(out: Path, **options: Any) -> None:
-    """Measure latency, throughput and serving of MODEL on this machine.
+    """Measure latency, throughput, serving and the operations of a step of MODEL on this machine.
 
     MODEL is a folder, a name on the Hub, a preset or nothing for the built-in model, which takes some minutes on a
     CPU. Interrupt it when you like: run again, it goes on where it was. Leave the machine alone meanwhile. Then
@@ -128,6 +128,9 @@ def _figures(benchmark: str, result: dict[str, Any]) -> tuple[str, str]:
     floor = f"{result['percent_of_floor']:.0f}" if "percent_of_floor" in result else "not known"
     if benchmark == "latency":
         return f"{result['ms']:.3f} ms a step", floor
+    if benchmark == "profile":
+        longest = result["operations"][0]
+        return f"{longest['operation']} {longest['share_percent']:.0f}% of {result['step_ms']:.3f} ms", "by operation"
     if benchmark == "throughput":
         return f"{result['output_tokens_per_s']:,.0f} tokens/s", floor
     words = f"{result['output_tokens_per_s'] or 0:,.0f} tokens/s"

@@ -22,7 +22,7 @@ from flexmoe.report.charts import Figure, figures
 from flexmoe.report.draw import draw, settings
 from flexmoe.report.headlines import Headline, headlines
 from flexmoe.report.rows import CITED, Row, Value, read_rows
-from flexmoe.report.tables import Table, tables
+from flexmoe.report.tables import Table, tables, texts
 
 PAGES = ("poster", "report")
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -111,7 +111,7 @@ def page_data(
                 "title": table.title,
                 "about": table.about,
                 "header": table.header,
-                "rows": [[shown.text for shown in row] for row in table.rows],
+                "rows": texts(table),
             }
             for table in found
         ],

@@ -83,7 +83,7 @@ class Figure:
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """All that these rows can fill."""
     makers: tuple[Callable[[Sequence[Row]], Figure | None], ...]
-    makers = (latency, experts, cpu, strategies, operations, throughput, served)
+    makers = (latency, experts, cpu, strategies, operations, profiled, throughput, served)
     return [figure for make in makers if (figure := make(rows)) is not None]
 
 
@@ -329,6 +329,28 @@ def operations(rows: Sequence[Row]) -> Figure | None:
     )
     about = f"{found[0].get('device.name')}, bf16, {found[0].get('layers')} layers in a graph; {_measured(found[0])}"
     return Figure("operations", "stack", "µs a layer", (Panel("", series),), about)
+
+
+def profiled(rows: Sequence[Row]) -> Figure | None:
+    """Microseconds of each operation of a decode step, as `flexmoe profile` saw them: the newest model."""
+    found = [row for row in rows if row.get("benchmark") == "profile"]
+    found = newest(_like_the_last(found, ("model.label", "device.name")), ("params.batch", "params.torch_path"))
+    if not found:
+        return None
+    bars = {f"batch {row.get('params.batch')}": row for row in found}
+    names = [one["operation"] for row in bars.values() for one in row.get("result.operations")]
+    series = []
+    for name in dict.fromkeys(names):
+        points = tuple(
+            Point(bar, row.value(f"result.operations.{place}.us"))
+            for bar, row in bars.items()
+            for place, one in enumerate(row.get("result.operations"))
+            if one["operation"] == name
+        )
+        series.append(Series(name, name, points))
+    last = found[-1]
+    about = f"{last.get('model.label')}, {last.get('params.dtype')} on {short_device(str(last.get('device.name')))}"
+    return Figure("profiled", "stack", "µs a step", (Panel("", tuple(series)),), f"{about}; {_measured(last)}")
 
 
 def throughput(rows: Sequence[Row]) -> Figure | None:

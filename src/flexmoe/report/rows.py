@@ -45,10 +45,13 @@ class Row:
     data: dict[str, Any]
 
     def get(self, key: str) -> Any:
-        """What stands at a path such as "params.batch"; None if it is not there."""
+        """What stands at a path such as "params.batch" or "samples.0"; None if it is not there."""
         found: Any = self.data
         for name in key.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
+            if isinstance(found, list):
+                found = found[int(name)] if int(name) < len(found) else None
+            else:
+                found = found.get(name) if isinstance(found, dict) else None
         return found
 
     def value(self, key: str) -> Value:

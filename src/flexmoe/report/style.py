@@ -28,6 +28,22 @@ OPERATION_COLOURS = {
     "expert_gate_up_grouped": OURS,
     "expert_down_grouped": "#F08E73",
     "combine": LINK,
+    # as `flexmoe profile` calls them
+    "QKV": "#8391BD",
+    "attention": ATTENTION,
+    "attention with projections": ATTENTION,
+    "output projection": "#A9B4D4",
+    "router": ROUTER,
+    "dispatch": "#E8C468",
+    "experts": OURS,
+    "experts with router": OURS,
+    "collectives": "#5BB5AF",
+    "head": INK,
+    "sampler": "#6B7390",
+    "norms": "#C8B7D9",
+    "norm": "#C8B7D9",
+    "host gaps": "#E3E5EA",
+    "host: schedule, batch, text": "#A9AEBB",
 }
 COLOURS = {"ink": INK, "muted": MUTED, "rule": RULE, "tint": TINT, "ours": OURS, "router": ROUTER, "link": LINK}
 COLOURS |= {"attention": ATTENTION, "peer": "#8391BD"}

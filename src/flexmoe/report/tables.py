@@ -163,7 +163,7 @@ def published(rows: Sequence[Row]) -> Table | None:
         return None
     lines = tuple(
         (
-            Shown(f"{row.get('engine')}, {row.get('version')}"),
+            Shown(f"FlexFlow Serve, {row.get('version')}"),
             Shown(f"{row.get('model.label')}, batch {row.get('params.batch')}"),
             _number(row.value("result.ms"), "{:.0f}"),
             Shown(str(row.get("result.peer"))),
@@ -178,14 +178,18 @@ def published(rows: Sequence[Row]) -> Table | None:
 
 
 def markdown(table: Table) -> str:
-    """As a page of docs shows it; a model's name stands in the first of its lines only."""
-    lines = [_line(table.header), _line(["---"] + ["---:"] * (len(table.header) - 1))]
-    before = ""
-    for row in table.rows:
-        texts = [shown.text for shown in row]
-        lines.append(_line(["" if table.name == "latency" and texts[0] == before else texts[0], *texts[1:]]))
-        before = texts[0]
+    """As a page of docs shows it."""
+    lines = [_line(table.header), _line(["---"] + ["---:"] * (len(table.header) - 1)), *map(_line, texts(table))]
     return "\n".join(lines) + f"\n\n{table.about}\n"
+
+
+def texts(table: Table) -> list[list[str]]:
+    """What is read in each row. Of several rows of one model, the first names it."""
+    found = [[shown.text for shown in row] for row in table.rows]
+    names = [row[0] for row in found]
+    if table.name == "latency":
+        names = [name if name != before else "" for before, name in zip(["", *names], names, strict=False)]
+    return [[name, *row[1:]] for name, row in zip(names, found, strict=True)]
 
 
 def three(number: float) -> str:
