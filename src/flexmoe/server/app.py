@@ -17,6 +17,7 @@ from flexmoe.server import basics, chat, completions, events, flexflow, response
 from flexmoe.server.errors import APIError, on_error, on_http_error, on_validation
 from flexmoe.server.limits import Authorised, Bounded
 from flexmoe.server.logs import Logged
+from flexmoe.server.page import add_page
 from flexmoe.server.service import Service
 
 
@@ -51,6 +52,7 @@ def build_api(service: Service) -> FastAPI:
     api.add_exception_handler(HTTPException, on_http_error)
     for kind in (APIError, FlexMoEError, Exception):
         api.add_exception_handler(kind, on_error)
+    add_page(api)
     _tell_truth(api)
     return api
 

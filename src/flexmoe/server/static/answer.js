@@ -1,0 +1,85 @@
+/** One streamed answer and its times. Enters: a request as chat completions take it. Leaves: text, times, tokens. */
+
+import { request } from "./api.js";
+import { events } from "./stream.js";
+
+/**
+ * Ask and read to the end. on: {text(whole), routing(part), status(data)}, each called as things come.
+ *
+ * The clock starts with the request, or where the engine behind it has to be started first, once it is ready.
+ */
+export async function ask(path, body, { signal, on = {} }) {
+  const answer = new Answer(on);
+  const sent = { ...body, stream: true, stream_options: { include_usage: true } };
+  try {
+    const response = await request(path, { body: sent, signal });
+    for await (const event of events(response)) answer.take(event);
+  } catch (error) {
+    if (error.name !== "AbortError") answer.error = error.message;
+    answer.finish ??= error.name === "AbortError" ? "stopped" : "error";
+  }
+  return answer.result();
+}
+
+class Answer {
+  constructor(on) {
+    this._on = on;
+    this._start = performance.now();
+    this._first = this._last = null;
+    this._pieces = 0;
+    this.text = "";
+    this.usage = this.finish = this.error = this.memory = null;
+    this.routing = [];
+  }
+
+  take({ name, data }) {
+    if (name === "status") this._status(data);
+    else {
+      this.usage = data.usage ?? this.usage;
+      const choice = data.choices?.[0];
+      if (choice) this._choice(choice);
+    }
+  }
+
+  _status(data) {
+    this.memory = data.memory_bytes ?? this.memory;
+    if (data.state === "ready") this._start = performance.now();
+    this._on.status?.(data);
+  }
+
+  _choice(choice) {
+    this.finish = choice.finish_reason ?? this.finish;
+    if (choice.routing) {
+      this.routing.push(...choice.routing.tokens);
+      this._on.routing?.(choice.routing);
+    }
+    const piece = choice.delta?.content;
+    if (!piece) return;
+    this._last = performance.now();
+    this._first ??= this._last;
+    this._pieces += 1;
+    this.text += piece;
+    this._on.text?.(this.text);
+  }
+
+  /** Plain data. Times in seconds. exact: tokens were counted by the server, not guessed from the pieces that came. */
+  result() {
+    const tokens = this.usage?.completion_tokens ?? (this.routing.length || this._pieces);
+    const between = (this._last - this._first) / 1000;
+    const tpot = tokens > 1 && between > 0 ? between / (tokens - 1) : null;
+    return {
+      text: this.text,
+      finish: this.finish,
+      error: this.error,
+      tokens,
+      exact: this.usage !== null,
+      promptTokens: this.usage?.prompt_tokens ?? null,
+      cachedTokens: this.usage?.prompt_tokens_details?.cached_tokens ?? null,
+      ttft: this._first === null ? null : (this._first - this._start) / 1000,
+      tpot,
+      tokensPerSecond: tpot === null ? null : 1 / tpot,
+      seconds: ((this._last ?? performance.now()) - this._start) / 1000,
+      memory: this.memory,
+    };
+  }
+}
