@@ -208,7 +208,15 @@ def test_the_summary_and_the_log() -> None:
         assert line["output_tokens"] == 2
         assert line["prompts"] == ["Once\nupon"]
         summary = "\n".join(server.lines)
-        for told in ("MixtralForCausalLM", "KV cache", "decode:", "at once", "no API keys", "model name: tales", server.url):
+        for told in (
+            "MixtralForCausalLM",
+            "KV cache",
+            "decode:",
+            "at once",
+            "no API keys",
+            "model name: tales",
+            server.url,
+        ):
             assert told in summary
     with process() as server:
         httpx.post(server.url + "/v1/completions", json={"prompt": "secret words", "max_tokens": 1}, timeout=PATIENCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from flexmoe.errors import FlexMoEError, MissingDependencyError, RequestError, R
 
 _log = logging.getLogger("flexmoe.server")
 
+_TRIED = re.compile(r"(str|int|float|bool)$|(list|dict|constrained-\w+|function-\w+)\[")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -86,12 +88,13 @@ def from_validation(error: RequestValidationError, fields: Sequence[str]) -> API
     """
     complaints = error.errors()
     first = next((one for one in complaints if one["type"] == "extra_forbidden"), complaints[0])
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    place = _place(first)
     if first["type"] == "json_invalid":
         return APIError(400, f"the body is not JSON: {first['ctx']['error']}.", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return APIError(400, _unknown(place, fields), param=".".join(place), code="unknown_parameter")
-    message = first["msg"]
+    # A field of several types has a complaint of each.
+    message = ", or ".join(dict.fromkeys(one["msg"] for one in complaints if _place(one) == place))
     if first["type"] == "unsupported":
         return APIError(400, f"{'.'.join(place)} {message}", param=".".join(place), code="unsupported_parameter")
     if not place:
@@ -121,6 +124,12 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_error(_: Request, error: Exception) -> Response:
     """Handler of our errors."""
     return as_api_error(error).response()
+
+
+def _place(complaint: Mapping[str, Any]) -> list[str]:
+    """The names and numbers that lead to a field, without pydantic's names of the types it tried."""
+    parts = map(str, complaint["loc"])
+    return [part for part in parts if part not in ("body", "query", "path") and not _TRIED.match(part)]
 
 
 def _unknown(place: Sequence[str], fields: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from flexmoe.config.routing import imbalance
 from flexmoe.server.errors import APIError
-from flexmoe.server.replies import errors
+from flexmoe.server.replies import EVENTS, errors
 from flexmoe.server.service import Service
 from flexmoe.server.stream import EventStream, event_of
 
@@ -23,7 +23,7 @@ MAX_LISTENERS = 32
 _TICK = 0.1  # seconds within which the end of the server is noticed
 
 _DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events."}}}},
+    200: {"content": EVENTS},
     **errors(400, 429),
 }
 

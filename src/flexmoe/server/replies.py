@@ -174,7 +174,15 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorObject} for status in (401, 500, 503, *statuses)}
 
 
+_EVENT = {
+    "type": "object",
+    "description": "A server-sent event; data is JSON, or [DONE].",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
+EVENTS: dict[str, Any] = {"text/event-stream": {"schema": _EVENT}}
+
+
 def generated(reply: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that generates text, at once or as events."""
-    events = {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events."}}}
-    return {200: {"model": reply, "content": events}, **errors(400, 404, 408, 413, 415, 429, 501)}
+    return {200: {"model": reply, "content": EVENTS}, **errors(400, 404, 408, 413, 415, 429, 501)}
