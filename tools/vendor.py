@@ -1,4 +1,4 @@
-"""Fetch the page's libraries from npm. Enters: the pins below. Leaves: src/flexmoe/server/static/vendor, licences included.
+"""Fetch the page's libraries from npm. Enters: the pins below. Leaves: files in static/vendor, licences included.
 
 Users need neither this nor npm: the files are committed. Run it after changing a pin, and commit what it wrote.
 Each library becomes an ES module: `export` is the line that its file lacks for that.
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pins = sorted({f"{library.package}@{library.version}" for library in LIBRARIES})
         command = ["npm", "install", "--silent", "--ignore-scripts", "--no-package-lock", "--prefix", folder, *pins]
-        subprocess.run(command, check=True)  # noqa: S603, S607 - the pins above, and the npm of whoever runs this
+        subprocess.run(command, check=True)
         for library in LIBRARIES:
             write(library, Path(folder) / "node_modules" / library.package)
 

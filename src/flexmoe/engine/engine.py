@@ -131,6 +131,8 @@ class Engine:
         """
         self._check_open()
         ids = self.admission.check(prompt_token_ids, sampling)
+        if sampling.routing:
+            self._check_routing()
         request_id = request_id or self.new_id()
         number = next(self._numbers)
         samples = [self.admission.sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
@@ -242,6 +244,13 @@ class Engine:
         if isinstance(self.runner, RankedRunner):
             self.runner.ranks.check()
 
+    def _check_routing(self) -> None:
+        plan = self.options.parallel
+        if self.config.moe is None:
+            raise RequestError(f"{self.config.architecture} has no experts, so no routing to tell.")
+        if plan.data_parallel_size > 1 or plan.pipeline_parallel_size > 1:
+            raise RequestError("routing is told where each rank sees all rows and layers; use a plan of tensor ranks.")
+
     def _check_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed; make a new one.")
@@ -279,14 +288,14 @@ class Engine:
     def _advance(self, launched: _Launched, sampled: SampleOutput) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
         going = []
-        for (tracked, sample), token, logprobs in zip(
-            launched.samples, sampled.token_ids, sampled.logprobs, strict=True
+        for (tracked, sample), token, logprobs, routing in zip(
+            launched.samples, sampled.token_ids, sampled.logprobs, sampled.all_routing(), strict=True
         ):
             if sample.finished:
                 continue
             going.append((tracked, sample))
             try:
-                sample.take(token, logprobs)
+                sample.take(token, logprobs, routing)
             except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller
                 self._fail(tracked, error)
         self.scheduler.update(launched.step, sampled.token_ids)

@@ -76,6 +76,21 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class RoutedToken(BaseModel):
+    """A token, and by MoE layer the experts behind it with their shares."""
+
+    token: str
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+
+class Routing(BaseModel):
+    """Of the first tokens of a choice; layers: numbers of the MoE layers."""
+
+    layers: list[int]
+    tokens: list[RoutedToken]
+
+
 class ChatMessage(BaseModel):
     """What the model said."""
 
@@ -90,6 +105,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
+    routing: Routing | None = None
     finish_reason: Finish
     stop_reason: int | str | None = None
 
