@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a virtual environment in .venv, then the package in it. Set-up runs once, and
 # again only after pyproject.toml or constraints.txt changed.
 #   make PYTHON=/path/to/python3.12 ...   another Python (3.11 or newer) for the virtual environment
+#   make serve ARGS="--port 9000"         arguments for flexmoe serve
 #   make test ARGS="-k scheduler -x"      arguments for pytest
 
 PYTHON ?= python3
@@ -8,20 +9,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
-PROMPT ?= Once upon a time
 
 USER_READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-style check-types check-imports check-size format cli-docs clean
+.PHONY: help serve smoke test check check-style check-types check-imports check-size format cli-docs clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(USER_READY)  ## generate text with the built-in model and print the speed
-	$(BIN)/flexmoe generate "$(PROMPT)"
+serve: $(USER_READY)  ## serve the built-in model at http://127.0.0.1:8000
+	$(BIN)/flexmoe serve $(ARGS)
+
+smoke: $(USER_READY)  ## start the server, ask it a question, end it
+	$(BIN)/python tools/smoke.py
 
 test: $(TEST_READY)  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -53,7 +56,7 @@ clean:  ## remove the virtual environment, build outputs and caches
 
 $(USER_READY): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing FlexMoE into $(VENV), once; a minute or several, depending on the network."
-	@$(PIP) -e .
+	@$(PIP) -e '.[server,grammar]'
 	@touch $@
 
 $(TEST_READY): $(USER_READY)

@@ -26,11 +26,13 @@ class Snippet:
 
     @property
     def runs(self) -> bool:
-        return "no-run" not in self.info
+        return not {"no-run", "server"} & set(self.info)
 
     def commands(self) -> list[str]:
         """Shell commands: every line of a bash block but comments, and the `$ ` lines of a console block."""
-        lines = [line for line in self.text.splitlines() if line.strip() and not line.startswith("#")]
+        lines = [
+            line for line in self.text.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")
+        ]
         if self.language == "console":
             lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         return lines

@@ -6,9 +6,11 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,11 @@ from tests.docs.snippets import ROOT, Snippet, links, pages, snippets
 
 BASH = [(s, command) for s in snippets("bash", "console") for command in s.commands()]
 FLEXMOE = [(s, command) for s, command in BASH if command.startswith("flexmoe ") and s.runs]
-OTHERS = [(s, command) for s, command in BASH if not command.startswith("flexmoe ")]
+CURL = [(s, command) for s, command in BASH if command.startswith("curl ")]
+OTHERS = [(s, command) for s, command in BASH if not command.startswith(("flexmoe ", "curl "))]
 PYTHON = snippets("python")
+SERVER = [s for s in PYTHON if "server" in s.info]
+ADDRESS = "127.0.0.1:8000"
 
 needs_cli = pytest.mark.skipif(importlib.util.find_spec("flexmoe.cli") is None, reason="no command line yet")
 
@@ -29,8 +34,8 @@ def ids(cases: list[tuple[Snippet, str]] | list[Snippet]) -> list[str]:
     return [f"{snippet.page}:{snippet.line} {command}".rstrip() for snippet, command in pairs]
 
 
-def run(command: list[str] | str, folder: Path) -> None:
-    """Run it as a user in an empty folder would, with this environment's programs first on the path."""
+def run(command: list[str] | str, folder: Path) -> str:
+    """What it prints, run as a user in an empty folder would, with this environment's programs first on the path."""
     programs = Path(sys.executable).parent
     result = subprocess.run(
         command,
@@ -44,6 +49,7 @@ def run(command: list[str] | str, folder: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+    return result.stdout
 
 
 @pytest.mark.parametrize("snippet", [s for s in PYTHON if s.runs], ids=ids([s for s in PYTHON if s.runs]))
@@ -54,6 +60,32 @@ def test_python_snippet_runs(snippet: Snippet, tmp_path: Path) -> None:
 @pytest.mark.parametrize("snippet", PYTHON, ids=ids(PYTHON))
 def test_python_snippet_compiles(snippet: Snippet) -> None:
     compile(snippet.text, f"{snippet.page}:{snippet.line}", "exec")
+
+
+@pytest.fixture(scope="module")
+def here() -> Iterator[str]:
+    """Where a server answers, in place of the address on the pages."""
+    pytest.importorskip("fastapi")
+    from tests.server.serving import running
+
+    with running() as server:
+        yield server.url.removeprefix("http://")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.parametrize(("snippet", "command"), CURL, ids=ids(CURL))
+def test_curl_command_gets_an_answer(snippet: Snippet, command: str, here: str, tmp_path: Path) -> None:
+    assert ADDRESS in command
+    answer = run(command.replace(ADDRESS, here), tmp_path)
+    assert answer
+    assert '"error"' not in answer
+
+
+@pytest.mark.parametrize("snippet", SERVER, ids=ids(SERVER))
+def test_snippet_of_a_client_runs(snippet: Snippet, here: str, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    assert ADDRESS in snippet.text
+    assert run([sys.executable, "-W", "error", "-c", snippet.text.replace(ADDRESS, here)], tmp_path)
 
 
 @needs_cli
@@ -97,5 +129,7 @@ def test_readme_shows_both_faces() -> None:
     readme = [s for s in PYTHON if s.page == "README.md"]
     commands = [command for s, command in BASH if s.page == "README.md"]
     assert any(s.runs and "LLM(" in s.text for s in readme)
-    for promised in ("make demo", "make test", "pip install", "flexmoe generate"):
+    assert SERVER
+    assert commands[0].startswith("make serve")
+    for promised in ("make test", "pip install", "flexmoe generate", "curl"):
         assert any(command.startswith(promised) for command in commands), promised
