@@ -19,6 +19,7 @@ class ServerConfig:
     receive_seconds: how long a client may take to send its request. drain_seconds: how long requests may go on after
     SIGTERM. expert_interval: seconds between looks at which experts are chosen; 0: never. max_chunk_rate: pieces of
     streams a second in all; where tokens come more quickly, a piece holds several of them.
+    compare: what the web page compares with: "hf", or the URL of an OpenAI endpoint, whose key is compare_key.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +37,8 @@ class ServerConfig:
     expert_interval: float = 1.0
     max_chunk_rate: float = 2000.0
     log_prompts: bool = False
+    compare: str | None = None
+    compare_key: str | None = None
 
     def __post_init__(self) -> None:
         if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):

@@ -20,7 +20,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.routing import LayerLoad
@@ -237,6 +240,16 @@ class Engine:
         if isinstance(self.runner, RankedRunner):
             raise ConfigError("this looks into a model of one process; use degrees of parallelism of 1.")
         return self.runner
+
+    @property
+    def model_folder(self) -> Path | None:
+        """Where the model's weights are; None for random ones."""
+        return self._started.source.folder if self.options.load.load_format != "dummy" else None
+
+    @property
+    def local_device(self) -> torch.device | None:
+        """The device of a model in this process; None if it is spread over several."""
+        return None if isinstance(self.runner, RankedRunner) else self.runner.device
 
     def check(self) -> None:
         """Raise the error that ended the engine's processes, if one did. Cheap."""

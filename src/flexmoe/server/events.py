@@ -10,16 +10,19 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
+import torch
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from flexmoe.config.routing import imbalance
+from flexmoe.server.about import resident_bytes
 from flexmoe.server.errors import APIError
 from flexmoe.server.replies import EVENTS, errors
 from flexmoe.server.service import Service
 from flexmoe.server.stream import EventStream, event_of
 
 MAX_LISTENERS = 32
+MIN_INTERVAL = 1 / 64  # seconds; a screen shows no more
 _TICK = 0.1  # seconds within which the end of the server is noticed
 
 _DOCUMENTED: dict[int | str, dict[str, Any]] = {
@@ -31,29 +34,47 @@ _DOCUMENTED: dict[int | str, dict[str, Any]] = {
 def routes(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
-    listeners: set[object] = set()
+    listeners: dict[object, float] = {}  # with their intervals
+
+    def changed() -> None:
+        """The experts are looked at as often as the most eager listener asks for, if that is more often than usual."""
+        service.engine.look_every(min(listeners.values(), default=None))
 
     @router.get("/v1/flexmoe/events", response_class=Response, responses=_DOCUMENTED)
     async def events(
-        interval: Annotated[float, Query(ge=0.2, le=60)] = 1.0, count: Annotated[int | None, Query(ge=1)] = None
+        interval: Annotated[float, Query(ge=MIN_INTERVAL, le=60)] = 1.0,
+        count: Annotated[int | None, Query(ge=1)] = None,
+        changes: bool = False,
     ) -> Response:
-        """Figures every `interval` seconds; `count` times, or until one of both sides ends it."""
+        """Figures every `interval` seconds; `count` times, or until one of both sides ends it.
+
+        changes: leave out the experts where there was no new look at them.
+        """
         if len(listeners) >= MAX_LISTENERS:
             message = f"{MAX_LISTENERS} listeners are all that this server has room for."
             raise APIError(429, message, code="too_many_listeners", headers={"Retry-After": "10"})
         listener = object()
-        listeners.add(listener)
-        return EventStream(_events(service, interval, count), lambda: listeners.discard(listener), end=b"")
+
+        def leave() -> None:
+            del listeners[listener]
+            changed()
+
+        listeners[listener] = interval
+        changed()
+        return EventStream(_events(service, interval, count, changes), leave, end=b"")
 
     return router
 
 
-async def _events(service: Service, interval: float, count: int | None) -> AsyncIterator[bytes]:
+async def _events(service: Service, interval: float, count: int | None, changes: bool) -> AsyncIterator[bytes]:
     before = figures(service)
-    sent = 0
+    sent, told = 0, -1
     while service.status == "ok" and (count is None or sent < count):
         now = figures(service)
-        yield event_of({**now, "rates": _rates(before, now)}, name="figures")
+        looks = service.engine.experts.looks
+        seen = {} if changes and looks == told else {"experts": _experts(service)}
+        told = looks
+        yield event_of({**now, "rates": _rates(before, now), **seen}, name="figures")
         before, sent = now, sent + 1
         if sent != count:
             await _pause(service, interval)
@@ -81,17 +102,8 @@ def figures(service: Service) -> dict[str, Any]:
         "steps": metrics.steps,
         "preemptions": metrics.preemptions,
         "finished": dict(metrics.finished),
-        "experts": [
-            {
-                "layer": load.layer,
-                "counts": load.counts,
-                "total": service.engine.experts.loads[load.layer].counts,
-                "tokens": load.tokens,
-                "imbalance": round(imbalance(load.counts), 3),
-                "active": round(load.mean_active, 2),
-            }
-            for load in service.engine.experts.latest.values()
-        ],
+        "latency": {"ttft": metrics.ttft.counts, "itl": metrics.itl.counts, "e2e": metrics.e2e.counts},
+        "memory": _memory(service),
     }
 
 
@@ -102,3 +114,25 @@ def _rates(before: dict[str, Any], now: dict[str, Any]) -> dict[str, float]:
         kind: round((now["tokens"][kind] - before["tokens"][kind]) / seconds, 1) if seconds > 0 else 0.0
         for kind in ("prompt", "generated")
     }
+
+
+def _experts(service: Service) -> list[dict[str, Any]]:
+    experts = service.engine.experts
+    return [
+        {
+            "layer": load.layer,
+            "counts": load.counts,
+            "total": experts.loads[load.layer].counts,
+            "tokens": load.tokens,
+            "imbalance": round(imbalance(load.counts), 3),
+            "active": round(load.mean_active, 2),
+        }
+        for load in experts.latest.values()
+    ]
+
+
+def _memory(service: Service) -> dict[str, int | None]:
+    """Bytes of this process, and what torch holds of the GPU; null for what is not known."""
+    device = service.engine.engine.local_device
+    gpu = torch.cuda.memory_reserved(device) if device is not None and device.type == "cuda" else None
+    return {"resident_bytes": resident_bytes(), "gpu_bytes": gpu}

@@ -179,6 +179,34 @@ class HealthReply(BaseModel):
     status: str
 
 
+class ExpertsReply(BaseModel):
+    """placements: by MoE layer, the experts in the slots of each rank; null for one rank."""
+
+    layers: list[int]
+    num_experts: int
+    top_k: int
+    placements: list[list[list[int]]] | None
+
+
+class CompareReply(BaseModel):
+    """The engine that the page compares with. kind: hf, or url."""
+
+    kind: Literal["hf", "url"]
+    name: str
+
+
+class AboutReply(BaseModel):
+    """engine: what it runs with. kernels: by operation. latency_bounds: of the histograms in the live figures."""
+
+    version: str
+    model: str
+    engine: dict[str, Any]
+    kernels: dict[str, str]
+    experts: ExpertsReply | None
+    latency_bounds: dict[str, list[float]]
+    compare: CompareReply | None
+
+
 class VersionReply(BaseModel):
     """FlexMoE's version."""
 

@@ -20,6 +20,7 @@ from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import RequestError
 from flexmoe.server.errors import APIError
+from flexmoe.server.rival import Rival
 
 # Shorter texts are encoded where they are; for longer ones a thread is cheaper than a loop that stands still.
 _ENCODE_HERE = 2000
@@ -81,6 +82,7 @@ class Service:
         self.created = int(time.time())
         self.http: Counter[tuple[str, int]] = Counter()  # requests by route and status
         self.draining = False
+        self.compare: Rival | None = None
         self._most_samples = about["max_num_seqs"] + config.max_waiting
 
     @property
@@ -122,7 +124,7 @@ class Service:
     ) -> Generation:
         """Begin to complete prompts. prefix: of the answer's id. Raises what the limits and the engine refuse."""
         for prompt in prompts:
-            self._check_length(len(prompt.token_ids))
+            self.check_length(len(prompt.token_ids))
         self._check_room(len(prompts), sampling.n)
         if sampling.json_schema is not None:
             await self._check_schema(sampling.json_schema)
@@ -140,7 +142,8 @@ class Service:
             raise RequestError("response_format needs a tokenizer, and this model has none; leave it out.")
         await asyncio.to_thread(grammars.check, schema)
 
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raises APIError for a prompt of more tokens than are taken here."""
         limit = self.config.max_prompt_tokens
         if limit is not None and length > limit:
             message = f"the prompt has {length} tokens; this server takes at most {limit}."

@@ -3,16 +3,18 @@
 import { request } from "./api.js";
 import { events } from "./stream.js";
 
+/** Fields of a chat completion that comes as a stream, with its number of tokens. */
+export const STREAMED = { stream: true, stream_options: { include_usage: true } };
+
 /**
- * Ask and read to the end. on: {text(whole), routing(part), status(data)}, each called as things come.
+ * Ask for a stream and read it to its end. on: {text(whole), routing(part), status(data)}, each called as things come.
  *
  * The clock starts with the request, or where the engine behind it has to be started first, once it is ready.
  */
 export async function ask(path, body, { signal, on = {} }) {
   const answer = new Answer(on);
-  const sent = { ...body, stream: true, stream_options: { include_usage: true } };
   try {
-    const response = await request(path, { body: sent, signal });
+    const response = await request(path, { body, signal });
     for await (const event of events(response)) answer.take(event);
   } catch (error) {
     if (error.name !== "AbortError") answer.error = error.message;

@@ -1,6 +1,6 @@
 /** The Chat view: conversations, and answers as they come. */
 
-import { ask } from "./answer.js";
+import { ask, STREAMED } from "./answer.js";
 import { Conversations } from "./conversations.js";
 import { announce, byId } from "./dom.js";
 import { Turn } from "./message.js";
@@ -92,7 +92,7 @@ async function answer() {
   const conversation = current;
   const withRouting = byId("want-routing").checked;
   const message = { role: "assistant", content: "" };
-  const body = { ...requestOf(conversation), ...(withRouting ? { return_routing: true } : {}) };
+  const body = { ...requestOf(conversation), ...STREAMED, ...(withRouting ? { return_routing: true } : {}) };
   conversation.messages.push(message);
   const shown = turn(message, conversation.messages.length - 1);
   const speaker = new Speaker();

@@ -54,7 +54,7 @@ class Live {
   }
 
   async _follow(signal) {
-    const response = await request(`v1/flexmoe/events?interval=${this._interval}`, { signal });
+    const response = await request(`v1/flexmoe/events?interval=${this._interval}&changes=true`, { signal });
     for await (const { data } of events(response)) {
       this.history.push(data);
       if (this.history.length > 900) this.history.splice(0, 300);
