@@ -12,7 +12,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.errors import RequestError
 from flexmoe.server.deltas import Delta, Deltas
 from flexmoe.server.openai import MAX_ROUTED_TOKENS, ChatRequest
-from flexmoe.server.pieces import LogprobsWriter, RoutingWriter, ending, usage
+from flexmoe.server.pieces import LogprobsWriter, RoutingWriter, ending, timings, usage
 from flexmoe.server.replies import ChatCompletion, generated
 from flexmoe.server.service import Generation, Service
 from flexmoe.server.stream import Answer, EventStream, event_of
@@ -83,7 +83,7 @@ class _Chat:
                     yield self._event([{"index": delta.choice, "delta": {"role": "assistant", "content": ""}}])
                 yield self._event([self._choice(delta)])
         if self._tells_usage and output is not None:
-            yield self._event([], usage([output]))
+            yield self._event([], usage([output]), timings(output))
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         return {
@@ -94,8 +94,15 @@ class _Chat:
             **ending(delta.sample),
         }
 
-    def _event(self, choices: list[dict[str, Any]], tokens: dict[str, Any] | None = None) -> bytes:
+    def _event(
+        self,
+        choices: list[dict[str, Any]],
+        tokens: dict[str, Any] | None = None,
+        times: dict[str, Any] | None = None,
+    ) -> bytes:
         for choice in choices:
             choice.setdefault("finish_reason", None)
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
-        return event_of({**chunk, "usage": tokens} if self._tells_usage else chunk)
+        if self._tells_usage:
+            chunk |= {"usage": tokens} | ({"timings": times} if times else {})
+        return event_of(chunk)

@@ -26,10 +26,11 @@ _DOCUMENTED: dict[int | str, dict[str, Any]] = {
 
 
 class CompareRequest(Strict):
-    """A conversation to go on with, greedily."""
+    """A conversation to go on with, greedily. ignore_eos: write on after the end."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] = 128
+    ignore_eos: bool = False
 
 
 def routes(service: Service) -> APIRouter:
@@ -59,7 +60,7 @@ async def _question(service: Service, body: CompareRequest) -> Question:
     prompt = await service.encode_chat(messages, {})
     service.check_length(len(prompt.token_ids))
     room = service.max_model_len - len(prompt.token_ids)
-    return Question(messages, prompt.token_ids, min(body.max_tokens, room))
+    return Question(messages, prompt.token_ids, min(body.max_tokens, room), body.ignore_eos)
 
 
 def _nothing() -> None:

@@ -11,13 +11,14 @@ import contextlib
 import http.client
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 from flexmoe.errors import ConfigError
 from flexmoe.server.errors import APIError
-from flexmoe.server.rival import Question
+from flexmoe.server.rival import Question, Times
 from flexmoe.server.stream import event_of
 
 _PATIENCE = 120.0  # seconds without a byte
@@ -69,21 +70,15 @@ class Endpoint:
     def _ask(self, question: Question, tell: Tell, over: threading.Event) -> None:
         """In a thread: what comes is told line by line, then None or what went wrong; until nobody wants it."""
         try:
-            body = {
-                "model": self._model(),
-                "messages": list(question.messages),
-                "max_tokens": question.max_tokens,
-                "temperature": 0,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
+            body = json.dumps(_body(question, self._model()))
             tell({"state": "ready"})
             with contextlib.closing(self._connect()) as connection:
-                connection.request("POST", f"{self._path}/chat/completions", json.dumps(body), self._headers)
+                times = Times(time.monotonic())
+                connection.request("POST", f"{self._path}/chat/completions", body, self._headers)
                 for line in _data(_ok(connection.getresponse())):
                     if over.is_set():
                         return
-                    tell({key: line[key] for key in ("choices", "usage", "error") if line.get(key) is not None})
+                    tell(_passed_on(line, times))
             tell(None)
         except Exception as error:  # noqa: BLE001 - whoever asked is told
             tell(error)
@@ -94,6 +89,26 @@ class Endpoint:
             connection.request("GET", f"{self._path}/models", headers=self._headers)
             found = json.loads(_ok(connection.getresponse()).read(_MOST_BYTES))
         return str(found["data"][0]["id"])
+
+
+def _body(question: Question, model: str) -> dict[str, Any]:
+    body = {
+        "model": model,
+        "messages": list(question.messages),
+        "max_tokens": question.max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return body | ({"ignore_eos": True} if question.ignore_eos else {})  # not OpenAI's, but many servers know it
+
+
+def _passed_on(line: dict[str, Any], times: Times) -> dict[str, Any]:
+    """What the page reads of an event, with times beside the number of tokens."""
+    if any(choice.get("delta", {}).get("content") for choice in line.get("choices") or ()):
+        times.token(time.monotonic())
+    told = {key: line[key] for key in ("choices", "usage", "error") if line.get(key) is not None}
+    return told | ({"timings": times.told(line["usage"]["completion_tokens"])} if line.get("usage") else {})
 
 
 def _ok(response: http.client.HTTPResponse) -> http.client.HTTPResponse:

@@ -1,9 +1,9 @@
 """Hugging Face transformers' plain `generate`, in a process of its own. Enters: lines of JSON. Leaves: lines of JSON.
 
 This module is that process' program and imports nothing of the server. Its argument is a JSON object: folder, dtype,
-device, threads, eos_token_ids. On stdin come {"id", "token_ids", "max_tokens"} and {"stop": id}; on stdout go {"ready"}
-with the memory used, {"id", "token"} for each token, {"id", "done"} at the end of an answer, {"error"} for what fails.
-The end of stdin is its end.
+device, threads, eos_token_ids. On stdin come {"id", "token_ids", "max_tokens", "ignore_eos"} and {"stop": id}. On
+stdout go {"ready"} with the memory used, {"id", "token"} for each token, {"id", "done"} at the end of an answer, {"error"}
+for what fails. The end of stdin is its end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from typing import Any, TextIO
 
 import torch
 
-_WARM_UP = {"id": None, "token_ids": [1, 2, 3, 4], "max_tokens": 2}  # what a first answer alone would pay for
+_WARM_UP = {
+    "id": None,
+    "token_ids": [1, 2, 3, 4],
+    "max_tokens": 2,
+    "ignore_eos": True,
+}  # what a first answer alone would pay for
 
 
 class Generator:
@@ -30,7 +35,7 @@ class Generator:
         transformers.utils.logging.set_verbosity_error()
         self._transformers, self._out = transformers, out
         self._device = torch.device(setup["device"])
-        self._eos: list[int] = setup["eos_token_ids"]
+        self._eos: list[int] | None = setup["eos_token_ids"] or None
         if self._device.type == "cpu":
             torch.set_num_threads(setup["threads"])
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -39,7 +44,7 @@ class Generator:
         self._model: Any = model.to(self._device).eval()
         # In place of the model's own, which may ask for sampling or penalties.
         self._model.generation_config = transformers.GenerationConfig(
-            do_sample=False, eos_token_id=self._eos or None, pad_token_id=0
+            do_sample=False, eos_token_id=None, pad_token_id=0
         )
         self.stopped: set[int] = set()
 
@@ -57,6 +62,7 @@ class Generator:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=question["max_tokens"],
+            eos_token_id=None if question["ignore_eos"] else self._eos,
             streamer=_Streamer(self, number),
             stopping_criteria=[lambda rows, _: torch.full((len(rows),), number in self.stopped, device=rows.device)],
         )

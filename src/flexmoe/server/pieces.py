@@ -25,6 +25,12 @@ def usage(outputs: Sequence[RequestOutput], num_generated: int | None = None) ->
     }
 
 
+def timings(output: RequestOutput) -> dict[str, float | None]:
+    """Seconds to the first token and, of the first choice, a token after it; as the engine took them."""
+    metrics = output.metrics
+    return {"ttft": metrics.ttft, "tpot": metrics.tpot(len(output.token_ids))}
+
+
 def ending(sample: CompletionOutput) -> dict[str, Any]:
     """Why a choice ended."""
     return {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}

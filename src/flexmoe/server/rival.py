@@ -14,6 +14,27 @@ class Question:
     messages: Sequence[Mapping[str, Any]]
     token_ids: Sequence[int]
     max_tokens: int
+    ignore_eos: bool
+
+
+@dataclass(slots=True)
+class Times:
+    """When tokens came, in seconds of `time.monotonic()`."""
+
+    start: float
+    first: float | None = None
+    last: float | None = None
+
+    def token(self, now: float) -> None:
+        """One came."""
+        self.first, self.last = now if self.first is None else self.first, now
+
+    def told(self, count: int) -> dict[str, float | None]:
+        """Seconds to the first of `count` tokens, and a token after it."""
+        if self.first is None or self.last is None:
+            return {"ttft": None, "tpot": None}
+        tpot = (self.last - self.first) / (count - 1) if count > 1 else None
+        return {"ttft": self.first - self.start, "tpot": tpot}
 
 
 class Rival(Protocol):

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError, MissingDependencyError
 from flexmoe.server.endpoint import Endpoint
 from flexmoe.server.errors import APIError
-from flexmoe.server.rival import Question, Rival
+from flexmoe.server.rival import Question, Rival, Times
 from flexmoe.server.stream import event_of
 
 _log = logging.getLogger("flexmoe.server")
@@ -68,7 +69,8 @@ class HuggingFace:
             memory = self._ready["memory_bytes"]
             yield event_of({"state": "ready", "memory_bytes": memory}, name="status")
             number = next(self._numbers)
-            _send(process, {"id": number, "token_ids": list(question.token_ids), "max_tokens": question.max_tokens})
+            wanted = {"max_tokens": question.max_tokens, "ignore_eos": question.ignore_eos}
+            _send(process, {"id": number, "token_ids": list(question.token_ids), **wanted})
             try:
                 async for event in self._chunks(process, number, question):
                     yield event
@@ -93,7 +95,7 @@ class HuggingFace:
         tokenizer = self._engine.tokenizer
         assert tokenizer is not None
         text = Detokenizer(tokenizer, question.token_ids, SamplingParams())
-        count, finish = 0, "length"
+        count, finish, times = 0, "length", Times(time.monotonic())
         while True:
             line = await _line(process)
             if line.get("id") != number:  # of a question that nobody waits for any more
@@ -101,7 +103,8 @@ class HuggingFace:
             if "done" in line:
                 break
             count += 1
-            if line["token"] in self._engine.config.eos_token_ids:
+            times.token(time.monotonic())
+            if not question.ignore_eos and line["token"] in self._engine.config.eos_token_ids:
                 finish = "stop"
             elif piece := text.append([line["token"]]):
                 yield _chunk(piece)
@@ -109,7 +112,7 @@ class HuggingFace:
         yield event_of({"state": "over", "memory_bytes": line["memory_bytes"]}, name="status")
         prompt = len(question.token_ids)
         tokens = {"prompt_tokens": prompt, "completion_tokens": count, "total_tokens": prompt + count}
-        yield event_of({"choices": [], "usage": tokens})
+        yield event_of({"choices": [], "usage": tokens, "timings": times.told(count)})
 
 
 async def _line(process: Process) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Answer {
     this._first = this._last = null;
     this._pieces = 0;
     this.text = "";
-    this.usage = this.finish = this.error = this.memory = null;
+    this.usage = this.finish = this.error = this.memory = this.timings = null;
     this.routing = [];
   }
 
@@ -38,6 +38,7 @@ class Answer {
     if (name === "status") this._status(data);
     else {
       this.usage = data.usage ?? this.usage;
+      this.timings = data.timings ?? this.timings;
       const choice = data.choices?.[0];
       if (choice) this._choice(choice);
     }
@@ -64,11 +65,20 @@ class Answer {
     this._on.text?.(this.text);
   }
 
-  /** Plain data. Times in seconds. exact: tokens were counted by the server, not guessed from the pieces that came. */
+  /** Times in seconds as the engine took them; where it tells none, as they came here, where pieces may come together. */
+  _times(tokens) {
+    if (this.timings !== null) return this.timings;
+    const between = (this._last - this._first) / 1000;
+    return {
+      ttft: this._first === null ? null : (this._first - this._start) / 1000,
+      tpot: tokens > 1 && between > 0 ? between / (tokens - 1) : null,
+    };
+  }
+
+  /** Plain data. exact: tokens were counted by the server, not guessed from the pieces that came. */
   result() {
     const tokens = this.usage?.completion_tokens ?? (this.routing.length || this._pieces);
-    const between = (this._last - this._first) / 1000;
-    const tpot = tokens > 1 && between > 0 ? between / (tokens - 1) : null;
+    const { ttft, tpot } = this._times(tokens);
     return {
       text: this.text,
       finish: this.finish,
@@ -77,8 +87,9 @@ class Answer {
       exact: this.usage !== null,
       promptTokens: this.usage?.prompt_tokens ?? null,
       cachedTokens: this.usage?.prompt_tokens_details?.cached_tokens ?? null,
-      ttft: this._first === null ? null : (this._first - this._start) / 1000,
+      ttft,
       tpot,
+      measuredBy: this.timings === null ? "page" : "engine",
       tokensPerSecond: tpot === null ? null : 1 / tpot,
       seconds: ((this._last ?? performance.now()) - this._start) / 1000,
       memory: this.memory,

@@ -13,6 +13,8 @@ const NEAR_END = 80; // pixels from the end of the log within which it follows w
 let current = null; // the conversation that is shown
 let running = null; // AbortController of the answer that is on its way
 let conversations = null;
+let following = true; // whether the end of the log is in sight
+let frame = null;
 
 /** Called each time the view is shown. */
 export async function show() {
@@ -36,6 +38,9 @@ function connect() {
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") running?.abort();
+  });
+  byId("log").addEventListener("scroll", ({ target }) => {
+    following = target.scrollHeight - target.scrollTop - target.clientHeight < NEAR_END;
   });
   byId("stop").addEventListener("click", () => running?.abort());
   byId("new-chat").addEventListener("click", () => open(store.fresh(current.settings)));
@@ -128,12 +133,13 @@ function busy(controller) {
   byId("log").setAttribute("aria-busy", String(controller !== null));
 }
 
-/** Keep the end in sight, unless the reader has scrolled away from it. */
+/** Keep the end in sight at the next frame, unless the reader has scrolled away from it. */
 function follow(always = false) {
-  const log = byId("log");
-  if (always || log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END) {
-    requestAnimationFrame(() => (log.scrollTop = log.scrollHeight));
-  }
+  if (always) following = true;
+  frame ??= requestAnimationFrame(() => {
+    frame = null;
+    if (following) byId("log").scrollTop = byId("log").scrollHeight;
+  });
 }
 
 async function keep(conversation = current) {
@@ -152,8 +158,9 @@ class Speaker {
   }
 
   hear(text) {
+    if (performance.now() < this._next) return;
     const end = Math.max(text.lastIndexOf(". "), text.lastIndexOf("\n"));
-    if (performance.now() < this._next || end <= this._said) return;
+    if (end <= this._said) return;
     announce(text.slice(this._said, end + 1));
     this._said = end + 1;
     this._next = performance.now() + SPEAK_EVERY;

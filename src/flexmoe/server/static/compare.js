@@ -41,23 +41,30 @@ function build(root, compare, engine) {
     element("option", { value: "turns" }, "one after the other"),
     element("option", { value: "together" }, "both at once"),
   );
+  const long = check(compare);
   const start = element("button", { type: "submit", className: "main" }, "Compare");
   const stop = element("button", { type: "button", hidden: true, onclick: () => running?.abort() }, "Stop");
   const save = element("button", { type: "button", hidden: true, onclick: saveResult }, "Save as JSON");
   const form = element(
     "form", { className: "compare-form" },
-    field("Prompt", prompt, "wide"), field("Most tokens", most), field("Engines answer", mode),
+    field("Prompt", prompt, "wide"), field("Most tokens", most), field("Engines answer", mode), long.label,
     element("div", { className: "row" }, start, stop, save),
   );
   const note = element("p", { className: "note", id: "compare-note" });
   const figures = element("div", { className: "scroller", id: "compare-figures", tabIndex: 0, role: "region", "aria-label": "Figures" });
   const sides = [OURS, compare.name].map(side);
-  parts = { prompt, most, mode, start, stop, save, note, figures, sides, compare, engine };
+  parts = { prompt, most, mode, long: long.box, start, stop, save, note, figures, sides, compare, engine };
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (running === null && prompt.value.trim()) run();
   });
   root.append(form, note, element("div", { className: "sides" }, ...sides.map(({ root: box }) => box)), figures);
+}
+
+/** A box to tick. Both engines write as many tokens as they may, so that times are taken over equally many. */
+function check(compare) {
+  const box = element("input", { id: "compare-long", type: "checkbox", checked: compare.kind === "hf" });
+  return { box, label: element("label", { className: "check" }, box, " Write on after the end, up to that many tokens") };
 }
 
 const field = (label, control, kind = "") =>
@@ -71,7 +78,8 @@ function side(name) {
 
 async function run() {
   const { prompt, most, mode, sides, note } = parts;
-  const question = { messages: [{ role: "user", content: prompt.value }], max_tokens: most.valueAsNumber || 128 };
+  const messages = [{ role: "user", content: prompt.value }];
+  const question = { messages, max_tokens: most.valueAsNumber || 128, ignore_eos: parts.long.checked };
   const together = mode.value === "together";
   busy(new AbortController());
   for (const { text, state } of sides) [text.textContent, state.textContent] = ["", ""];

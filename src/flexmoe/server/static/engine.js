@@ -33,8 +33,8 @@ function build(root, told) {
     ttft: new Chart(`Time to first token, last ${WINDOW} s`, NAMES, seconds),
     itl: new Chart(`Time between tokens, last ${WINDOW} s`, NAMES, seconds),
   };
+  document.head.append(element("link", { rel: "stylesheet", href: "static/vendor/uplot.css" }));
   root.replaceChildren(
-    element("link", { rel: "stylesheet", href: "static/vendor/uplot.css" }),
     element("div", { className: "page-head" }, element("h2", {}, "Engine"), element("p", { className: "note" }, told.model)),
     cards,
     element("div", { className: "charts" }, ...Object.values(charts).map(({ root: box }) => box)),
@@ -63,8 +63,8 @@ function draw(figures) {
   const facts = [
     ["Running", count(requests.running, "sample")],
     ["Waiting", count(requests.waiting, "sample")],
-    ["KV blocks in use", `${cache.used.toLocaleString("en")} of ${cache.blocks.toLocaleString("en")} (${percent(cache.used / cache.blocks)})`],
-    ["Prefix cache hits", `${percent(prefix.hit_tokens / (prefix.queried_tokens || 1))} of prompt tokens`],
+    ["KV blocks in use", `${cache.used.toLocaleString("en")} of ${cache.blocks.toLocaleString("en")}`],
+    ["Prompt tokens from the prefix cache", percent(prefix.hit_tokens / (prefix.queried_tokens || 1))],
     ["Speed", `${rate(rates.generated)} tokens/s`],
     ["Generated", count(tokens.generated, "token")],
     ["Steps, preemptions", `${steps.toLocaleString("en")}, ${preemptions.toLocaleString("en")}`],

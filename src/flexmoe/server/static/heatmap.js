@@ -7,10 +7,10 @@ const GAP = 1;
 const SIDE = 34; // pixels at the left, for the numbers of the layers
 const TOP = 18; // pixels at the top, for the numbers of the experts
 
-/** Colours from idle by even to hot, for light and for dark. */
+/** Colours from idle by the mean to hot, for light and for dark. */
 const SCALES = {
-  light: [[243, 241, 235], [148, 201, 190], [20, 101, 90], [168, 70, 15]],
-  dark: [[30, 35, 38], [35, 84, 77], [95, 199, 181], [242, 164, 104]],
+  light: [[240, 238, 231], [141, 198, 186], [27, 116, 103], [4, 40, 38]],
+  dark: [[33, 39, 42], [30, 92, 83], [88, 196, 177], [224, 252, 243]],
 };
 
 export class HeatMap {

@@ -2,9 +2,16 @@
 
 import { ApiError, sentence } from "./api.js";
 
+const SLICE = 20; // ms of work after which the page gets its turn
+
 /** Ends with [DONE] or with the answer. Throws ApiError for an event that is an error, and if the connection breaks. */
 export async function* events(response) {
+  let since = performance.now();
   for await (const block of blocks(response)) {
+    if (performance.now() - since > SLICE) {
+      await new Promise((resolve) => setTimeout(resolve));
+      since = performance.now();
+    }
     const event = read(block);
     if (event.text === "[DONE]") return;
     if (event.text === "") continue;

@@ -3,6 +3,7 @@
 /** 1.23 s, 45 ms, 0.67 ms. */
 export function seconds(value) {
   if (!Number.isFinite(value)) return "–";
+  if (value === 0) return "0 s";
   if (value >= 1) return `${value.toPrecision(3)} s`;
   const ms = value * 1000;
   return `${ms >= 100 ? ms.toFixed(0) : ms.toPrecision(2)} ms`;
@@ -14,6 +15,7 @@ export const count = (number, noun) => `${number.toLocaleString("en")} ${noun}${
 /** 12.3 or 1,234. */
 export function rate(value) {
   if (!Number.isFinite(value)) return "–";
+  if (value === 0) return "0";
   return value >= 100 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
 }
 
