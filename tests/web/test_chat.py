@@ -95,7 +95,7 @@ def test_errors_are_sentences(page: Page) -> None:
     set_sampling(page, temperature=-1)
     say(page, "Hi")
     problem = page.locator(".turn.assistant [role=alert]")
-    expect(problem).to_have_text("Temperature=-1 is not a number from 0 to 100.", ignore_case=True, timeout=PATIENCE)
+    expect(problem).to_have_text("Temperature=-1.0 is not a number from 0 to 100.", timeout=PATIENCE)
     page.route("**/chat/completions", lambda route: route.abort())
     page.get_by_role("button", name="Regenerate").click()
     expect(problem).to_contain_text("The server cannot be reached", timeout=PATIENCE)

@@ -34,7 +34,9 @@ def test_two_engines_write_the_same(page: Page, server: Running, tmp_path: Path)
     assert saved["mode"] == "one after the other"
     assert saved["first_difference"] is None
     assert [answer["tokens"] for answer in saved["answers"]] == [48, 48]
-    assert all(answer["measuredBy"] == "engine" and answer["tpot"] > 0 and answer["memory"] for answer in saved["answers"])
+    assert all(
+        answer["measuredBy"] == "engine" and answer["tpot"] > 0 and answer["memory"] for answer in saved["answers"]
+    )
 
 
 def test_both_at_once_and_stop(page: Page, server: Running) -> None:

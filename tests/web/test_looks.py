@@ -12,7 +12,12 @@ from tests.server.serving import Running
 from tests.web.browsing import fake_answer, say, wait_for_answer
 
 VIEWS = ("chat", "compare", "experts", "engine")
-READY = {"chat": "#settings-form .field", "compare": "#compare-prompt", "experts": "canvas.heat", "engine": ".chart canvas"}
+READY = {
+    "chat": "#settings-form .field",
+    "compare": "#compare-prompt",
+    "experts": "canvas.heat",
+    "engine": ".chart canvas",
+}
 MARKDOWN = "# Title\n\nText with `code` and a [link](https://example.org).\n\n```py\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
 
 

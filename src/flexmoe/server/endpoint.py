@@ -60,7 +60,7 @@ class Endpoint:
         finally:
             over.set()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """There is nothing to end."""
 
     def _connect(self) -> http.client.HTTPConnection:

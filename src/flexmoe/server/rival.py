@@ -51,6 +51,6 @@ class Rival(Protocol):
         """
         ...
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End what belongs to it."""
         ...

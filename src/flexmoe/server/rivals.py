@@ -77,9 +77,10 @@ class HuggingFace:
             finally:
                 _send(process, {"stop": number})
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+            await self._process.wait()
 
     async def _started(self) -> Process:
         if self._process is None or self._process.returncode is not None:

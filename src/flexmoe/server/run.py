@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
             await self._engine.drain(self._drain_seconds)
         await super().shutdown(sockets)
         if self.service.compare is not None:
-            self.service.compare.close()
+            await self.service.compare.close()
         await self._engine.close()
         _log.info("ended", extra={"fields": {"engine": "dead" if self.died else "closed"}})
 

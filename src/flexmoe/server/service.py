@@ -125,9 +125,9 @@ class Service:
         """Begin to complete prompts. prefix: of the answer's id. Raises what the limits and the engine refuse."""
         for prompt in prompts:
             self.check_length(len(prompt.token_ids))
-        self._check_room(len(prompts), sampling.n)
         if sampling.json_schema is not None:
             await self._check_schema(sampling.json_schema)
+        self._check_room(len(prompts), sampling.n)  # the last before submit: nobody comes between
         name = f"{prefix}-{uuid.uuid4().hex}"
         jobs = [Job(f"{name}-{i}", prompt.token_ids, sampling, stream) for i, prompt in enumerate(prompts)]
         log = http.scope["state"]["log"]
