@@ -14,7 +14,7 @@ USER_READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
 
 .DEFAULT_GOAL := help
-.PHONY: help serve smoke test check check-style check-types check-imports check-size format cli-docs clean
+.PHONY: help serve smoke chromium test check check-style check-types check-imports check-size format cli-docs clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -26,8 +26,15 @@ serve: $(USER_READY)  ## serve the built-in model at http://127.0.0.1:8000
 smoke: $(USER_READY)  ## start the server, ask it a question, end it
 	$(BIN)/python tools/smoke.py
 
-test: $(TEST_READY)  ## run the tests
+test: $(TEST_READY) chromium  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+chromium:  # for the tests of the web page, which are skipped without it
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	  || { echo "Installing Chromium with apt-get, for the tests of the web page."; \
+	       if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
+	       $$as apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$as apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "Chromium cannot be installed here, so those tests are skipped. On Debian: apt-get install chromium" >&2
 
 check: check-style check-types check-imports check-size  ## style, types, import directions, size budget
 

@@ -18,7 +18,10 @@ READY = {
     "experts": "canvas.heat",
     "engine": ".chart canvas",
 }
-MARKDOWN = "# Title\n\nText with `code` and a [link](https://example.org).\n\n```py\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+MARKDOWN = (
+    "# Title\n\nText with `code` and a [link](https://example.org).\n\n```py\nx = 1\n```\n\n"
+    "| a | b |\n|---|---|\n| 1 | 2 |\n"
+)
 
 
 @pytest.mark.parametrize("width", [1100, 390])

@@ -2,8 +2,8 @@
 
 This module is that process' program and imports nothing of the server. Its argument is a JSON object: folder, dtype,
 device, threads, eos_token_ids. On stdin come {"id", "token_ids", "max_tokens", "ignore_eos"} and {"stop": id}. On
-stdout go {"ready"} with the memory used, {"id", "token"} for each token, {"id", "done"} at the end of an answer, {"error"}
-for what fails. The end of stdin is its end.
+stdout go {"ready"} with the memory used, {"id", "token"} for each token, {"id", "done"} at the end of an answer, and
+{"error"} for what fails. The end of stdin is its end.
 """
 
 from __future__ import annotations
