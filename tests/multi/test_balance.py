@@ -70,3 +70,17 @@ def test_the_death_of_a_rank_is_told_through_a_recording(tmp_path: Path) -> None
     with LLM(tiny("mixtral"), **OPTIONS, tensor_parallel_size=2) as llm, pytest.raises(RankError, match="rank 1 of 2"):
         record(llm)
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("dispatch", ["all_reduce", "all_to_all"])
+def test_the_first_rank_tells_the_experts_behind_tokens(pools: dict[int, Pool], dispatch: str) -> None:
+    """As one process does, whatever rank computes the experts."""
+    told = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, routing=4)
+    with LLM(tiny("mixtral"), **OPTIONS) as llm:
+        wanted = [output.outputs[0].routing for output in llm.generate(PROMPTS, told)]
+    options = {**OPTIONS, "tensor_parallel_size": 2, "expert_parallel_size": 2, "moe_dispatch": dispatch}
+    with pools[2].llm(tiny("mixtral"), **options) as llm:
+        found = [output.outputs[0].routing for output in llm.generate(PROMPTS, told)]
+    assert [len(routing or ()) for routing in found] == [4] * len(PROMPTS)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert [token.experts for token in ours or ()] == [token.experts for token in theirs or ()]

@@ -102,7 +102,9 @@ def test_figures_leave_out_experts_that_did_not_change(server: Running) -> None:
     assert "experts" in events[0]
     assert [event for event in events[1:] if "experts" in event] == []
     assert events[0]["memory"]["resident_bytes"] > 1e6
-    assert len(events[0]["latency"]["ttft"]) == len(server.get("/v1/flexmoe/about").json()["latency_bounds"]["ttft"]) + 1
+    assert (
+        len(events[0]["latency"]["ttft"]) == len(server.get("/v1/flexmoe/about").json()["latency_bounds"]["ttft"]) + 1
+    )
 
 
 def test_nobody_gets_more_than_64_figures_a_second(server: Running) -> None:

@@ -46,9 +46,10 @@ def test_ranks_and_their_loads(page: Page, server: Running) -> None:
     about["experts"]["placements"] = [[[0, 2, 4, 6, 7], [1, 3, 5, 7]]] * 6
     page.route("**/v1/flexmoe/about", lambda route: route.fulfill(json=about))
     page.goto(server.url + "#experts")
-    keep_busy(page, 1, 200)
+    keep_busy(page, 2)
     expect(page.locator("#view-experts")).to_contain_text("spread over 2 ranks", timeout=PATIENCE)
     expect(page.locator("#view-experts thead")).to_contain_text("Rank 1", timeout=PATIENCE)
+    wait_for(lambda: not server.engine.has_unfinished)
 
 
 def test_the_engine_s_figures(page: Page, server: Running) -> None:

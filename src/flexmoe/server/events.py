@@ -6,6 +6,7 @@ Listeners share nothing with the engine but the numbers it keeps anyway; expert 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from flexmoe.server.stream import EventStream, event_of
 
 MAX_LISTENERS = 32
 MIN_INTERVAL = 1 / 64  # seconds; a screen shows no more
+_MEMORY_SECONDS = 1.0
 _TICK = 0.1  # seconds within which the end of the server is noticed
 
 _DOCUMENTED: dict[int | str, dict[str, Any]] = {
@@ -68,13 +70,14 @@ def routes(service: Service) -> APIRouter:
 
 async def _events(service: Service, interval: float, count: int | None, changes: bool) -> AsyncIterator[bytes]:
     before = figures(service)
+    memory = _Memory(service.engine.engine.local_device)
     sent, told = 0, -1
     while service.status == "ok" and (count is None or sent < count):
         now = figures(service)
         looks = service.engine.experts.looks
         seen = {} if changes and looks == told else {"experts": _experts(service)}
         told = looks
-        yield event_of({**now, "rates": _rates(before, now), **seen}, name="figures")
+        yield event_of({**now, "rates": _rates(before, now), "memory": memory.now(), **seen}, name="figures")
         before, sent = now, sent + 1
         if sent != count:
             await _pause(service, interval)
@@ -103,7 +106,6 @@ def figures(service: Service) -> dict[str, Any]:
         "preemptions": metrics.preemptions,
         "finished": dict(metrics.finished),
         "latency": {"ttft": metrics.ttft.counts, "itl": metrics.itl.counts, "e2e": metrics.e2e.counts},
-        "memory": _memory(service),
     }
 
 
@@ -131,8 +133,19 @@ def _experts(service: Service) -> list[dict[str, Any]]:
     ]
 
 
-def _memory(service: Service) -> dict[str, int | None]:
-    """Bytes of this process, and what torch holds of the GPU; null for what is not known."""
-    device = service.engine.engine.local_device
-    gpu = torch.cuda.memory_reserved(device) if device is not None and device.type == "cuda" else None
-    return {"resident_bytes": resident_bytes(), "gpu_bytes": gpu}
+class _Memory:
+    """Bytes of this process, and what torch holds of the GPU; null for what is not known. Asking is slow: seldom."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        """device: of a model in this process."""
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._asked = -math.inf
+        self._told: dict[str, int | None] = {}
+
+    def now(self) -> dict[str, int | None]:
+        """As it was within the last second."""
+        now = time.monotonic()
+        if now - self._asked > _MEMORY_SECONDS:
+            gpu = None if self._gpu is None else torch.cuda.memory_reserved(self._gpu)
+            self._asked, self._told = now, {"resident_bytes": resident_bytes(), "gpu_bytes": gpu}
+        return self._told

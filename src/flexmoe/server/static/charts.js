@@ -42,7 +42,7 @@ export class Chart {
     const options = {
       width, height: HEIGHT,
       cursor: { y: false },
-      axes: [{ ...grid, space: 90, values: clock }, { ...grid, size: 70, values: words }],
+      axes: [{ ...grid, size: 30, space: 90, values: clock }, { ...grid, size: 70, values: words }],
       scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 1e-4)] } },
       series: [{ label: "at", value: (_, time) => (time === null ? "–" : clock(_, [time])[0]) }, ...this.names.map((label, place) => this._line(label, place, style))],
     };

@@ -7,7 +7,7 @@ import { live } from "./live.js";
 import { bytes, rate, seconds } from "./words.js";
 
 const OURS = "FlexMoE";
-const START = "Once upon a time there was a small town by the sea. Tell me more.";
+const START = "What is the capital of Norway?";
 const WARM_UP = [{ role: "user", content: "Hello" }]; // another prompt: the prefix cache shall not know ours
 
 let parts = null; // the elements of the view

@@ -24,6 +24,7 @@ export async function show(root) {
     return;
   }
   view = new View(root, experts);
+  view.take(live.experts);
   live.listen((figures) => {
     if (figures?.experts) view.take(figures.experts);
   });

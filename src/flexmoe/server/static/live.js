@@ -10,7 +10,8 @@ const LONGEST_WAIT = 4000;
 class Live {
   constructor() {
     this.state = "connecting"; // then ok, away, or locked: no key
-    this.history = []; // the latest figures, for charts
+    this.history = []; // the latest figures, for charts; without experts, which are large
+    this.experts = []; // of the server's latest look
     this._listeners = new Set();
     this._interval = SLOW;
     this._stop = new AbortController();
@@ -56,7 +57,9 @@ class Live {
   async _follow(signal) {
     const response = await request(`v1/flexmoe/events?interval=${this._interval}&changes=true`, { signal });
     for await (const { data } of events(response)) {
-      this.history.push(data);
+      const { experts, ...figures } = data;
+      this.experts = experts ?? this.experts;
+      this.history.push(figures);
       if (this.history.length > 900) this.history.splice(0, 300);
       this._become("ok");
       for (const listener of this._listeners) listener(data);
