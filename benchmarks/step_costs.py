@@ -38,7 +38,7 @@ _REPLAYS = 15
 _PROJECTIONS = ("qkv", "o", "head")
 _OPERATIONS = (  # as they come in a step
     "qkv", "decode_attention", "o", "route", "topk", "group_by_expert", "topk_by_expert", "expert_gate_up_gemv",
-    "expert_down_gemv", "expert_gate_up_grouped", "expert_down_grouped", "combine", "head",
+    "expert_down_gemv", "expert_gate_up_grouped", "expert_down_grouped", "combine", "combine_norm", "head",
 )  # fmt: skip
 
 

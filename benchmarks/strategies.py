@@ -1,17 +1,19 @@
 """The strategies of spreading a model over ranks, side by side on one machine: speed, bytes sent, imbalance.
 
-    python benchmarks/strategies.py [MODEL] [--ranks 2,4] [--batch 1,8] [--hf] [--out rows.jsonl]
+    python benchmarks/strategies.py [MODEL] [--ranks 2,4] [--batch 1,8] [--device cuda] [--hf] [--out rows.jsonl]
 
-One process decodes in torch, as ranks do, and as it comes; then each strategy on each number of ranks. All get the same
-prompts, greedily, exactly so many tokens; in fp32 their answers must be the same. A sample is (time for N + 1 tokens -
-time for 1) / N. Bytes are those that all ranks together send for a token of a decode step, beside what the formulas of
-docs/parallel.md give for the experts that one process was seen to choose. A row is one JSON line.
+On a CPU one process decodes in torch, as ranks do there, and as it comes; on GPUs as it comes, which is how ranks do
+it, if one GPU holds the model. Then each strategy on each number of ranks. All get the same prompts, greedily, exactly
+so many tokens; in fp32 their answers must be the same. A sample is (time for N + 1 tokens - time for 1) / N. Bytes are
+those that all ranks together send for a token of a decode step, beside what the formulas of docs/parallel.md give for
+the experts that one process was seen to choose. A row is one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +28,7 @@ from flexmoe.bench.engines import TimedEngine
 from flexmoe.bench.hugging_face import HuggingFace
 from flexmoe.bench.latency import first_difference
 from flexmoe.bench.record import append, facts, summary
-from flexmoe.bench.subject import Subject, open_subject
+from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.workload import make_prompts
 from flexmoe.config.layout import RankLayout
 from flexmoe.config.model import ModelConfig
@@ -39,7 +41,7 @@ from flexmoe.errors import ConfigError
 Row = dict[str, Any]
 Bytes = dict[str, float]
 
-_COUNT_BYTES, _ROUTING_BYTES = 8, 4  # an int64, and each slot and weight of a token sent
+_COUNT_BYTES, _BEST_BYTES, _ROUTING_BYTES = 8, 8, 4  # int64s, and each slot and weight of a token sent
 _REPEATS = 3
 
 
@@ -77,18 +79,23 @@ class Choices:
 
     def record(self, stage: str, layer: int, tensor: Tensor) -> None:
         if stage == "topk_ids" and len(tensor) == self._rows:
-            self.by_layer.setdefault(layer, []).append(tensor.clone())
+            self.by_layer.setdefault(layer, []).append(tensor.to("cpu", torch.int64, copy=True))
 
 
-def formula(config: ModelConfig, plan: ParallelPlan, batch: int, itemsize: int, choices: Choices) -> Bytes:
-    """Bytes by label that all ranks send for a token of a decode step, if experts are chosen like that."""
+def formula(
+    config: ModelConfig, plan: ParallelPlan, batch: int, itemsize: int, choices: Choices, *, fused: bool = False
+) -> Bytes:
+    """Bytes by label that all ranks send for a token of a decode step, if experts are chosen like that.
+
+    fused: each rank sends the others the best of its words, and not the first one all.
+    """
     P, H = plan.num_ranks, config.hidden_size
     moe_layers = sum(layer.is_moe for layer in config.layers)
     all_reduce = 2 * (P - 1) * H * itemsize
     sent: Bytes = {
         "embedding": all_reduce,
         "linear": (2 * config.num_layers - moe_layers) * all_reduce,  # attention, and dense feed-forwards
-        "logits": (P - 1) * -(-config.vocab_size // P) * itemsize,
+        "logits": P * (P - 1) * _BEST_BYTES if fused else (P - 1) * -(-config.vocab_size // P) * itemsize,
     }
     if not plan.uses_all_to_all:
         return sent | {"combine": moe_layers * all_reduce}
@@ -166,6 +173,11 @@ class Ours:
                 plan=setup.plan, **options,
             )  # fmt: skip
 
+    @property
+    def fused(self) -> bool:
+        """Whether decode steps run in Triton kernels."""
+        return bool(self.llm.describe()["decode_kernels"] == "Triton")
+
     def about(self) -> Row:
         return self.llm.describe() | {"model": self._name}
 
@@ -195,6 +207,13 @@ class Ours:
         return {label: (total - found[0].get(label, 0)) / share for label, total in found[1].items()}
 
 
+def _release_memory(device: str) -> None:
+    """What a model of this process held, for the ranks, which are others."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def _without_c() -> Iterator[None]:
     """Models loaded inside decode in torch, with weights packed for it."""
@@ -211,7 +230,7 @@ class Bench:
 
     def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
         self.subject, self.args = subject, args
-        self.facts = facts(torch.device("cpu"))
+        self.facts = facts(torch.device(args.device))
         vocab = subject.config.vocab_size
         self.prompts = {batch: make_prompts(vocab, batch, args.prompt_len, args.seed) for batch in args.batch}
         self.answers: dict[int, list[list[int]]] = {}
@@ -219,8 +238,11 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         """Of one process first: the others are compared with it."""
+        first = AS_IT_COMES if self.args.device == "cuda" else TORCH
         others = (AS_IT_COMES, *(setup for ranks in self.args.ranks for setup in setups(ranks)))
-        for setup in (TORCH, *(setup for setup in others if self.args.only in setup.name)):
+        chosen = [setup for setup in others if any(only in setup.name for only in self.args.only.split(","))]
+        for setup in (first, *(setup for setup in chosen if setup != first)):
+            _release_memory(self.args.device)
             try:
                 engine = Ours(self.subject, setup, self._options())
             except ConfigError as error:
@@ -234,9 +256,9 @@ class Bench:
         # All prompts in one step, so that all rows decode together.
         length = args.prompt_len + args.output_len + 1
         return {
-            "dtype": args.dtype, "device": "cpu", "max_num_seqs": most, "max_model_len": length,
-            "max_num_batched_tokens": most * args.prompt_len, "kv_cache_memory": args.kv_cache_memory,
-        }  # fmt: skip
+            "dtype": args.dtype, "device": args.device, "max_num_seqs": most, "max_model_len": length,
+            "max_num_batched_tokens": most * args.prompt_len,
+        } | ({} if args.device == "cuda" else {"kv_cache_memory": args.kv_cache_memory})  # fmt: skip
 
     def _measure(self, engine: Ours, setup: Setup) -> Iterator[Row]:
         plan = setup.plan
@@ -246,24 +268,24 @@ class Bench:
             result = self._timed(engine, batch)
             if plan.num_ranks > 1:
                 result |= self._spread(engine, plan, batch)
-            elif setup.torch_path:
+            elif batch not in self.choices:
                 self.choices[batch] = engine.choices(prompts, count)
             yield self._row("flexmoe", config, {"batch": batch}, result)
         if setup == AS_IT_COMES and self.args.hf:
             yield from self._hugging_face(engine)
 
     def _spread(self, engine: Ours, plan: ParallelPlan, batch: int) -> Row:
-        """What travels, beside the formulas, and how unevenly the work falls."""
-        config, choices = self.subject.config, self.choices[batch]
+        """What travels, beside the formulas, and how unevenly the work falls: if choices of experts are known."""
+        config, choices = self.subject.config, self.choices.get(batch)
         sent = engine.sent(self.prompts[batch], self.args.output_len + 1)
-        itemsize = getattr(torch, self.args.dtype).itemsize
-        expected = formula(config, plan, batch, itemsize, choices)
-        return {
-            "sent_bytes_per_token": _rounded(sent),
-            "formula_bytes_per_token": _rounded(expected),
-            "sent_in_all": round(sum(sent.values()), 1),
-            "imbalance": imbalance(config, plan, choices),
-        }
+        found: Row = {"sent_bytes_per_token": _rounded(sent), "sent_in_all": round(sum(sent.values()), 1)}
+        if choices is not None:
+            itemsize = getattr(torch, self.args.dtype).itemsize
+            expected = formula(config, plan, batch, itemsize, choices, fused=engine.fused)
+            found |= {
+                "formula_bytes_per_token": _rounded(expected), "imbalance": imbalance(config, plan, choices),
+            }  # fmt: skip
+        return found
 
     def _hugging_face(self, ours: Ours) -> Iterator[Row]:
         """As it comes, on the weights of one process."""
@@ -317,7 +339,7 @@ def _line(row: Row) -> str:
     name = f"{row['engine']}, {config['strategy']}, {config.get('ranks', 1)} ranks"
     if "error" in result:
         return f"{name}: {result['error']}"
-    same = result.get("sent_bytes_per_token") == result.get("formula_bytes_per_token")
+    same = result.get("formula_bytes_per_token") in (None, result.get("sent_bytes_per_token"))
     sent = f", {result['sent_in_all']:.0f} bytes a token" if "sent_in_all" in result else ""
     return (
         f"{name}, batch {row['params']['batch']}: {result['step_ms']['median']:.2f} ms a step, "
@@ -335,12 +357,14 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("model", nargs="?", help="a folder, a preset or a name on the Hub; none: the built-in model")
     parser.add_argument("--ranks", type=_numbers, default=[2], help="numbers of ranks, e.g. 2,4")
-    parser.add_argument("--only", default="", help="strategies with this in their name, e.g. hybrid")
+    parser.add_argument("--only", default="", help="strategies with one of these in their name, e.g. tensor,all-reduce")
+    parser.add_argument("--layers", type=int, help="of a preset: only so many")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch", type=_numbers, default=[1, 8])
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--kv-cache-memory", type=int, default=2**26, help="bytes of each process")
+    parser.add_argument("--kv-cache-memory", type=int, default=2**26, help="bytes of each process on a CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hf", action="store_true", help="Hugging Face transformers beside it")
     parser.add_argument("--note", help="goes into every row: what else the machine was doing")
@@ -351,7 +375,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """Measure, print, and append rows."""
     args = arguments(words)
-    with open_subject(args.model) as subject:
+    with open_subject(args.model, changes=Changes(layers=args.layers)) as subject:
         for row in Bench(subject, args).rows():
             print(_line(row), flush=True)
             if args.out:

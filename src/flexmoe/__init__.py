@@ -16,6 +16,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.errors import (
     CheckpointError,
     ConfigError,
+    EngineDeadError,
     EngineError,
     FlexMoEError,
     MissingDependencyError,
@@ -45,6 +46,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "EngineDeadError",
     "EngineError",
     "FlexMoEError",
     "MissingDependencyError",

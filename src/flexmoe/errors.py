@@ -11,6 +11,7 @@
     ├── MissingDependencyError           an optional package is not installed; prints the pip line
     └── EngineError(RuntimeError)        the engine was closed or died
         ├── RankError                    one of its processes died or hangs; says which
+        ├── EngineDeadError              it died while others used it; the message says of what
         └── RequestFailedError           the engine lives, but one request could not go on
 
 Messages say what was wrong, the value, the limit and the remedy, in that order.
@@ -73,6 +74,10 @@ class EngineError(FlexMoEError, RuntimeError):
 
 class RequestFailedError(EngineError):
     """One request could not go on, for a reason of its own; the engine and all others can."""
+
+
+class EngineDeadError(EngineError):
+    """An engine that others use died. The message may hold what only its owner should read."""
 
 
 class RankError(EngineError):

@@ -100,7 +100,7 @@ class LLM:
     def record_routing(self, path: str | PathLike[str] | None = None) -> Iterator[RoutingRecorder]:
         """Within, count which experts tokens choose; afterwards write that to `path`, a JSON line for each MoE layer.
 
-        What it yields tells the counts at any time. Slower on a GPU: steps run without CUDA graphs.
+        What it yields tells the counts at any time.
 
         Raises ConfigError for a model without experts and for a file that cannot be written, EngineError if another
         recording is at work. After an error within, nothing is written.

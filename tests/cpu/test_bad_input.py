@@ -172,7 +172,7 @@ def test_a_refused_model_leaves_no_tensors(tmp_path: Path, monkeypatch: pytest.M
     ("options", "kind", "words"),
     [
         ({"max_num_seq": 4}, UnknownOptionError, "has no option 'max_num_seq'; did you mean 'max_num_seqs'?"),
-        ({"pipeline_parallel_size": 2}, ConfigError, "pipeline_parallel_size=2: this version does not divide a model"),
+        ({"pipeline_parallel_size": 3}, ConfigError, "=3 is above the model's 2 layers; use at most 2"),
         ({"tensor_parallel_size": 3}, ConfigError, "tensor_parallel_size=3 does not fit 4 heads with 2 key heads"),
         ({"device": "tpu"}, ConfigError, "device='tpu' is not a device; use auto, cpu, cuda or cuda:N"),
         ({"device": "mps"}, ConfigError, "device='mps' is not supported; use auto, cpu, cuda or cuda:N"),

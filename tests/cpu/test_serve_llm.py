@@ -263,7 +263,11 @@ def test_generate_before_compile() -> None:
         ({"max_seq_length": "256"}, TypeError, "not an int"),
         ({"generation_config": {"do_sample": False}}, TypeError, "not a GenerationConfig"),
         ({"generation_config": ff.GenerationConfig(do_sample=True, topp=2.0)}, ValueError, "topp=2.0 is not a number"),
-        ({"model_specific_pipeline_parallelism_degree": 2}, ValueError, "pipeline_parallelism_degree=2: .* use 1"),
+        (
+            {"model_specific_pipeline_parallelism_degree": 7},
+            ValueError,
+            "pipeline_parallelism_degree=7 is above .* at most 6",
+        ),
     ],
 )
 def test_wrong_compile(options: dict[str, object], kind: type[Exception], said: str) -> None:
@@ -272,8 +276,8 @@ def test_wrong_compile(options: dict[str, object], kind: type[Exception], said: 
 
 
 def test_degrees_of_init_reach_the_engine() -> None:
-    ff.init(num_gpus=4, memory_per_gpu=9, zero_copy_memory_per_node=9, pipeline_parallelism_degree=4)
-    with pytest.raises(ValueError, match=r"pipeline_parallelism_degree=4: .* use 1"):
+    ff.init(num_gpus=4, memory_per_gpu=9, zero_copy_memory_per_node=9, pipeline_parallelism_degree=9)
+    with pytest.raises(ValueError, match=r"pipeline_parallelism_degree=9 is above the model's 6 layers; use at most 6"):
         ff.LLM("builtin").compile()
 
 

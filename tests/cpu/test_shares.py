@@ -15,6 +15,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.batch import build_batch
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.wire import pack, unpack
+from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.hub import open_model
 from flexmoe.models.loader import load_weights
@@ -26,14 +27,15 @@ from tests.cpu.tiny_models import tiny
 
 CPU = torch.device("cpu")
 CASES = ["mixtral-tied", "olmoe-odd", "qwen2_moe", "qwen3_moe-odd", "llama-mha-bias"]
-PLANS = [ParallelPlan(2), ParallelPlan(4), ParallelPlan(2, 2), ParallelPlan(4, 2), ParallelPlan(4, 4)]
+DENSE_PLANS = [ParallelPlan(2), ParallelPlan(4), ParallelPlan(2, pipeline_parallel_size=2)]
+PLANS = [*DENSE_PLANS, ParallelPlan(2, 2), ParallelPlan(4, 2), ParallelPlan(4, 4), ParallelPlan(2, 2, 1, 2)]
 
 
 @pytest.mark.parametrize("layout", ["saved", "fused"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_rank_reads_its_share_and_nothing_else(case: str, layout: Any) -> None:
     source = open_model(LoadConfig(model=str(tiny(case, layout=layout))))
-    for plan in PLANS[: 2 if source.config.moe is None else None]:
+    for plan in DENSE_PLANS if source.config.moe is None else PLANS:
         for rank in range(plan.num_ranks):
             mesh = Mesh(plan, rank)
             model = Decoder(source.config, plan, "reference", 32, dtype=torch.float32, device=CPU, mesh=mesh)
@@ -43,6 +45,27 @@ def test_a_rank_reads_its_share_and_nothing_else(case: str, layout: Any) -> None
             assert report.bytes_read == 4 * held
             assert num_parameters(mesh.shard(source.config)) == held
             assert not any(parameter.isnan().any() for parameter in params.values())
+
+
+@pytest.mark.parametrize(("case", "tied"), [("mixtral-tied", True), ("qwen2_moe", False)])
+def test_what_a_stage_holds(case: str, tied: bool) -> None:
+    """Its layers and their part of the cache; the first the embedding, the last norm and head (or the embedding)."""
+    config = open_model(LoadConfig(model=str(tiny(case)))).config
+    plan = ParallelPlan(pipeline_parallel_size=2)
+    half = config.num_layers // 2
+    held, sizes = [], []
+    for rank in range(2):
+        mesh = Mesh(plan, rank)
+        model = Decoder(config, plan, "reference", 32, dtype=torch.float32, device=CPU, mesh=mesh)
+        held.append({name for name, parameter in model.named_parameters() if parameter.numel()})
+        cache = KVCache(mesh.shard(config).local, 3, 4, torch.float32, CPU)
+        assert cache.num_bytes == 3 * block_bytes(mesh.shard(config).local, 4, torch.float32)
+        sizes.append(len(cache.layers))
+    assert sizes == [half, half]
+    outer = [{name for name in names if not name.startswith("layers.")} for names in held]
+    assert outer == [{"embed_tokens.weight"}, {"norm.weight", "embed_tokens.weight" if tied else "lm_head.weight"}]
+    numbers = [{int(name.split(".")[1]) for name in names if name.startswith("layers.")} for names in held]
+    assert numbers == [set(range(half)), set(range(half, 2 * half))]
 
 
 def test_replicas_are_read_once() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexmoe import LLM, ConfigError, EngineError, SamplingParams
+from flexmoe.config.routing import LayerLoad
 from flexmoe.engine.cuda_graph import GraphedDecoder, bucket_of
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.layers.forward_batch import Probe
@@ -40,8 +41,8 @@ def graphed(llm: LLM) -> GraphedDecoder:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    def run(self: GraphedDecoder, form: Any, packed: PackedRows, probe: Probe | None) -> None:
-        self._step(form, packed, probe)
+    def run(self: GraphedDecoder, form: Any, packed: PackedRows, probe: Probe | None, counter: Any) -> None:
+        self._step(form, packed, probe, counter)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GraphedDecoder, "_run", run)
@@ -122,3 +123,17 @@ def test_more_memory_than_there_is_is_refused_in_one_line() -> None:
 
 def test_buckets_hold_their_rows() -> None:
     assert [bucket_of(n) for n in (1, 3, 8, 9, 33, 65, 129, 256)] == [1, 3, 8, 12, 40, 80, 160, 256]
+
+
+def test_counting_experts_keeps_graphs_and_tokens_and_counts_what_a_cpu_does() -> None:
+    def recorded(device: str, **options: Any) -> tuple[list[Any], list[LayerLoad], int]:
+        found: list[Any] = []
+        with LLM(str(tiny("qwen2_moe")), dtype="float32", device=device, num_blocks=64, **options) as llm:
+            with llm.record_routing() as recorder:
+                found = [output.token_ids for output in llm.generate(PROMPTS, GREEDY)]
+            graphs = len(graphed(llm)._graphs) if device == "cuda" else 0
+            return found, recorder.loads(), graphs
+
+    tokens, loads, graphs = recorded("cuda")
+    assert graphs > 0
+    assert (tokens, loads) == recorded("cpu", expert_backend="reference")[:2]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flexmoe.kernels import combine as reference
-from flexmoe.kernels.triton.combine import CombineTile, combine
+from flexmoe.kernels.rms_norm import rms_norm
+from flexmoe.kernels.triton.combine import CombineTile, combine, combine_norm
 from tests.kernels.support import DEVICE, DTYPES, Guarded, assert_near, normal
 
 SHAPES = [(1, 1, 64), (1, 2, 128), (5, 3, 100), (9, 8, 96), (70, 2, 40)]
@@ -55,3 +56,20 @@ def test_rows_without_an_expert_are_never_read(accumulate: bool) -> None:
     expected = reference.combine(y, ids)
     assert_near(out.check(), expected + before if accumulate else expected, torch.float32)
     assert accumulate or not out.tensor[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "K", "H"), SHAPES)
+def test_norms_what_it_added(T: int, K: int, H: int, dtype: torch.dtype) -> None:
+    y, ids, before, weight = normal(T * K, H, dtype=dtype), _ids(T, K), normal(T, H), normal(H, dtype=dtype)
+    ids[0] = -1
+    y[:K] = torch.nan
+    x, normed, again = Guarded(T, H), Guarded(T, H, dtype=dtype), normal(T, H, dtype=dtype)
+    x.tensor.copy_(before)
+    combine_norm(y, ids, x.tensor, weight, 1e-5, normed.tensor)
+    expected = before + reference.combine(y, ids)
+    assert_near(x.check(), expected, torch.float32)
+    assert_near(normed.check(), rms_norm(expected, weight.float(), 1e-5), dtype)
+    combine_norm(y, ids, before, weight, 1e-5, again)
+    assert torch.equal(before, x.tensor)
+    assert torch.equal(again, normed.tensor)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from flexmoe.kernels import norm_linear as reference
+from flexmoe.kernels.rms_norm import rms_norm
 from flexmoe.kernels.triton.norm_linear import (
     DirectTile,
     DotTile,
     GemvTile,
+    NormAfter,
     Tile,
     default_tile,
     norm_linear,
+    norms_after,
     scratch_bytes,
 )
 from tests.kernels.support import DEVICE, DTYPES, ON_GPU, Guarded, assert_near, normal
@@ -106,6 +109,25 @@ def test_equals_the_reference(make, rows: int, n: int, k: int, dtype: torch.dtyp
     found = inputs.run(tile)
     assert_near(found, inputs.expected(), dtype)
     assert torch.equal(found, inputs.run(tile))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 33, 96), (5, 64, 128), (35, 72, 96)])
+def test_norms_the_rows_that_come_out(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    tile = DOT[1]
+    assert [norms_after(some) for some in (*GEMV, *DIRECT, DOT[0], tile)] == [False] * 7 + [True]
+    x, weight, before = normal(rows, k, dtype=dtype), normal(n, k, dtype=dtype, scale=k**-0.5), normal(rows, n)
+    bias, norm_weight = normal(n, dtype=dtype), normal(n, dtype=dtype)
+    scratch = torch.full(
+        (scratch_bytes(rows, n, k, dtype, norm=False, tile=tile),), 255, dtype=torch.uint8, device=DEVICE
+    )
+    plain_out, out, normed = before.clone(), Guarded(rows, n), Guarded(rows, n, dtype=dtype)
+    out.tensor.copy_(before)
+    norm_linear(x, weight, plain_out, bias=bias, residual=True, scratch=scratch, tile=tile)
+    after = NormAfter(norm_weight, EPS, normed.tensor)
+    norm_linear(x, weight, out.tensor, bias=bias, residual=True, after=after, scratch=scratch, tile=tile)
+    assert torch.equal(out.check(), plain_out)
+    assert_near(normed.check(), rms_norm(plain_out, norm_weight.float(), EPS), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.kernels import route as reference
-from flexmoe.kernels.triton.route import RouteTile, default_tile, route
+from flexmoe.kernels.triton.route import RouteTile, default_tile, norms_first, route
 from tests.kernels.support import DEVICE, DTYPES, ON_GPU, Guarded, assert_near, distance, normal
 
 # numpy in Triton's interpreter: of a range whose end is known at run time only, and of inf - inf.
@@ -49,6 +49,17 @@ def _check(x: Tensor, norm_weight: Tensor, router_weight: Tensor, tile: RouteTil
 def test_norms_and_multiplies(T: int, H: int, E: int, tile: RouteTile | None, dtype: torch.dtype) -> None:
     for router in {torch.float32, dtype}:
         _check(*_inputs(T, H, E, dtype, router), tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_normed_already(dtype: torch.dtype) -> None:
+    x, norm_weight, weight = _inputs(9, 128, 6, dtype, dtype)
+    assert (norms_first(FEW), norms_first(MANY)) == (False, True)
+    normed, logits, again = normal(9, 128, dtype=dtype), Guarded(9, 6), Guarded(9, 6)
+    route(x, norm_weight, EPS, weight, normed, logits.tensor, tile=MANY)
+    x.fill_(torch.nan)  # is not looked at
+    route(x, norm_weight, EPS, weight, normed, again.tensor, is_normed=True, tile=MANY)
+    assert torch.equal(again.check(), logits.check())
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter has fp32 only")

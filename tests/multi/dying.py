@@ -1,7 +1,8 @@
 """A rank that ends or hangs as the environment says: FLEXMOE_TEST_FATE="phase rank how".
 
 phase: load, prefill, decode or close. how: kill (SIGKILL, in the midst of collectives), exit (code 3), raise (a Python
-error), stop (SIGSTOP: it hangs), abort (SIGABRT, as gloo ends on messages of the wrong size).
+error), stop (SIGSTOP: it hangs), sleep (it hangs, but its process shows life), abort (SIGABRT, as gloo ends on messages
+of the wrong size).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from flexmoe.engine import worker as workers
@@ -36,6 +38,8 @@ def meet(how: str) -> None:
     sys.stderr.write("these are the last words\n")
     if how == "raise":
         raise MemoryError("no more")
+    if how == "sleep":
+        time.sleep(600)
     if how == "exit":
         os._exit(3)
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "abort": signal.SIGABRT}[how])
@@ -52,16 +56,17 @@ class DyingWorker(Worker):
             self._load = workers.start
             workers.start = lambda *_: meet(self._how)  # type: ignore[assignment, return-value]
 
-    def step(self, wire: WireStep) -> Any:
-        decodes = wire.num_decodes == len(wire.samples)
+    def step(self, wires: list[WireStep]) -> Any:
+        decodes = all(wire.num_decodes == len(wire.samples) for wire in wires)
         if self._phase == ("decode" if decodes else "prefill"):
             assert self.runner is not None
-            for module in self.runner.model.modules():
-                for value in vars(module).values():
-                    if hasattr(value, "traffic"):
-                        value.traffic = Doomed()
-                        value.traffic.left, value.traffic.how = 0, self._how
-        return super().step(wire)
+            assert self.mesh is not None
+            parts = [value for module in self.runner.model.modules() for value in vars(module).values()]
+            for part in (*parts, self.mesh.pp, self.mesh.dp):
+                if hasattr(part, "traffic"):
+                    part.traffic = Doomed(beats=self._beats)
+                    part.traffic.left, part.traffic.how = 0, self._how
+        return super().step(wires)
 
     def close(self) -> None:
         if self._phase == "close":

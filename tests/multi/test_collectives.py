@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flexmoe.config.plan import ParallelPlan
-from flexmoe.parallel.comm import Group
+from flexmoe.parallel.comm import Group, Traffic
 from tests.multi.pool import Pool
 from tests.multi.worker import CPU, PoolWorker
 
@@ -99,3 +99,19 @@ def test_ranks_that_are_only_imagined_give_the_right_shapes() -> None:
     assert group.all_to_all(x, [1, 1, 1, 0], [2, 0, 0, 3], "a").shape == (5, 2)
     assert group.gather(x, "a") is None
     assert group.traffic.sent["a"] > 0
+
+
+def test_what_a_replayed_graph_sends_is_counted_each_time() -> None:
+    """Capturing it sends nothing; each replay does what was seen meanwhile."""
+    traffic = Traffic()
+    traffic.count("linear", 8)
+    with traffic.aside() as sent:
+        traffic.count("linear", 4)
+        traffic.count("combine", 2)
+    assert sent == {"linear": 4, "combine": 2}
+    assert traffic.sent == {"linear": 8}
+    beats = traffic.beats[0]
+    traffic.repeat(sent)
+    traffic.repeat(sent)
+    assert traffic.take() == {"linear": 16, "combine": 4}
+    assert traffic.beats[0] > beats

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flexmoe.config.model import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig
 from flexmoe.config.plan import ExpertPlacement, ParallelPlan
+from flexmoe.config.shard import Shard
 from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts import reference
@@ -72,17 +73,24 @@ def weights() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def layers(worker: PoolWorker, plan: ParallelPlan, cases: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
+def layers(worker: PoolWorker, plan: ParallelPlan, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [layer(worker, plan, **case) for case in cases]
 
 
-def layer(worker: PoolWorker, plan: ParallelPlan, x: Tensor, ids: Tensor, topk_weights: Tensor) -> dict[str, Any]:
-    """This rank's part of the layer: the result, the bytes it sent, the rows that went into its products."""
+def layer(
+    worker: PoolWorker, plan: ParallelPlan, x: Tensor, ids: Tensor, topk_weights: Tensor, rows: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """This rank's part of the layer: the result, the bytes it sent, the rows that went into its products.
+
+    rows: of x, of each data rank, if there are several.
+    """
     mesh = worker.mesh_of(plan)
+    if rows:
+        x, ids, topk_weights = (t.split(rows)[mesh.place.dp] for t in (x, ids, topk_weights))
     local = mesh.shard(CONFIG).local
     placement = plan.placement(E, 0)
     block = MoEBlock(local, 0, placement, "reference", dtype=torch.float32, device=CPU, mesh=mesh)
-    _fill(block, plan, mesh.place.ep, mesh.place.etp, mesh.stage.index)
+    _fill(block, mesh.shard(CONFIG))
     block.router = Forced(ids, topk_weights)  # type: ignore[assignment]
     products: list[int] = []
 
@@ -93,19 +101,18 @@ def layer(worker: PoolWorker, plan: ParallelPlan, x: Tensor, ids: Tensor, topk_w
 
     permute, reference.permute = reference.permute, watched  # type: ignore[assignment]
     nothing = torch.empty(0)
-    out = block(x, ForwardBatch(nothing, nothing, nothing, {}))
+    out = block(x, ForwardBatch(nothing, nothing, nothing, {}, most_rows=max(rows, default=None)))
     reference.permute = permute
     return {"out": out, "sent": mesh.traffic.take(), "products": sum(products)}
 
 
-def _fill(block: MoEBlock, plan: ParallelPlan, ep: int, etp: int, index: int) -> None:
-    w, part = weights(), WIDTH // plan.expert_tensor_size
-    rows = slice(etp * part, (etp + 1) * part)
-    for slot, expert in enumerate(plan.placement(E, 0).slots[ep]):
+def _fill(block: MoEBlock, shard: Shard) -> None:
+    w, held = weights(), shard.expert_width
+    rows = slice(held.start, held.stop)
+    for slot, expert in enumerate(shard.slots(0)):
         block.experts.gate_up.data[slot] = torch.cat((w["gate"][expert, rows], w["up"][expert, rows]))
         block.experts.down.data[slot] = w["down"][expert, :, rows]
-    part = SHARED if plan.uses_all_to_all else SHARED // plan.stage_size
-    rows = slice(0, SHARED) if plan.uses_all_to_all else slice(index * part, (index + 1) * part)
+    rows = slice(shard.shared_width.start, shard.shared_width.stop)
     assert block.shared is not None
     assert block.shared_gate is not None
     block.shared.gate_up.weight.data.copy_(torch.cat((w["shared_gate"][rows], w["shared_up"][rows])))
@@ -240,3 +247,52 @@ def test_two_dispatches_are_the_same_bits(pools: dict[int, Pool]) -> None:
         x, ids, topk_weights = routed(17, "random", plan.placement(E))
         first, second = (pools[4].call(layer, plan=plan, x=x, ids=ids, topk_weights=topk_weights) for _ in range(2))
         assert torch.equal(first[0]["out"], second[0]["out"])
+
+
+DATA_PLANS = {  # tensor and expert degrees by the number of ranks, half of them data ranks (4: or all of them)
+    2: [(1, 1), (1, 2)],
+    4: [(2, 1), (2, 2), (2, 4), (1, 4)],
+}
+
+
+@pytest.mark.parametrize("dispatch", ["all_reduce", "all_to_all"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_data_ranks_have_rows_of_their_own(pools: dict[int, Pool], size: int, dispatch: str) -> None:
+    """One without any, fewer rows than ranks, all tokens on one expert or rank, replicas."""
+    for tp, ep in DATA_PLANS[size]:
+        data = size // tp
+        for slots in (None, PLACEMENTS[ep]["replicas"]) if ep > 1 else (None,):
+            placements = {} if slots is None else {None: ExpertPlacement(E, slots)}
+            plan = ParallelPlan(tp, ep, data_parallel_size=data, moe_dispatch=dispatch, placements=placements)
+            cases = []
+            for rows in ((3, 0), (0, 1), (5, 17)):
+                for how in ROUTINGS:
+                    x, ids, topk_weights = routed(sum(rows), how, plan.placement(E, 0))
+                    own = (*rows, *[0] * (data - 2))
+                    cases.append({"x": x, "ids": ids, "topk_weights": topk_weights, "rows": own})
+            found = pools[size].call(layers, plan=plan, cases=cases)
+            for number, case in enumerate(cases):
+                compare(plan, case, [got[number] for got in found])
+
+
+def compare(plan: ParallelPlan, case: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    parts = expected(case["x"], case["ids"], case["topk_weights"]).split(case["rows"])
+    tp = plan.tensor_parallel_size
+    for rank, got in enumerate(ranks):
+        torch.testing.assert_close(got["out"], parts[rank // tp], atol=2e-5, rtol=1e-5)
+        assert torch.equal(got["out"], ranks[rank // tp * tp]["out"])  # the same bits on the ranks that share the rows
+    assert sum(got["products"] for got in ranks) == len(case["x"]) * K * plan.expert_tensor_size
+
+
+@pytest.mark.parametrize(("size", "tp", "ep"), [(2, 1, 2), (4, 2, 2), (4, 1, 1)])
+def test_bytes_of_gathered_rows(pools: dict[int, Pool], size: int, tp: int, ep: int) -> None:
+    """(D - 1) m rows there and back, m the rows of the data rank that has most; then an all-reduce of the own rows."""
+    data, rows = size // tp, (5, 17, 0, 2)[: size // tp]
+    plan = ParallelPlan(tp, ep, data_parallel_size=data)
+    x, ids, topk_weights = routed(sum(rows), "random", plan.placement(E))
+    found = pools[size].call(layer, plan=plan, x=x, ids=ids, topk_weights=topk_weights, rows=rows)
+    for rank, got in enumerate(found):
+        gathered = (data - 1) * 17
+        assert got["sent"]["dispatch"] == gathered * H * 4
+        assert got["sent"]["routing"] == gathered * 8 * K
+        assert got["sent"]["combine"] == gathered * H * 4 + 2 * (tp - 1) / tp * rows[rank // tp] * H * 4

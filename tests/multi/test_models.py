@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from flexmoe import LLM, SamplingParams
-from flexmoe.config.plan import ExpertPlacement
+from flexmoe.config.layout import RankLayout
+from flexmoe.config.plan import ExpertPlacement, ParallelPlan
+from flexmoe.config.shard import Shard
 from tests.cpu.tiny_models import tiny
 from tests.multi.pool import Pool
 from tests.multi.worker import PoolWorker
@@ -34,7 +36,12 @@ PLANS: dict[str, dict[str, Any]] = {
     "expert-4": {"tensor_parallel_size": 4, "expert_parallel_size": 4},
     "hybrid-4": {"tensor_parallel_size": 4, "expert_parallel_size": 2},
     "hybrid-rows-4": {"tensor_parallel_size": 4, "expert_parallel_size": 2, "moe_dispatch": "all_to_all"},
-}
+    "stages-2": {"pipeline_parallel_size": 2},
+    "stages-tensor-4": {"pipeline_parallel_size": 2, "tensor_parallel_size": 2},
+    "stages-expert-rows-4": {
+        "pipeline_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel_size": 2, "moe_dispatch": "all_to_all",
+    },
+}  # fmt: skip
 # Experts of uneven counts, one rank with none, replicas on one rank and on several: by experts and expert ranks.
 PLACEMENTS = {
     (6, 2): [((4,), (0, 1, 5, 3, 2)), ((0, 1, 2, 3, 0, 0), (0, 5, 4, 3))],
@@ -46,12 +53,14 @@ class Recording:
     """A probe that keeps choices of experts, and logits."""
 
     def __init__(self) -> None:
-        self.topk_ids: list[Tensor] = []
+        self.topk_ids: list[tuple[int, Tensor]] = []  # with their layers
         self.logits: list[Tensor] = []
 
     def record(self, stage: str, layer: int, tensor: Tensor) -> None:
-        if stage in ("topk_ids", "logits"):
-            getattr(self, stage).append(tensor.clone())
+        if stage == "topk_ids" and len(tensor):
+            self.topk_ids.append((layer, tensor.clone()))
+        elif stage == "logits" and len(tensor):
+            self.logits.append(tensor.clone())
 
 
 def watch(worker: PoolWorker) -> None:
@@ -68,9 +77,13 @@ def seen(worker: PoolWorker) -> Recording:
 Computed = tuple[list[tuple[int, ...]], list[int], Recording]
 
 
-def generate(llm: LLM) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Tokens of all prompts, of which the fourth comes when the first has filled blocks that it can share."""
-    outputs = [*llm.generate(PROMPTS[:3], PARAMS), *llm.generate(PROMPTS[3:], PARAMS)]
+Rounds = tuple[tuple[int, ...], ...]
+ROUNDS: Rounds = ((0, 1, 2), (3, 4))
+
+
+def generate(llm: LLM, rounds: Rounds = ROUNDS) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Tokens of prompts, of which the fourth comes when the first has filled blocks that it can share."""
+    outputs = [output for numbers in rounds for output in llm.generate([PROMPTS[n] for n in numbers], PARAMS)]
     return [o.token_ids for o in outputs], [o.metrics.num_cached_tokens for o in outputs]  # type: ignore[union-attr]
 
 
@@ -92,14 +105,25 @@ def check(pool: Pool, case: str, known: dict[str, Computed], **options: Any) -> 
     with pool.llm(tiny(case), **OPTIONS, **options) as llm:
         pool.call(watch)
         assert generate(llm) == (tokens, cached)
-        found = pool.call(seen)
+        config, found = llm.engine.config, pool.call(seen)
     assert max(cached) > 0
-    assert len(wanted.logits) == len(found[0].logits)
-    for ours, theirs in zip(found[0].logits, wanted.logits, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    for rank in found:
-        assert len(rank.topk_ids) == len(wanted.topk_ids)
-        assert all(map(torch.equal, rank.topk_ids, wanted.topk_ids))
+    plan = ParallelPlan(**options)
+    for number, rank in enumerate(found):
+        if number in RankLayout(plan).samplers:
+            assert_close(rank.logits, wanted.logits)
+        layers = Shard(plan, config, number).layers
+        assert_same(rank.topk_ids, [(layer, ids) for layer, ids in wanted.topk_ids if layer in layers])
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, atol=1e-4, rtol=0)
+
+
+def assert_same(ours: list[tuple[int, Tensor]], theirs: list[tuple[int, Tensor]]) -> None:
+    assert [layer for layer, _ in ours] == [layer for layer, _ in theirs]
+    assert all(torch.equal(our, their) for (_, our), (_, their) in zip(ours, theirs, strict=True))
 
 
 def size_of(plan: str) -> int:
@@ -118,7 +142,7 @@ def test_every_moe_family(pools: dict[int, Pool], alone: dict[str, Computed], ca
 
 
 @pytest.mark.parametrize("case", ["llama-mha-bias", "llama-tied-llama3", "qwen2-window", "qwen3-odd"])
-@pytest.mark.parametrize("plan", ["tensor-2", "tensor-4"])
+@pytest.mark.parametrize("plan", ["tensor-2", "tensor-4", "stages-2"])
 def test_models_without_experts(pools: dict[int, Pool], alone: dict[str, Computed], case: str, plan: str) -> None:
     check(pools[size_of(plan)], case, alone, **PLANS[plan])
 
@@ -139,7 +163,7 @@ def test_both_layouts_of_checkpoints(pools: dict[int, Pool], layout: Any) -> Non
         assert generate(llm) == generate(one)
 
 
-@pytest.mark.parametrize("plan", ["expert-2", "hybrid-4"])
+@pytest.mark.parametrize("plan", ["expert-2", "hybrid-4", "stages-2"])
 def test_dummy_weights_are_those_of_one_process(pools: dict[int, Pool], plan: str) -> None:
     options = {**OPTIONS, "load_format": "dummy"}
     with (
@@ -193,3 +217,17 @@ def test_bytes_of_a_step(pools: dict[int, Pool], size: int) -> None:
             "combine": 2 * all_reduce,
             "logits": 320 // size * 4 if rank else 0,
         }
+
+
+def test_bytes_between_stages(pools: dict[int, Pool]) -> None:
+    """T H b from each rank to its like in the next stage, on top of what a stage's ranks send each other."""
+    options = {**OPTIONS, **PLANS["stages-tensor-4"], "max_num_batched_tokens": 64}
+    with pools[4].llm(tiny("mixtral"), **options) as llm:
+        llm.engine.runner.traffic()  # type: ignore[union-attr]
+        llm.generate([[*range(9)]], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        sent = llm.engine.runner.traffic()  # type: ignore[union-attr]
+    rows = 9 * 64 * 4
+    layer = {"linear": rows, "combine": rows}  # an all-reduce over two: 2 (P-1)/P; one layer a stage
+    assert sent[0] == sent[1] == {"embedding": rows, **layer, "stage": rows}
+    assert sent[2] == {"stage": 0, **layer, "logits": 0}
+    assert sent[3] == {"stage": 0, **layer, "logits": 160 * 4}

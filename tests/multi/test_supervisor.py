@@ -107,6 +107,32 @@ def test_a_death_of_one_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing.is_left()
 
 
+@pytest.mark.parametrize(
+    ("rank", "how", "what"), [(1, "kill", "died with"), (0, "sleep", "hangs"), (1, "sleep", "hangs")]
+)
+def test_a_stage_that_ends(monkeypatch: pytest.MonkeyPatch, rank: int, how: str, what: str) -> None:
+    """The stages before and behind it wait for it, and have begun more or fewer collectives than it."""
+    nothing = Nothing()
+    one = {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "worker_timeout": 2.0}
+    llm = make(monkeypatch, f"decode {rank} {how}", **one)
+    with soon(), pytest.raises(RankError, match=rf"rank {rank} of 2 \(pp {rank}\) {what}"):
+        llm.generate(PROMPTS, PARAMS)
+    llm.close()
+    assert nothing.is_left()
+
+
+@pytest.mark.parametrize(("how", "what"), [("kill", "died with"), ("sleep", "hangs")])
+def test_an_idle_data_rank_that_ends(monkeypatch: pytest.MonkeyPatch, how: str, what: str) -> None:
+    """It has no request, and the other waits for it at its experts."""
+    nothing = Nothing()
+    shared = {"tensor_parallel_size": 1, "data_parallel_size": 2, "expert_parallel_size": 2, "worker_timeout": 2.0}
+    llm = make(monkeypatch, f"decode 1 {how}", **shared)
+    with soon(), pytest.raises(RankError, match=rf"rank 1 of 2 \(dp 1, ep 1\) {what}"):
+        llm.generate(PROMPTS[0], PARAMS)
+    llm.close()
+    assert nothing.is_left()
+
+
 def test_an_error_in_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = Nothing()
     llm = make(monkeypatch, "decode 1 raise")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flexmoe.config.engine import EngineConfig
-from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.plan import DEGREES, ParallelPlan
 from flexmoe.engine.worker import Worker
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.rank import Setup, main
@@ -35,7 +35,7 @@ class PoolWorker(Worker):
 
     def mesh_of(self, plan: ParallelPlan) -> Mesh:
         """The groups of a plan. They are kept: on gloo new ones take longer than most tests."""
-        key = (plan.tensor_parallel_size, plan.expert_parallel_size)
+        key = tuple(getattr(plan, name) for name in DEGREES)
         if key not in self._meshes:
             self._meshes[key] = self.connect(EngineConfig(parallel=plan), CPU)
             self.mesh = None

@@ -124,8 +124,8 @@ def test_a_dead_engine_is_told_to_all_and_ends_the_server(monkeypatch: pytest.Mo
         assert time.monotonic() - start < 5
         for client in clients[:3]:
             error = json.loads(client.events[-2])["error"]
-            assert "the device is lost" in error["message"]
-            assert error["type"] == "server_error"
+            assert (error["type"], error["code"]) == ("server_error", "engine_dead")
+            assert "the device is lost" not in client.text
         assert clients[3].status == 503
         assert server.service.status == "dead"
     assert "Traceback" not in "".join(client.text for client in clients)
@@ -155,9 +155,10 @@ def test_a_dead_worker_is_told_within_five_seconds_and_the_status_is_1() -> None
             assert not client.is_alive()
         assert time.monotonic() - start < 5
         for client in clients[:3]:
-            assert "died with exit code -9 (SIGKILL)" in json.loads(client.events[-2])["error"]["message"]
+            assert json.loads(client.events[-2])["error"]["code"] == "engine_dead"
         assert clients[3].status == 503
         assert server.wait() == 1
+        assert any("died with exit code -9 (SIGKILL)" in line for line in server.lines)
         assert not [worker for worker in workers if worker.is_running()]
 
 

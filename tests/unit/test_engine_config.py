@@ -99,11 +99,6 @@ def test_none_leaves_a_count_to_the_engine(name: str) -> None:
     assert EngineConfig.from_options({name: None}) == EngineConfig()
 
 
-@pytest.mark.parametrize("name", ["pipeline_parallel_size", "data_parallel_size"])
-def test_degrees_that_are_not_served_yet(name: str) -> None:
-    assert refusal(**{name: 2}) == f"{name}=2: this version does not divide a model like that; use 1."
-
-
 def test_degrees_and_dispatch_reach_the_plan() -> None:
     options = {"tensor_parallel_size": 4, "expert_parallel_size": 2, "moe_dispatch": "all_to_all"}
     assert EngineConfig.from_options(options).parallel == ParallelPlan(4, 2, moe_dispatch="all_to_all")

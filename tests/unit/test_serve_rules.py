@@ -20,8 +20,9 @@ from flexmoe.serve.translate import Limits
 from flexmoe.serve.types import DataType
 
 FOLDER = Path(flexmoe.serve.__file__).parent
-# The vocabulary, the one face of the engine, and what tells a model by its config.json.
-ALLOWED = ("flexmoe.config", "flexmoe.errors", "flexmoe.llm", "flexmoe.serve", "flexmoe.models.hub")
+# The vocabulary, the one face of the engine, what tells a model by its config.json, and how much a rank holds of it.
+ALLOWED = ("flexmoe.config", "flexmoe.errors", "flexmoe.llm", "flexmoe.serve")
+ALLOWED += ("flexmoe.models.hub", "flexmoe.models.slices")
 FACE = {"flexmoe.LLM", "flexmoe.RequestOutput"}
 
 
@@ -193,6 +194,18 @@ def test_memory_per_gpu_is_a_cap_on_weights_and_cache(mixtral: ModelConfig) -> N
     with pytest.raises(ConfigError, match=r"cannot hold .* raise it to \d+"):
         options(mixtral, cuda=True, memory_per_gpu=weights)
     assert "num_blocks" not in options(mixtral, memory_per_gpu=weights)  # it says GPU
+
+
+@pytest.mark.parametrize("degree", ["pipeline", "tensor", "data"])
+def test_memory_per_gpu_is_that_of_each_rank(mixtral: ModelConfig, degree: str) -> None:
+    """Two stages or slices halve weights and cache; data ranks share nothing but the experts."""
+    weights = mixtral.num_parameters() * 2 // 2**20
+    given = {f"{degree}_parallelism_degree": 2, "expert_parallelism_degree": 2 if degree == "data" else 1}
+    found = options(mixtral, cuda=True, memory_per_gpu=weights * 6 // 10, **given)
+    assert found[f"{degree}_parallel_size"] == 2
+    assert found["num_blocks"] == 8 * 32
+    with pytest.raises(ConfigError, match=r"cannot hold .* raise it to \d+"):
+        options(mixtral, cuda=True, memory_per_gpu=weights * 4 // 10, **given)
 
 
 @pytest.mark.parametrize(

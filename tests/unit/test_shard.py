@@ -95,12 +95,29 @@ def test_a_hybrid_shard_by_hand() -> None:
     assert len(Shard(replace(plan, moe_dispatch="all_to_all"), CONFIG, 3).shared_width) == 40
 
 
+def test_a_stage_of_data_ranks_by_hand() -> None:
+    """3 layers on 2 stages; 2 data ranks of 2 tensor ranks, whose 4 share the experts as 2 x 2."""
+    plan = ParallelPlan(2, 2, pipeline_parallel_size=2, data_parallel_size=2)
+    first, last = Shard(plan, CONFIG, rank=1), Shard(plan, CONFIG, rank=6)
+    assert (last.place.pp, last.place.dp, last.place.tp, last.place.ep, last.place.etp) == (1, 1, 0, 1, 0)
+    assert (first.layers, last.layers) == (range(2), range(2, 3))
+    assert (first.embedding, first.head, len(first.final_norm)) == (range(25, 50), range(0), 0)
+    assert (last.embedding, last.head, len(last.final_norm)) == (range(0), range(25), 64)
+    assert Shard(plan, replace(CONFIG, tie_embeddings=True), rank=6).embedding == range(25)
+    assert (last.expert_width, last.shared_width, last.slots(2)) == (range(12), range(20), (3, 4, 5))
+    assert first.local.layers == CONFIG.layers[:2]
+    assert RankLayout(plan).samplers == (4, 6)
+    assert RankLayout(plan).group("pp", 2) == (2, 6)
+
+
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
         (ParallelPlan(3), "tensor_parallel_size=3 does not fit 8 heads with 2 key heads and the dense width 48; "
                           "use 1, 2, 4 or 8."),
         (ParallelPlan(4, pipeline_parallel_size=4), "above the model's 3 layers; use at most 3."),
+        (ParallelPlan(data_parallel_size=5), "the width of an expert, 24, cannot be shared by 5 ranks that slice each "
+                                             "expert; use 1, 2, 3, 4, 6, 8, 12 or 24 of them."),
         (ParallelPlan(8, 8), "expert_parallel_size=8 is above the model's 6 experts, so that a rank would hold none; "
                              "use at most 6, or a plan whose placement has replicas."),
         (ParallelPlan(placements={1: ExpertPlacement.contiguous(6)}), "places experts in layer 1, which has none"),

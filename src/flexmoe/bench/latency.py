@@ -26,7 +26,7 @@ from flexmoe.bench.hugging_face import HuggingFace
 from flexmoe.bench.record import facts, summary
 from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.workload import make_prompts
-from flexmoe.config.engine import CacheConfig
+from flexmoe.config.engine import CacheConfig, SchedulerConfig
 from flexmoe.engine.device import choose_device, set_threads
 from flexmoe.errors import ConfigError
 
@@ -130,6 +130,7 @@ class _Bench:
         longest = options.prompt_len + options.output_len + 1
         # One block more for each than it needs: the scheduler admits nobody without one to spare for those that run.
         blocks = max(options.batches) * (-(-longest // CacheConfig().block_size) + 1)
+        prompts = max(options.batches) * options.prompt_len  # all in one step: the next ones only decode
         return {
             "dtype": options.dtype,
             "device": options.device,
@@ -138,6 +139,7 @@ class _Bench:
             "max_num_seqs": max(options.batches),
             "max_model_len": longest,
             "num_blocks": blocks,
+            "max_num_batched_tokens": max(prompts, SchedulerConfig().max_num_batched_tokens),
             **options.llm,
         }
 

@@ -1,7 +1,8 @@
 """Rows: what was measured, on what, with what. Enters: a device and results. Leaves: JSON, one object a line.
 
 A row of a model has `benchmark`, `engine`, `model`, `params` (what was asked), `config` (how it was set up), `result`,
-and what `facts` says: `time`, `commit`, `device`, `versions`.
+and what `facts` says: `time`, `commit`, `device`, `versions`. Torch is imported only for a device of torch: a client
+of a server, which has none, starts without that wait.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _SOURCE = Path(__file__).parents[1]
 _PACKAGES = ("flexmoe", "torch", "triton", "transformers", "numpy")
 
 
-def facts(device: torch.device) -> dict[str, Any]:
-    """What all rows of one run share. commit: None where there is no git checkout."""
+def facts(device: torch.device | None = None) -> dict[str, Any]:
+    """What all rows of one run share. device: None for what does not compute. commit: None without a git checkout."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no", "--", str(_SOURCE))),
-        "device": _gpu(device) if device.type == "cuda" else _cpu(),
+        "device": _machine() if device is None else _gpu(device) if device.type == "cuda" else _cpu(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
 
@@ -65,6 +68,8 @@ def _version(package: str) -> str | None:
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
+    import torch
+
     properties = torch.cuda.get_device_properties(device)
     return {
         "kind": "cuda",
@@ -76,11 +81,16 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
+    import torch
+
+    return _machine() | {"threads": torch.get_num_threads()}
+
+
+def _machine() -> dict[str, Any]:
     return {
         "kind": "cpu",
         "name": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
     }
 

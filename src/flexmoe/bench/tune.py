@@ -53,8 +53,9 @@ Made = TypeVar("Made")
 
 @dataclass(slots=True)
 class Contest:
-    """A job and its state. tile: the best so far, None: the operation's own choice. Microseconds are of a layer, or of
-    a step of one layer and the head: `us` with the best tile, 0 if never timed; `default_us` before it had won.
+    """A job and its state. tile: the best so far, at first what was known before, None: the operation's own choice.
+    Microseconds are of a layer, or of a step of one layer and the head: `us` with the best tile, 0 if never timed;
+    `default_us` before it had won.
     """
 
     job: Job
@@ -141,7 +142,7 @@ class _DeviceLostError(Exception):
 
 
 class Tuner:
-    """One run. known: tiles measured before, for the operations that are not tuned."""
+    """One run. known: tiles measured before: where it begins, and what operations take that are not tuned."""
 
     def __init__(
         self,
@@ -162,8 +163,10 @@ class Tuner:
         """Tune the operations, then the limits. Stops after `seconds`, but for the round that it is in."""
         start, tuned = self._clock(), self._tuned
         for job in (job for rows in batches for job in jobs(self._setting, rows, ops)):
-            others = [tile for tile in dict.fromkeys(job.candidates) if tile != job.default]
-            tuned.contests.append(Contest(job, nearest_first(others, job.default)))
+            known = self._known.tile(job.work, job.rows)
+            first = known or job.default
+            others = [tile for tile in dict.fromkeys((job.default, *job.candidates)) if tile != first]
+            tuned.contests.append(Contest(job, nearest_first(others, first), None if first == job.default else known))
         with torch.cuda.device_of(torch.empty(0, device=self._device)):
             try:
                 for head in sorted({contest.job.head for contest in tuned.contests}):

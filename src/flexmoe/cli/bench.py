@@ -1,4 +1,7 @@
-"""`flexmoe bench`: measure speed. Leaves: a table on stdout and, with --out, a JSON row for each figure's line."""
+"""`flexmoe bench`: measure speed. Leaves: a table on stdout and, with --out, a JSON row for each figure's line.
+
+`latency` is here, `serve` in bench_serve.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.bench_serve import serve
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import count, note
 from flexmoe.config.engine import DTYPES, LOAD_FORMATS
@@ -29,6 +33,9 @@ def _engines(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
 @click.group()
 def bench() -> None:
     """Measure speed, beside what memory allows and beside other engines."""
+
+
+bench.add_command(serve)
 
 
 @bench.command()
@@ -59,7 +66,7 @@ def bench() -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]")
-@click.option("--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: the engine's]")
+@click.option("--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: all prompts]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and of dummy weights.")
 @click.option(
     "--hf-seconds",

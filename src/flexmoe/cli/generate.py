@@ -33,7 +33,7 @@ Prompt: TypeAlias = str | list[int]
     "--record-routing",
     type=click.Path(dir_okay=False, writable=True),
     metavar="FILE",
-    help="Write there how often each expert was chosen, for `flexmoe balance`. On a GPU steps run without CUDA graphs.",
+    help="Write there how often each expert was chosen, for `flexmoe balance`.",
 )
 @sampling_options(temperature=0.7, max_tokens=128)
 @model_options

@@ -113,8 +113,12 @@ _MODEL_OPTIONS = (
     click.option(
         "--expert-parallel-size", type=_positive, help="Over how many of them whole experts are spread.  [default: 1]"
     ),
-    click.option("--pipeline-parallel-size", type=_positive, help="Stages of layers.  [default: 1]"),
-    click.option("--data-parallel-size", type=_positive, help="Replicas of attention.  [default: 1]"),
+    click.option(
+        "--pipeline-parallel-size", type=_positive, help="Stages of layers, each in processes of its own.  [default: 1]"
+    ),
+    click.option(
+        "--data-parallel-size", type=_positive, help="Groups of processes with requests of their own.  [default: 1]"
+    ),
     click.option(
         "--moe-dispatch",
         type=click.Choice(MOE_DISPATCH),

@@ -18,7 +18,7 @@ EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """KV cache. block_size in tokens; memory in bytes (None: what max_num_seqs full contexts need, within limits)."""
+    """KV cache of a rank. block_size in tokens; memory in bytes (None: max_num_seqs full contexts, within limits)."""
 
     block_size: int = 16
     kv_cache_memory: int | None = None
@@ -28,7 +28,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of one step: requests that run together, and tokens computed together."""
+    """Limits of one step of each data rank: requests that run together, and tokens computed together."""
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -151,10 +151,6 @@ class EngineConfig:
             raise ConfigError(f"seed={self.seed!r} is not an integer.")
 
     def _check_parallel(self) -> None:
-        for name in ("pipeline_parallel_size", "data_parallel_size"):
-            degree = getattr(self.parallel, name)
-            if degree != 1:
-                raise ConfigError(f"{name}={degree}: this version does not divide a model like that; use 1.")
         timeout: object = self.launch.worker_timeout
         if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
             raise ConfigError(f"worker_timeout={timeout!r} is not a positive number of seconds.")

@@ -52,6 +52,12 @@ class RankLayout:
         """The group of that name which `rank` belongs to."""
         return next(ranks for ranks in self.groups(name) if rank in ranks)
 
+    @property
+    def samplers(self) -> tuple[int, ...]:
+        """The ranks that have whole logits and sample: of each data rank the first of its last stage."""
+        last = self.plan.num_ranks - self.plan.stage_size
+        return tuple(range(last, self.plan.num_ranks, self.plan.tensor_parallel_size))
+
     def describe(self, rank: int) -> str:
         """Where a rank is, for people: its coordinates in the dimensions that have more than one."""
         place = self.coordinates(rank)

@@ -68,8 +68,28 @@ class Shard:
 
     @property
     def vocab(self) -> range:
-        """Rows of embedding and language-model head."""
+        """Words of the tensor rank: rows of embedding and language-model head, where the stage has them."""
         return block_share(self.config.vocab_size, self.plan.tensor_parallel_size, self.place.tp)
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.place.pp == self.plan.pipeline_parallel_size - 1
+
+    @property
+    def embedding(self) -> range:
+        """Rows of the embedding: on the first stage, and on the last one if the head is the same matrix."""
+        needed = self.place.pp == 0 or (self.is_last_stage and self.config.tie_embeddings)
+        return self.vocab if needed else range(0)
+
+    @property
+    def head(self) -> range:
+        """Rows of the language-model head: on the last stage."""
+        return self.vocab if self.is_last_stage else range(0)
+
+    @property
+    def final_norm(self) -> range:
+        """Weights of the norm before the head: on the last stage."""
+        return range(self.config.hidden_size if self.is_last_stage else 0)
 
     @property
     def dense_width(self) -> range:
@@ -84,10 +104,11 @@ class Shard:
 
     @property
     def shared_width(self) -> range:
-        """Columns of the shared expert: a slice, or all where each rank computes it for tokens of its own."""
+        """Columns of the shared expert: a slice like a dense layer's, or all where each rank has tokens of its own."""
         assert self.config.moe is not None
         width = self.config.moe.shared_width
-        return range(width) if self.plan.uses_all_to_all else even_share(width, self.plan.stage_size, self.place.stage)
+        tp = self.plan.tensor_parallel_size
+        return range(width) if self.plan.uses_all_to_all else even_share(width, tp, self.place.tp)
 
     def slots(self, layer: int) -> tuple[int, ...]:
         """The logical expert in each physical slot of a MoE layer."""
@@ -98,7 +119,7 @@ class Shard:
     def local(self) -> ModelConfig:
         """A model of this rank's sizes: what it computes before the ranks put their results together.
 
-        All layers are kept, and the number of experts, which the router needs whole.
+        Its layers are those of the rank's stage. The number of experts stays, which the router needs whole.
         """
         config = self.config
         if self.plan.num_ranks == 1:
@@ -108,7 +129,8 @@ class Shard:
         if moe is not None:
             moe = replace(moe, expert_width=len(self.expert_width), shared_width=len(self.shared_width))
         width, vocab = len(self.dense_width), len(self.vocab)
-        return replace(config, attention=attention, moe=moe, dense_width=width, vocab_size=vocab)
+        layers = tuple(config.layers[index] for index in self.layers)
+        return replace(config, attention=attention, moe=moe, dense_width=width, vocab_size=vocab, layers=layers)
 
 
 def check(plan: ParallelPlan, config: ModelConfig) -> None:
@@ -125,7 +147,7 @@ def check(plan: ParallelPlan, config: ModelConfig) -> None:
     _check_experts(plan, config, config.moe.num_experts)
     _divides("the width of an expert", config.moe.expert_width, plan.expert_tensor_size, "ranks that slice each expert")
     if not plan.uses_all_to_all:
-        _divides("the width of the shared expert", config.moe.shared_width, plan.stage_size, "ranks of a stage")
+        _divides("the width of the shared expert", config.moe.shared_width, plan.tensor_parallel_size, "tensor ranks")
 
 
 def _check_tensor(plan: ParallelPlan, config: ModelConfig) -> None:

@@ -27,7 +27,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.metrics import ExpertMetrics
 from flexmoe.engine.outputs import RequestOutput
-from flexmoe.errors import EngineError, FlexMoEError, RequestFailedError
+from flexmoe.errors import EngineDeadError, EngineError, FlexMoEError, RequestFailedError
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ T = TypeVar("T")
 
 # An idle engine looks so often whether its processes still live.
 _WATCH_SECONDS = 1.0
-# Looking at experts slows the steps looked at, on a GPU several times; this bounds what that costs in all.
+# Looking at experts slows the steps looked at, most of all on a GPU where it needs a graph that counts, to be captured
+# first; this bounds what that costs in all.
 _EXPERT_SHARE = 0.01
 _EXPERT_STEPS = 2  # the first may have been launched before the counting began
 
@@ -134,8 +135,6 @@ class AsyncEngine:
         self._least_pause = 0.0  # seconds that must lie between looks, by what the last one cost
         self._on_death = on_death
         self._seconds_each, self._next_crossing = 1 / max_output_rate, 0.0
-        self._held: dict[str, RequestOutput] = {}
-        self._begun: set[str] = set()  # requests of which an output has crossed
         self._streams: dict[str, Stream] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
@@ -202,7 +201,7 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> None:
         if self._streams.pop(request_id, None) is not None:
-            self._inbox.put(lambda: self._discard(request_id))
+            self._inbox.put(lambda: self.engine.discard([request_id]))
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
@@ -228,8 +227,7 @@ class AsyncEngine:
         try:
             while self._obey():
                 if self.engine.has_unfinished:
-                    outputs = self._look_at_experts() if self._wants_look() else self.engine.step()
-                    self._hand_over(outputs)
+                    self._advance()
             self.engine.close()
         except BaseException as error:  # noqa: BLE001 - all who wait must hear of it
             self._die(error)
@@ -251,25 +249,14 @@ class AsyncEngine:
                 return False
             command()
 
-    def _hand_over(self, outputs: Sequence[RequestOutput]) -> None:
-        """Let those outputs cross that may not wait; the others as well if it is time."""
-        self._held |= {output.request_id: output for output in outputs}
-        now = time.monotonic()
-        if now >= self._next_crossing:
-            crossing = list(self._held.values())
-            self._next_crossing = now + len(crossing) * self._seconds_each
-        else:
-            crossing = [o for o in self._held.values() if o.finished or o.request_id not in self._begun]
-        for output in crossing:
-            del self._held[output.request_id]
-            (self._begun.discard if output.finished else self._begun.add)(output.request_id)
-        if crossing:
-            self._tell(self._deliver, crossing)
-
-    def _discard(self, request_id: str) -> None:
-        self.engine.discard([request_id])
-        self._held.pop(request_id, None)
-        self._begun.discard(request_id)
+    def _advance(self) -> None:
+        """Compute a step or two, and let cross what is due."""
+        report = time.monotonic() >= self._next_crossing
+        outputs = self._look_at_experts(report) if self._wants_look() else self.engine.step(report=report)
+        if report:
+            self._next_crossing = time.monotonic() + len(outputs) * self._seconds_each
+        if outputs:
+            self._tell(self._deliver, outputs)
 
     def _add(self, jobs: Sequence[Job]) -> None:
         added: list[str] = []
@@ -296,13 +283,13 @@ class AsyncEngine:
     def _wants_look(self) -> bool:
         return self._expert_interval > 0 and time.monotonic() >= self._next_look
 
-    def _look_at_experts(self) -> list[RequestOutput]:
+    def _look_at_experts(self, report: bool) -> list[RequestOutput]:
         """Some steps with an eye on the experts."""
         engine, start = self.engine, time.monotonic()
         engine.count_experts(True)
         outputs: dict[str, RequestOutput] = {}
         for _ in range(_EXPERT_STEPS):
-            outputs |= {output.request_id: output for output in engine.step()}
+            outputs |= {output.request_id: output for output in engine.step(report=report)}
         self.experts.add(engine.expert_loads())
         engine.count_experts(False)
         now = time.monotonic()
@@ -311,7 +298,7 @@ class AsyncEngine:
         return list(outputs.values())
 
     def _die(self, cause: BaseException) -> None:
-        error = cause if isinstance(cause, EngineError) else EngineError(f"the engine died: {_name(cause)}")
+        error = EngineDeadError(f"the engine died: {type(cause).__name__}: {cause}")
         self.error = error
         _log.critical("the engine is dead", exc_info=cause)
         self._tell(self._bury, error)
@@ -334,7 +321,3 @@ def _settle(future: asyncio.Future[T], result: Any, error: Exception | None) -> 
         future.set_result(result)
     else:
         future.set_exception(error)
-
-
-def _name(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -30,8 +30,12 @@ def build_batch(
     windows: Sequence[int | None],
     device: torch.device,
     probe: Probe | None = None,
+    most_rows: int | None = None,
 ) -> ForwardBatch:
-    """Lay out the step's chunks, T rows in their order. windows: the distinct attention windows of the model."""
+    """Lay out the step's chunks, T rows in their order. windows: the distinct attention windows of the model.
+
+    most_rows: rows of the data rank that has most, if there are several.
+    """
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -45,12 +49,13 @@ def build_batch(
             sample_rows.append(len(token_ids) - 1)
     every_row = len(sample_rows) == len(token_ids)
     return ForwardBatch(
-        token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        slot_mapping=torch.tensor(slots, device=device),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+        positions=torch.tensor(positions, dtype=torch.int64, device=device),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
         attention={window: _groups(step, block_size, window, device) for window in windows},
         sample_rows=None if every_row else torch.tensor(sample_rows, dtype=torch.int64, device=device),
         probe=probe,
+        most_rows=len(token_ids) if most_rows is None else most_rows,
     )
 
 

@@ -2,6 +2,10 @@
 
 A step is launched with one copy of its inputs and one graph, and its tokens come back when the flight is waited for.
 They also stay on the device, so that the next step can be launched before the host has seen them.
+
+Ranks launch the same steps in the same order, and what sets graphs apart is the same on all of them; so they also
+capture together, each after it has computed the step once without a graph, which opens what NCCL needs. The collectives
+are in the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import MAX_ROWS, DeviceDecoder, Sampling
-from flexmoe.scheduling.request import Request
+from flexmoe.moe.load import ExpertCounter
+from flexmoe.parallel.comm import Traffic
 from flexmoe.scheduling.scheduler import Step
 
 # Rows are padded to the next of these. Small steps are exact: at batch 3 a fourth row would read experts of its own.
@@ -35,12 +40,21 @@ _LANDED = 3  # host buffers for tokens: two steps may be on their way while a th
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What sets one graph apart from another: rows, whether any looks back far, how tokens are chosen."""
+    """What sets one graph apart from another: rows, whether any looks back far, whether it counts, how it chooses."""
 
     bucket: int
     long: bool
+    counts: bool
     draws: bool
     filtered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A graph, and the bytes that this rank sends in it, by label."""
+
+    graph: torch.cuda.CUDAGraph
+    sent: dict[str, float]
 
 
 def bucket_of(rows: int) -> int:
@@ -58,9 +72,14 @@ class GraphFlight:
         self._landed = torch.cuda.Event()
         self._landed.record()
 
-    def row_of(self) -> dict[Request, int]:
-        """Each request's row."""
-        return {chunk.request: row for row, chunk in enumerate(self.step.chunks)}
+    @property
+    def needs_host(self) -> bool:
+        """Whether the host samples: then no step may be launched before `wait` has returned."""
+        return bool(self._host_states)
+
+    def landed(self) -> bool:
+        """Whether `wait` would return at once."""
+        return bool(self._landed.query())
 
     def wait(self) -> SampleOutput:
         """The tokens; NO_TOKEN where the logits of a row are not numbers."""
@@ -74,10 +93,19 @@ class GraphFlight:
 class GraphedDecoder:
     """Launches decode steps of a DeviceDecoder on one cache."""
 
-    def __init__(self, model: DeviceDecoder, cache: KVCache, most_blocks: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: DeviceDecoder,
+        cache: KVCache,
+        most_blocks: int,
+        device: torch.device,
+        traffic: Traffic | None = None,
+    ) -> None:
+        """traffic: where the model's collectives are counted."""
         self._model, self._cache, self._most_blocks, self._device = model, cache, most_blocks, device
+        self._traffic = traffic or Traffic()
         self._packed: dict[int, PackedRows] = {}
-        self._graphs: dict[_Form, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[_Form, _Captured] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None  # of memory, shared by the graphs: one runs at a time
         self._tokens = [torch.zeros(MAX_ROWS, dtype=torch.int64, pin_memory=True) for _ in range(_LANDED)]
@@ -93,21 +121,27 @@ class GraphedDecoder:
         self,
         step: Step,
         states: Sequence[SamplingState],
-        after: GraphFlight | None = None,
+        sources: Sequence[int] | None = None,
         probe: Probe | None = None,
     ) -> GraphFlight:
-        """Start a step of decodes. after: the step before, if its tokens are not known to the host yet.
+        """Start a step of decodes.
 
-        probe: sees the tensors of the step, which then runs without a graph.
+        sources: if the tokens of the step before are not known to the host yet, each chunk's row in it. probe: counts
+        experts, or sees the tensors of the step, which then runs without a graph.
         """
+        counter = probe if isinstance(probe, ExpertCounter) else None
+        probe = None if counter is not None else probe
         count = len(step.chunks)
         packed = self._inputs(bucket_of(count) if probe is None else count)  # a probe shall see no padding
-        rows = {} if after is None else after.row_of()
-        sources = [rows.get(chunk.request, -1) for chunk in step.chunks]
         on_device = all(state.device_ready for state in states)
-        packed.load(step.chunks, sources, states if on_device else (), ahead=int(after is not None))
-        form = _Form(packed.bucket, max(chunk.start for chunk in step.chunks) >= _LONG, *_sampled(states, on_device))
-        self._run(form, packed, probe)
+        known, ahead = [-1] * count, int(sources is not None)
+        packed.load(step.chunks, known if sources is None else sources, states if on_device else (), ahead)
+        long = max(chunk.start for chunk in step.chunks) >= _LONG
+        self._run(
+            _Form(packed.bucket, long, counter is not None, *self._sampled(states, on_device)), packed, probe, counter
+        )
+        if counter is not None:
+            counter.passed(count)
         self._turn = (self._turn + 1) % _LANDED
         tokens = self._tokens[self._turn][:count]
         tokens.copy_(self._model.sampled[:count], non_blocking=True)
@@ -118,29 +152,37 @@ class GraphedDecoder:
             self._packed[bucket] = PackedRows(bucket, self._most_blocks, self._device)
         return self._packed[bucket]
 
-    def _run(self, form: _Form, packed: PackedRows, probe: Probe | None) -> None:
+    def _run(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
         if probe is None and form in self._graphs:
-            self._graphs[form].replay()
+            captured = self._graphs[form]
+            self._traffic.repeat(captured.sent)
+            captured.graph.replay()
             return
         # Once without a graph: kernels are compiled and memory is allocated, and this step's work is done.
-        self._step(form, packed, probe)
+        self._step(form, packed, probe, counter)
         if probe is None:
-            self._graphs[form] = self._capture(form, packed)
+            self._graphs[form] = self._capture(form, packed, counter)
 
-    def _capture(self, form: _Form, packed: PackedRows) -> torch.cuda.CUDAGraph:
+    def _capture(self, form: _Form, packed: PackedRows, counter: ExpertCounter | None) -> _Captured:
         graph = torch.cuda.CUDAGraph()
         # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._step(form, packed, None)
+        with (
+            self._traffic.aside() as sent,
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            self._step(form, packed, None, counter)
         self._pool = self._pool or graph.pool()
-        return graph
+        return _Captured(graph, sent)
 
-    def _step(self, form: _Form, packed: PackedRows, probe: Probe | None) -> None:
+    def _step(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
         sampling = Sampling(packed.sampling, form.filtered) if form.draws else None
-        self._model.step(packed.rows, sampling, self._cache, probe, long=form.long)
+        self._model.step(packed.rows, sampling, self._cache, probe, counter=counter, long=form.long)
 
+    def _sampled(self, states: Sequence[SamplingState], on_device: bool) -> tuple[bool, bool]:
+        """Whether any row draws its token on the device, and whether any of these has a top_k or a top_p.
 
-def _sampled(states: Sequence[SamplingState], on_device: bool) -> tuple[bool, bool]:
-    """Whether any row draws its token on the device, and whether any of these has a top_k or a top_p."""
-    params = [state.params for state in states if on_device and not state.params.greedy]
-    return bool(params), any(p.top_k > 0 or p.top_p < 1.0 for p in params)
+        Where the host samples from logits that ranks have to put together, as if one drew.
+        """
+        params = [state.params for state in states if on_device and not state.params.greedy]
+        draws = bool(params) or (self._model.spread and not on_device)
+        return draws, any(p.top_k > 0 or p.top_p < 1.0 for p in params)

@@ -41,6 +41,7 @@ from flexmoe.engine.tracking import Sample, Tracked
 from flexmoe.errors import ConfigError, EngineError, FlexMoEError, RequestError
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.data_ranks import DataRanks
 from flexmoe.scheduling.request import RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
@@ -70,6 +71,7 @@ class Engine:
     def __init__(self, options: EngineConfig, ranks: Supervisor | None = None) -> None:
         """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own."""
         self.options = options
+        self.scheduler: Scheduler | DataRanks
         self._started: Started | StartedRanks
         self.runner: ModelRunner | RankedRunner
         if options.parallel.num_ranks > 1:
@@ -86,8 +88,12 @@ class Engine:
 
     def _start_anew(self) -> None:
         cache = self.options.cache
-        blocks = BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
-        self.scheduler = Scheduler(self.options.scheduler, blocks)
+        blocks = [
+            BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
+            for _ in range(self.options.parallel.data_parallel_size)
+        ]
+        limits = self.options.scheduler
+        self.scheduler = Scheduler(limits, blocks[0]) if len(blocks) == 1 else DataRanks(limits, blocks)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
         self._ahead: _Launched | None = None  # the next step, if it is being computed already
@@ -107,7 +113,7 @@ class Engine:
         """What requests must be to be served."""
         tokenizer, config = self.tokenizer, self.config
         grammars = None if tokenizer is None else Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
-        limits = self._started.max_model_len, self.scheduler.blocks.num_tokens
+        limits = self._started.max_model_len, self.scheduler.num_tokens
         return Admission(config, tokenizer, grammars, self.options.seed, *limits)
 
     @cached_property
@@ -149,8 +155,11 @@ class Engine:
         """An id that no request has had yet, unless it was made up by somebody else."""
         return f"request-{next(self._numbers)}"
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, *, report: bool = True) -> list[RequestOutput]:
         """Compute one step. Returns the outputs of the requests that finished, and of those that stream.
+
+        report: False leaves out those that stream and go on, unless it is their first output. Their text is made when
+        it is asked for, so that this saves work.
 
         If it raises, nothing of the step counts: the next one computes it again, or abort() ends its requests.
         """
@@ -161,7 +170,7 @@ class Engine:
             return []
         following = self._launch_behind(current)
         sampled = current.flight.wait()
-        outputs = self._whole(self._advance, current, sampled)
+        outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None
         return outputs
 
@@ -220,7 +229,7 @@ class Engine:
         } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
 
     def count_experts(self, on: bool) -> None:
-        """Count from the next launch on which experts tokens choose, or no more. While it counts, a GPU has no graphs.
+        """Count from the next launch on which experts tokens choose, or no more.
 
         Raises ConfigError for a model without experts, EngineError if a trace or another recording is at work.
         """
@@ -258,11 +267,12 @@ class Engine:
             self.runner.ranks.check()
 
     def _check_routing(self) -> None:
-        plan = self.options.parallel
         if self.config.moe is None:
             raise RequestError(f"{self.config.architecture} has no experts, so no routing to tell.")
-        if plan.data_parallel_size > 1 or plan.pipeline_parallel_size > 1:
-            raise RequestError("routing is told where each rank sees all rows and layers; use a plan of tensor ranks.")
+        if self.options.parallel.pipeline_parallel_size > 1:
+            raise RequestError(
+                "no rank sees the experts of all layers; use pipeline_parallel_size=1 to ask for routing."
+            )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -298,7 +308,7 @@ class Engine:
         step = self._whole(self.scheduler.schedule_ahead, current.step)
         return None if step is None else self._launch(step, current)
 
-    def _advance(self, launched: _Launched, sampled: SampleOutput) -> list[RequestOutput]:
+    def _advance(self, launched: _Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
         going = []
         for (tracked, sample), token, logprobs, routing in zip(
@@ -312,28 +322,28 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller
                 self._fail(tracked, error)
         self.scheduler.update(launched.step, sampled.token_ids)
-        return self._read(going)
+        return self._read(going, report)
 
-    def _read(self, samples: Sequence[tuple[Tracked, Sample]]) -> list[RequestOutput]:
+    def _read(self, samples: Sequence[tuple[Tracked, Sample]], report: bool) -> list[RequestOutput]:
         """Bring the texts of these up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
         for tracked, sample in samples:
             if tracked.error is None:
                 self.metrics.token(tracked, sample, now)
-                self._read_text(tracked, sample)
+                if sample.finished or tracked.sampling.stop or tracked.is_due(report):
+                    self._read_text(tracked, sample)
         outputs = []
         # Each once, though several of its samples may be in the step.
         for tracked in {tracked.request_id: tracked for tracked, _ in samples}.values():
             if tracked.finished:
                 tracked.end = time.monotonic()
                 self._forget(tracked)
-            if tracked.finished or tracked.stream:
+            if tracked.is_due(report):
+                tracked.reported = True
                 outputs.append(tracked.output())
         return outputs
 
     def _read_text(self, tracked: Tracked, sample: Sample) -> None:
-        if not tracked.reads_every_step and not sample.finished:
-            return
         try:
             stop = sample.read()
         except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller

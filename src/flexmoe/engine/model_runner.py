@@ -70,17 +70,24 @@ class ModelRunner:
         self.model, self.cache, self.device = model, cache, device
         self._graphed = graphed
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
+        self._counter: ExpertCounter | None = None  # once made it stays: graphs count into its memory
         self._sampler = Sampler()
         # Remembered, since a thread that is new to torch starts with what any thread set last: the 1 of `_decode`, too.
         self._threads = torch.get_num_threads()
         self._process = os.getpid()
-        self._windows = sorted({layer.window for layer in model.config.layers}, key=lambda w: w or 0)
+        self._windows = sorted({layer.attention.window for layer in model.decoder_layers}, key=lambda w: w or 0)
 
     def count_experts(self, on: bool) -> None:
         """Count from now on which experts tokens choose, or no more. Raises EngineError if a probe is at work."""
         if on and self.probe is not None:
             raise EngineError("something else looks into the steps already, a trace or a recording; end that first.")
-        self.probe = ExpertCounter(self.model.config, self.device) if on else None
+        if not on:
+            self.probe = None
+            return
+        if self._counter is None:
+            self._counter = ExpertCounter(self.model.config, self.device)
+        self._counter.reset()
+        self.probe = self._counter
 
     def expert_loads(self, model: str) -> list[LayerLoad]:
         """What was counted since `count_experts`, under the model's name."""
@@ -94,9 +101,10 @@ class ModelRunner:
         requests that `step` samples for, in the same order; some may be left out.
         """
         graphed = self._graphed
-        if graphed is None or self.probe is not None or not _decodes_only(step, graphed.max_rows):
+        if graphed is None or not decodes_only(step, graphed.max_rows):
             return False
-        return all(state.device_ready and not state.wants_routing for state in states)
+        ready = all(state.device_ready and not state.wants_routing for state in states)
+        return ready and self.probe in (None, self._counter)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Begin to compute a step; see `run`. Steps take effect on the cache in the order of their launches.
@@ -107,31 +115,41 @@ class ModelRunner:
         chunk is the one token that `after` samples for its request, which the host does not know: chunk.start is
         len(request.token_ids), and a draw uses state.uniform(ahead=1).
         """
-        if self._graphed is not None and _decodes_only(step, self._graphed.max_rows):
+        assert after is None or isinstance(after, GraphFlight)
+        return self.launch_rows(step, states, None if after is None else rows_before(step, after.step))
+
+    def launch_rows(
+        self,
+        step: Step,
+        states: Sequence[SamplingState],
+        sources: Sequence[int] | None,
+        most_rows: int | None = None,
+    ) -> Flight:
+        """As `launch`; sources: instead of `after`, the row of it that each chunk continues. most_rows: see `run`."""
+        if self._graphed is not None and decodes_only(step, self._graphed.max_rows):
             self._check_process()
-            assert after is None or isinstance(after, GraphFlight)
             tap = self._tap(step, states)
             with computing_on(self.device):
-                flight = self._graphed.launch(step, states, after, tap or self.probe)
+                flight = self._graphed.launch(step, states, sources, tap or self.probe)
             return flight if tap is None else TappedFlight(flight, tap)
-        assert after is None, "can_run_ahead was false"
+        assert sources is None, "can_run_ahead was false"
         with computing_on(self.device):
-            return Landed(self.run(step, states))
+            return Landed(self.run(step, states, most_rows))
 
-    def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.
 
-        states: one for each chunk that samples, in order.
+        states: one for each chunk that samples, in order. most_rows: of any data rank in this step; None: there is one.
 
         Decodes and prompts are two passes: otherwise a request's rounding, in bf16 its tokens too, would depend on
         whether another one's prompt is computed in the same step. Measured on a CPU, the two passes take as long as
-        one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of torch's products; in fp32 that
-        has not been seen to change a token.
+        one. Data ranks, which would have to agree on the passes, take one. Beyond `max_rows` decodes, and for prompts,
+        rounding depends on the shape of torch's products; in fp32 that has not been seen to change a token.
         """
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
-        if path is None or not 0 < decodes <= path.max_rows:
-            return self._run(step, states)
+        if path is None or most_rows is not None or not 0 < decodes <= path.max_rows:
+            return self._run(step, states, most_rows)
         sampled = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
         if decodes == len(step.chunks):
             return sampled
@@ -174,10 +192,10 @@ class ModelRunner:
             _use_torch_threads(self._threads)
 
     @torch.inference_mode()
-    def _run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         _use_torch_threads(self._threads)
         tap = self._tap(step, states)
-        batch = build_batch(step, self.cache.block_size, self._windows, self.device, tap or self.probe)
+        batch = build_batch(step, self.cache.block_size, self._windows, self.device, tap or self.probe, most_rows)
         hidden = self.model(batch, self.cache)
         if not states:
             return SampleOutput([], [])
@@ -188,8 +206,15 @@ class ModelRunner:
         return sampled if tap is None else tap.annotate(sampled)
 
 
-def _decodes_only(step: Step, max_rows: int) -> bool:
+def decodes_only(step: Step, max_rows: int) -> bool:
+    """Whether a step is of decodes alone, and not too many."""
     return 0 < len(step.chunks) == step.num_decodes <= max_rows
+
+
+def rows_before(step: Step, before: Step) -> list[int]:
+    """The row that the request of each chunk had in the step before, of decodes alone; -1 if none."""
+    rows = {chunk.request: row for row, chunk in enumerate(before.chunks)}
+    return [rows.get(chunk.request, -1) for chunk in step.chunks]
 
 
 def _use_torch_threads(count: int) -> None:

@@ -1,11 +1,14 @@
 """An engine whose model is spread over ranks. Enters: options. Leaves: what Engine needs to run it like one in-process.
 
 The driver (this process) keeps scheduler, sampling states and detokenizers. It sends each step as plain data to all
-ranks; the first rank samples and answers. Why the driver is no rank itself stands in parallel/supervisor.py.
+ranks; those that have the logits answer with the tokens. On GPUs every rank of a plan without stages and data ranks
+knows them on its device, so that the next step can be sent before the driver knows them. Why the driver is no rank
+itself stands in parallel/supervisor.py.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -16,14 +19,15 @@ import torch
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.layout import RankLayout
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.routing import LayerLoad
 from flexmoe.config.shard import check
 from flexmoe.engine.device import choose_device, choose_dtype, physical_cores
-from flexmoe.engine.model_runner import Flight
+from flexmoe.engine.model_runner import Flight, decodes_only, rows_before
 from flexmoe.engine.sampler import SampleOutput, SamplingState
 from flexmoe.engine.startup import load_tokenizer
 from flexmoe.engine.tokenizer import Tokenizer
-from flexmoe.engine.wire import pack
+from flexmoe.engine.wire import pack_parts
 from flexmoe.engine.worker import RankReport, Worker
 from flexmoe.errors import ConfigError
 from flexmoe.models.hub import ModelSource, open_model
@@ -67,28 +71,42 @@ class _RemoteFlight:
 
     ranks: Supervisor
     number: int
+    samplers: Sequence[int]
+    step: Step
 
     def wait(self) -> SampleOutput:
-        found: SampleOutput = self.ranks.wait(self.number)[0]
-        return found
+        """The tokens of all data ranks, one after the other."""
+        answers = self.ranks.wait(self.number)
+        found: list[SampleOutput] = [answers[rank] for rank in self.samplers]
+        return functools.reduce(SampleOutput.plus, found)
 
 
 class RankedRunner:
     """A ModelRunner's interface on top of the ranks."""
 
-    def __init__(self, ranks: Supervisor, device: torch.device, *, keep: bool) -> None:
-        """keep: leave the processes to whoever made them; close() only unloads the model."""
-        self.ranks, self.device, self._keep = ranks, device, keep
+    def __init__(
+        self, ranks: Supervisor, plan: ParallelPlan, device: torch.device, max_ahead: int, *, keep: bool
+    ) -> None:
+        """max_ahead: decodes of a step that may be launched ahead.
+
+        keep: leave the processes to whoever made them; close() only unloads the model.
+        """
+        self.ranks, self.device, self._max_ahead, self._keep = ranks, device, max_ahead, keep
+        self._samplers = RankLayout(plan).samplers
         self._end = weakref.finalize(self, _nothing if keep else ranks.kill)  # also when the interpreter ends
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
-        """Not yet: the first rank would have to feed the tokens of one step into the next."""
-        return False
+        """Whether the ranks can take the step behind this one before this one's tokens are known; see ModelRunner."""
+        ready = all(state.device_ready and not state.wants_routing for state in states)
+        return ready and decodes_only(step, self._max_ahead)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
-        """Send a step to all ranks. Raises RankError if one has failed."""
-        assert after is None, "can_run_ahead was false"
-        return _RemoteFlight(self.ranks, self.ranks.post("step", pack(step, states), "computing a step", owed=[0]))
+        """Send a step to all ranks. after: as ModelRunner has it. Raises RankError if a rank has failed."""
+        assert after is None or isinstance(after, _RemoteFlight)
+        sources = None if after is None else rows_before(step, after.step)
+        payload = pack_parts(step, states, sources)
+        number = self.ranks.post("step", payload, "computing a step", owed=self._samplers)
+        return _RemoteFlight(self.ranks, number, self._samplers, step)
 
     def run(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
         """Send a step and wait for its tokens."""
@@ -152,9 +170,9 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     first = reports[0]
     size = CacheSize(sum(report.cache_bytes for report in reports.values()))
     return StartedRanks(
-        source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, "torch (several ranks)",
+        source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, first.decode_kernels,
         first.max_model_len,
-    ), RankedRunner(ranks, device, keep=keep)  # fmt: skip
+    ), RankedRunner(ranks, plan, device, first.max_ahead, keep=keep)  # fmt: skip
 
 
 def launch_ranks(options: EngineConfig) -> Supervisor:

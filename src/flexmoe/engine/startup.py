@@ -13,6 +13,7 @@ import torch
 
 from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads
@@ -93,9 +94,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     cache = KVCache(mesh.shard(config).local, num_blocks, options.cache.block_size, dtype, device)
     decode_kernels = f"torch ({native_reason})" if native_reason else "C"
     graphed = None
-    if device.type == "cuda" and alone and mesh.plan.placements:
-        decode_kernels = "torch (experts in places of their own)"
-    elif device.type == "cuda" and alone:
+    if device.type == "cuda":
         graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
     return Started(
         source, model, cache, graphed, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
@@ -107,13 +106,27 @@ def _graphed(
     model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str
 ) -> tuple[GraphedDecoder | None, str]:
     """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode."""
-    reason = why_not_fused(model.config, device, backend, cache.block_size)
+    mesh = model.mesh
+    reason = why_not_fused(model.config, device, backend, cache.block_size) or _why_no_graphs(mesh.plan)
+    # All ranks take the same way, or they would wait for each other for ever.
+    if not mesh.world.minimum(int(not reason), device):
+        reason = reason or "another rank cannot decode in Triton"
     if reason:
         return None, f"torch ({reason})"
     from flexmoe.models.fused import FusedDecoder  # imports triton, which a start on a CPU need not wait for
 
     most_blocks = -(-max_model_len // cache.block_size)
-    return GraphedDecoder(FusedDecoder(model, max_model_len, device), cache, most_blocks, device), "Triton"
+    fused = FusedDecoder(model, max_model_len, device)
+    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), "Triton"
+
+
+def _why_no_graphs(plan: ParallelPlan) -> str:
+    """Why the ranks of this plan cannot take steps as graphs, or "" if they can."""
+    if plan.uses_all_to_all:
+        return "moe_dispatch=all_to_all waits for the host in every layer"
+    if plan.pipeline_parallel_size > 1:
+        return "several stages"
+    return "several data ranks" if plan.data_parallel_size > 1 else ""
 
 
 def load_tokenizer(options: EngineConfig, source: ModelSource) -> Tokenizer | None:
@@ -220,7 +233,7 @@ def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int
 
 def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
-    free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(config, device)
+    free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(mesh, config, device)
     weights = num_parameters(mesh.shard(config)) * dtype.itemsize
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
@@ -232,11 +245,11 @@ def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, de
     return free - weights
 
 
-def _free_on_gpu(config: ModelConfig, device: torch.device) -> int:
+def _free_on_gpu(mesh: Mesh, config: ModelConfig, device: torch.device) -> int:
     """Bytes free on a GPU, less what steps need beside weights and cache: buffers, graphs, a prompt's activations."""
     gc.collect()
     torch.cuda.empty_cache()  # what earlier engines of this process held counts as taken until then
-    logits = 4 * MAX_ROWS * config.vocab_size
+    logits = 4 * MAX_ROWS * config.vocab_size * (1 if mesh.tp.size == 1 else 3)  # own, of all ranks, and in order
     return max(0, torch.cuda.mem_get_info(device)[0] - _GPU_RESERVE - logits)
 
 

@@ -78,7 +78,8 @@ class Sample:
 class Tracked:
     """A request with all its samples. stream: the caller wants an output after every step, not only at the end.
 
-    scheduled: when a step first computed something of it. error: why it alone could not go on.
+    scheduled: when a step first computed something of it. reported: whether its caller has had an output. error: why it
+    alone could not go on.
     """
 
     request_id: str
@@ -91,12 +92,12 @@ class Tracked:
     scheduled: float | None = None
     first_token: float | None = None
     end: float | None = None
+    reported: bool = False
     error: str | None = None
 
-    @property
-    def reads_every_step(self) -> bool:
-        """Whether text is needed as it comes; otherwise it is made once, at the end."""
-        return self.stream or bool(self.sampling.stop)
+    def is_due(self, report: bool) -> bool:
+        """Whether its caller wants an output of this step. report: see Engine.step."""
+        return self.finished or (self.stream and (report or not self.reported))
 
     @property
     def finished(self) -> bool:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.scheduling.data_ranks import JointStep
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.scheduler import ScheduledChunk, Step
 
@@ -27,7 +28,8 @@ _ARGMAX = SamplingState(SamplingParams(temperature=0.0), 0)
 class WireStep:
     """N chunks: their tokens and blocks one after the other, with the counts of each; states of those that sample.
 
-    None stands for a state that asks for the argmax and nothing else, as most do.
+    None stands for a state that asks for the argmax and nothing else, as most do. sources: if the step was sent before
+    the tokens of the one before it were known, each chunk's row in that one; then no tokens are sent.
     """
 
     num_decodes: int
@@ -39,6 +41,7 @@ class WireStep:
     tokens: Ints
     blocks: Ints
     states: list[SamplingState | None]
+    sources: list[int] | None = None
 
 
 class _Tail:
@@ -71,7 +74,7 @@ class _WireRequest(Request):
         self.blocks, self.contiguous = blocks, contiguous
 
 
-def pack(step: Step, states: Sequence[SamplingState]) -> WireStep:
+def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None = None) -> WireStep:
     """The step, with what its requests hold now."""
     chunks = step.chunks
     tokens: list[int] = []
@@ -89,6 +92,7 @@ def pack(step: Step, states: Sequence[SamplingState]) -> WireStep:
         np.array(tokens, np.int32),
         np.array(blocks, np.int32),
         [None if state.plain_greedy and not state.wants_routing else state for state in states],
+        sources,
     )
 
 
@@ -105,3 +109,15 @@ def unpack(wire: WireStep) -> tuple[Step, list[SamplingState]]:
         chunks.append(ScheduledChunk(request, start, num_tokens, samples))
         token, block = token + num_tokens, block + num_blocks
     return Step(chunks, wire.num_decodes, []), [state or _ARGMAX for state in wire.states]
+
+
+def pack_parts(step: Step, states: Sequence[SamplingState], sources: list[int] | None = None) -> list[WireStep]:
+    """What each data rank computes of a step: its own part, or the step where there is one."""
+    if not isinstance(step, JointStep):
+        return [pack(step, states, sources)]
+    assert sources is None, "data ranks take no step ahead"
+    packed, start = [], 0
+    for part in step.parts:
+        packed.append(pack(part, states[start : start + part.num_samples]))
+        start += part.num_samples
+    return packed

@@ -1,7 +1,7 @@
 """One rank of an engine. Enters: commands of the driver, see engine/ranks.py. Leaves: reports, and tokens.
 
     start   join the others, load this rank's share of the model; answers a RankReport
-    step    compute one step; the first rank answers a SampleOutput, the others nothing
+    step    compute one step; the ranks that sample answer a SampleOutput once it is there, the others nothing
     traffic answers the bytes sent since the last call, by label
     count   count the choices of experts from now on, or no more; answers None
     loads   answers what was counted, if no other rank has counted the same rows
@@ -22,24 +22,27 @@ import torch
 
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.routing import LayerLoad
+from flexmoe.engine.cuda_graph import GraphFlight
 from flexmoe.engine.device import choose_device
 from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.startup import start
 from flexmoe.engine.wire import WireStep, unpack
 from flexmoe.parallel import mesh as meshes
 from flexmoe.parallel.mesh import Mesh
-from flexmoe.parallel.rank import SILENT, Setup, main
+from flexmoe.parallel.rank import SILENT, Later, Setup, main
 
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What a rank runs with. cache_bytes: of its own KV cache."""
+    """What a rank runs with. cache_bytes: of its own KV cache. max_ahead: decodes of a step that may follow another."""
 
     num_blocks: int
     cache_bytes: int
     threads: int
     backend: str
+    decode_kernels: str
     max_model_len: int
+    max_ahead: int
 
 
 class Worker:
@@ -71,9 +74,12 @@ class Worker:
         device = choose_device(options.device.device)
         self.connect(options, device)
         started = start(options, self.mesh)
-        self.runner = ModelRunner(started.model, started.cache, started.device)
-        cache_bytes = started.cache.num_bytes
-        return RankReport(started.num_blocks, cache_bytes, started.threads, started.backend, started.max_model_len)
+        graphed = started.graphed
+        self.runner = ModelRunner(started.model, started.cache, started.device, graphed)
+        return RankReport(
+            started.num_blocks, started.cache.num_bytes, started.threads, started.backend, started.decode_kernels,
+            started.max_model_len, 0 if graphed is None else graphed.max_rows,
+        )  # fmt: skip
 
     def connect(self, options: EngineConfig, device: torch.device) -> Mesh:
         """Join the world, once, and form the plan's groups."""
@@ -85,25 +91,36 @@ class Worker:
         self.mesh.traffic.beats = self._beats
         return self.mesh
 
-    def step(self, wire: WireStep) -> Any:
-        """Compute one step; all ranks do so at once."""
-        assert self.runner is not None
-        sampled = self.runner.run(*unpack(wire))
-        return sampled if self.setup.rank == 0 else SILENT
-
-    def loads(self, model: str) -> list[LayerLoad]:
-        """The counts of this rank's rows, which its whole tensor group has: its first rank tells them."""
+    def step(self, wires: list[WireStep]) -> Any:
+        """Compute one step, of which each data rank has a part; all ranks do so at once, also those with no rows."""
         assert self.runner is not None
         assert self.mesh is not None
-        return self.runner.expert_loads(model) if self.mesh.place.tp == 0 else []
+        with self.mesh.pipeline.step():
+            most_rows = max(len(wire.tokens) for wire in wires) if len(wires) > 1 else None
+            own = wires[self.mesh.place.dp]
+            flight = self.runner.launch_rows(*unpack(own), own.sources, most_rows)
+            if self.setup.rank not in self.mesh.layout.samplers:
+                return SILENT
+            if isinstance(flight, GraphFlight) and not flight.needs_host:
+                return Later(flight.landed, flight.wait)
+            return flight.wait()
+
+    def loads(self, model: str) -> list[LayerLoad]:
+        """The counts of this rank's rows and layers, which its whole tensor group has: its first rank tells them."""
+        assert self.runner is not None
+        assert self.mesh is not None
+        if self.mesh.place.tp > 0:
+            return []
+        layers = self.mesh.shard(self.runner.model.config).layers
+        return [load for load in self.runner.expert_loads(model) if load.layer in layers]
 
     def stop(self) -> None:
         """Let go of the model."""
         self.runner = None
+        gc.collect()  # graphs first: NCCL does not let go of a group while one is there that uses it
         if self.mesh is not None:
             self.mesh.close()
             self.mesh = None
-        gc.collect()
 
     def close(self) -> None:
         """Leave the world."""

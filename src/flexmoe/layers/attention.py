@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
         rows = x.shape[0]
-        qkv = self._norm(self.qkv(x))  # [T, (Hq + 2 Hkv) D]
+        qkv = self.norm(self.qkv(x))  # [T, (Hq + 2 Hkv) D]
         if self.config.clip_qkv is not None:
             qkv = qkv.clamp_(-self.config.clip_qkv, self.config.clip_qkv)
         heads = qkv.view(rows, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
@@ -54,9 +54,10 @@ class Attention(nn.Module):
         cache[:, 0].index_copy_(0, batch.slot_mapping, rotated[:, self.num_heads :])
         cache[:, 1].index_copy_(0, batch.slot_mapping, heads[:, -self.num_kv_heads :])
         out = paged_attention(rotated[:, : self.num_heads], cache, batch.attention[self.window])
-        return self.out(out.view(rows, -1))  # type: ignore[no-any-return]
+        return self.out(out.flatten(1))  # type: ignore[no-any-return]
 
-    def _norm(self, qkv: Tensor) -> Tensor:
+    def norm(self, qkv: Tensor) -> Tensor:
+        """Queries and keys normed, where the model does that: [T, (Hq + 2 Hkv) D]."""
         if self.config.qk_norm == "none":
             return qkv
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

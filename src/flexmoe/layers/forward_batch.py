@@ -20,11 +20,12 @@ class Probe(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """T rows, decodes first (one row each), then the prefill spans.
+    """T rows, decodes first (one row each), then the prefill spans. On an idle data rank T is 0.
 
     token_ids, positions, slot_mapping: [T]; slot_mapping says where each row's key and value go in the cache.
     attention: for each window size in the model (None: unlimited), the groups of rows and the keys they see.
     sample_rows: [N] rows whose logits are wanted; None means all T.
+    most_rows: rows of the data rank that has most in this step; None: they are not told, and there is but one.
     """
 
     token_ids: Tensor
@@ -33,3 +34,4 @@ class ForwardBatch:
     attention: Mapping[int | None, Sequence[DecodeGroup | PrefillSpan]]
     sample_rows: Tensor | None = None
     probe: Probe | None = None
+    most_rows: int | None = None

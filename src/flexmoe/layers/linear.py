@@ -34,11 +34,15 @@ class Linear(nn.Module):
             self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False)
         self._packed: PackedLinear | None = None
 
+    @property
+    def added(self) -> Tensor | None:
+        """The bias that this rank adds: of several whose products are summed only the first one does."""
+        return None if self.bias is None or (self._summed and self._summed.index > 0) else self.bias.data
+
     def pack(self, *, prepack: bool) -> None:
         """Make the layer ready. prepack: hand the weight to a layout of its own and forget it here."""
         assert self.weight is not None
-        bias = None if self.bias is None or (self._summed and self._summed.index > 0) else self.bias.data
-        self._packed = PackedLinear(self.weight.data, bias, prepack=prepack)
+        self._packed = PackedLinear(self.weight.data, self.added, prepack=prepack)
         if prepack:
             self.weight = None
 

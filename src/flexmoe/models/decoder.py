@@ -39,11 +39,10 @@ class DecoderLayer(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """config: of the whole model; this rank's share of it is made."""
+        """config: of the whole model, whose layer number `index` this is; the rank's share of it is made."""
         super().__init__()
         shard = mesh.shard(config)
-        config = shard.local
-        layer = config.layers[index]
+        layer, config = config.layers[index], shard.local
         self.index = index
         self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
         self.attention = Attention(
@@ -80,7 +79,11 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and language-model head."""
+    """Embedding, layers, final norm and language-model head.
+
+    Of several pipeline stages each has its layers, numbered as in the whole model; the first has the embedding, the
+    last norm and head. On the others an embedding or norm has no weights.
+    """
 
     def __init__(
         self,
@@ -100,16 +103,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.mesh = mesh or Mesh(plan)
-        vocab = self.mesh.shard(config).vocab
-        self.embed_tokens = Embedding(vocab, config.hidden_size, dtype=dtype, device=device, group=self.mesh.tp)
+        self.pipeline = self.mesh.pipeline
+        shard, hidden = self.mesh.shard(config), config.hidden_size
+        self.embed_tokens = Embedding(shard.embedding, hidden, dtype=dtype, device=device, group=self.mesh.tp)
         self.decoder_layers = [
-            DecoderLayer(config, i, self.mesh, backend, dtype=dtype, device=device) for i in range(config.num_layers)
+            DecoderLayer(config, i, self.mesh, backend, dtype=dtype, device=device) for i in shard.layers
         ]
-        self.layers = nn.ModuleList(self.decoder_layers)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
+        self.layers = nn.ModuleList()
+        for layer in self.decoder_layers:
+            self.layers.add_module(str(layer.index), layer)
+        self.norm = RMSNorm(len(shard.final_norm), config.norm_eps, dtype=dtype, device=device)
         self.lm_head: Linear | None = None
-        if not config.tie_embeddings:
-            self.lm_head = Linear(config.hidden_size, len(vocab), bias=False, dtype=dtype, device=device)
+        if shard.head and not config.tie_embeddings:
+            self.lm_head = Linear(hidden, len(shard.head), bias=False, dtype=dtype, device=device)
         self.native: NativeDecoder | None = None
         self.rotary = Rotary(config.attention.rope, max_position, dtype=dtype, device=device)
 
@@ -136,17 +142,33 @@ class Decoder(nn.Module):
         return OuterWeights(embedding, head.data, norm, self.norm.eps, frequencies, scale)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Hidden states [T, H] after the final norm; writes the rows' keys and values into the cache."""
-        x: Tensor = self.embed_tokens(batch.token_ids)
-        if batch.probe is not None:
-            batch.probe.record("embedding", -1, x)
+        """Hidden states [T, H] after the final norm; writes the rows' keys and values into the cache.
+
+        On a stage that is not the last: after its own layers, when the stage behind has them.
+        """
+        x = self._enter(batch)
         cos, sin = self.rotary(batch.positions)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, cos, sin, layer_cache, batch)
+        if not self.pipeline.is_last:
+            self.pipeline.hand_on(x)
+            return x
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _enter(self, batch: ForwardBatch) -> Tensor:
+        """What the stage's first layer reads [T, H]: embeddings, or the rows of the stage before."""
+        if not self.pipeline.is_first:
+            shape = (batch.token_ids.shape[0], self.config.hidden_size)
+            return self.pipeline.receive(self.norm.weight.new_empty(shape))
+        x: Tensor = self.embed_tokens(batch.token_ids)
+        if batch.probe is not None:
+            batch.probe.record("embedding", -1, x)
+        return x
 
     def logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """Logits [N, V] of the batch's sample rows, in the model's dtype; [0, V] on ranks that do not sample."""
+        if not self.pipeline.is_last:
+            return hidden.new_empty(0, self.config.vocab_size)
         if batch.sample_rows is not None:
             hidden = hidden.index_select(0, batch.sample_rows)
         logits: Tensor = F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)

@@ -16,6 +16,7 @@ from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.kernels.sample import SampleParams
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
+from flexmoe.moe.load import ExpertCounter
 
 MAX_ROWS = 256  # of one step: the dense kernels hold all rows beside a weight that they read once
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
@@ -52,10 +53,12 @@ class DeviceDecoder(Protocol):
     """A decoder whose steps wait for nothing.
 
     logits: fp32 [R, V]; sampled: int64 [R], R up to MAX_ROWS, -1 where logits are not numbers. Both of the latest step.
+    spread: over ranks, which all take the same steps; then logits are only there after one with `sampling`.
     """
 
     logits: Tensor
     sampled: Tensor
+    spread: bool
 
     def step(
         self,
@@ -64,10 +67,12 @@ class DeviceDecoder(Protocol):
         cache: KVCache,
         probe: Probe | None = None,
         *,
+        counter: ExpertCounter | None = None,
         long: bool = False,
     ) -> None:
         """Compute the rows, write their keys and values, sample (greedily without `sampling`).
 
+        counter: whose tensors count the choices of experts that are not padding.
         long: rows look back at thousands of keys; the answer is the same, up to rounding.
         """
 

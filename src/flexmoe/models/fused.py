@@ -6,13 +6,14 @@ graph (`engine/cuda_graph.py`).
 
 The residual stream is fp32; between kernels stands the model's dtype. There are two regimes. With few rows every
 (token, expert) pair reads its expert for itself; with more, rows are grouped by expert and meet it in one product.
-Where the one ends, and how each launch is cut, is measured (`fused_tiles.py`).
+Where the one ends, and how each launch is cut, is measured (`fused_tiles.py`). A launch that has whole rows of the
+residual stream in hand norms them for what comes next.
+
+On several ranks the same kernels compute a rank's heads, columns and experts; what ranks then exchange is in
+`fused_ranks.py` and `fused_vocabulary.py`. One rank launches nothing for it.
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -20,15 +21,15 @@ from torch import Tensor
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.swiglu import swiglu
-from flexmoe.kernels.triton import argmax, norm_linear, sample
-from flexmoe.kernels.triton.combine import combine
-from flexmoe.kernels.triton.decode_attention import decode_attention, workspace_shapes
-from flexmoe.kernels.triton.embed import embed
+from flexmoe.kernels.triton import norm_linear
+from flexmoe.kernels.triton.combine import combine, combine_norm
+from flexmoe.kernels.triton.count_choices import count_choices
+from flexmoe.kernels.triton.decode_attention import decode_attention
 from flexmoe.kernels.triton.expert_down import expert_down_gemv, expert_down_grouped
 from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv, expert_gate_up_grouped
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.rms_norm import rms_norm
-from flexmoe.kernels.triton.route import route
+from flexmoe.kernels.triton.route import norms_first, route
 from flexmoe.kernels.triton.tiles import TileTable, tiles_for
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.kernels.triton.topk_by_expert import topk_by_expert
@@ -41,69 +42,35 @@ from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import MAX_ROWS, PDL_CAPABILITY, DeviceRows, Sampling
+from flexmoe.models.fused_buffers import Buffers
+from flexmoe.models.fused_ranks import SharedSums, slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
+from flexmoe.models.fused_vocabulary import Vocabulary
+from flexmoe.models.seen import Seen
 from flexmoe.moe.block import MoEBlock
-
-
-class Buffers:
-    """Activations and scratch of the largest step; all layers share them. Those of T rows are the first T."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        linears: Iterable[tuple[int, int]],
-        tiles: StepTiles,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_rows: int,
-    ) -> None:
-        """linears: (N, K) of all dense projections."""
-
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(max_rows, *shape, dtype=dtype, device=device)
-
-        a = config.attention
-        self.x = empty(config.hidden_size, dtype=torch.float32)  # the residual stream
-        self.normed = empty(config.hidden_size)
-        self.qkv = empty(config.qkv_size)
-        self.attended = empty(a.num_heads * a.head_dim)
-        self.logits = empty(config.vocab_size, dtype=torch.float32)
-        self.token_ids = empty(dtype=torch.int64)
-        self.sampled = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        if config.moe is not None:
-            m = config.moe
-            self.router_logits = empty(m.num_experts, dtype=torch.float32)
-            self.topk_ids = empty(m.top_k, dtype=torch.int32)
-            self.topk_weights = empty(m.top_k, dtype=torch.float32)
-            self.hidden = empty(m.top_k, m.expert_width)
-            self.expert_out = empty(m.top_k, config.hidden_size)
-            self.grouped = torch.empty(m.num_experts * max_rows, dtype=torch.int32, device=device)
-            self.counts = torch.empty(m.num_experts, dtype=torch.int32, device=device)
-        steps = range(1, max_rows + 1)
-        size = max(
-            norm_linear.scratch_bytes(t, n, k, dtype, norm=norm, tile=tiles.linear(t, n, k, norm=norm))
-            for t, (n, k), norm in itertools.product(steps, linears, (False, True))
-        )
-        self.scratch = torch.empty(size, dtype=torch.uint8, device=device)
-        vocab = config.vocab_size
-        words = max(max(argmax.scratch_words(t, vocab), sample.scratch_words(t, vocab)) for t in steps)
-        self.sampler_scratch = torch.empty(words, dtype=torch.int64, device=device)
-        parts = max(t * tiles.attention(t, long=long).splits for t in steps for long in (False, True))  # of one head
-        partial, logsum = workspace_shapes(parts, a.num_heads, a.head_dim, 1)
-        self.attention = (
-            torch.empty(partial, dtype=torch.float32, device=device),
-            torch.empty(logsum, dtype=torch.float32, device=device),
-        )
+from flexmoe.moe.load import ExpertCounter
+from flexmoe.parallel.mesh import Mesh
 
 
 class FusedLayer:
-    """One decoder layer over the shared buffers."""
+    """One decoder layer over the shared buffers. config: with the widths of this rank."""
 
     def __init__(
-        self, layer: DecoderLayer, config: ModelConfig, buffers: Buffers, tiles: StepTiles, *, pdl: bool
+        self,
+        layer: DecoderLayer,
+        config: ModelConfig,
+        buffers: Buffers,
+        tiles: StepTiles,
+        following: RMSNorm,
+        sums: SharedSums | None,
+        mesh: Mesh,
+        *,
+        pdl: bool,
     ) -> None:
+        """following: the norm that comes after the layer. sums: of what ranks compute together; None for one rank."""
         self.index, self._buffers, self._tiles, self._pdl = layer.index, buffers, tiles, pdl
-        self._input_norm, self._mlp_norm = layer.input_norm, layer.mlp_norm
+        self._sums, self._attention = sums, layer.attention
+        self._input_norm, self._mlp_norm, self._following = layer.input_norm, layer.mlp_norm, following
         self._qkv, self._out = layer.attention.qkv, layer.attention.out
         self._clip, self._window = config.attention.clip_qkv, layer.attention.window
         self._qk_norm = _qk_norm(layer.attention)
@@ -111,97 +78,200 @@ class FusedLayer:
         self.stage = "mlp" if layer.moe is None else "moe"
         if layer.moe is not None:
             self._router_weight = narrowest(layer.moe.router.weight.data, buffers.normed.dtype)
+            self._slots = slots_by_row(
+                mesh, len(layer.moe.router.weight), layer.index, len(buffers.x), buffers.x.device
+            )
+            self._ids = buffers.topk_ids[sum(before.is_moe for before in config.layers[: layer.index])]
 
-    def attend(self, rows: DecodeRows, cos: Tensor, sin: Tensor, cache: Tensor, *, long: bool) -> None:
-        """x += attention(norm(x)) for all rows; writes their keys and values."""
+    @property
+    def choices(self) -> Tensor:
+        """Experts that the rows of the latest step chose, int32 [rows, K]; of a layer that has some."""
+        return self._ids
+
+    def attend(self, rows: DecodeRows, cos: Tensor, sin: Tensor, cache: Tensor, *, normed: bool, long: bool) -> bool:
+        """x += attention(norm(x)) for all rows; writes their keys and values.
+
+        normed: the buffer of that name holds norm(x). Returns whether it does for what comes next.
+        """
         b, count = self._buffers, len(rows.lengths)
         x, qkv, attended = b.x[:count], b.qkv[:count], b.attended[:count]
-        self._linear(x, self._qkv, qkv, norm=self._input_norm)
+        if normed:
+            self._linear(b.normed[:count], self._qkv, qkv, is_normed=True)
+        else:
+            self._linear(x, self._qkv, qkv, norm=self._input_norm)
+        norm = self._qk_norm
+        if self._sums is not None and norm is not None and norm.full:  # over heads of other ranks, too
+            qkv, norm = self._attention.norm(qkv), None
         decode_attention(
-            qkv, cache, rows, cos, sin, attended, norm=self._qk_norm, clip=self._clip, window=self._window,
+            qkv, cache, rows, cos, sin, attended, norm=norm, clip=self._clip, window=self._window,
             workspace=b.attention, tile=self._tiles.attention(count, long=long), pdl=self._pdl,
         )  # fmt: skip
-        self._linear(attended, self._out, x, residual=True)
+        after = self._norm_after_attention(count)
+        self._add(attended, self._out, x, after)
+        return after is not None
 
-    def feed(self, lengths: Tensor) -> None:
-        """x += MoE block or MLP of norm(x)."""
+    def _norm_after_attention(self, count: int) -> norm_linear.NormAfter | None:
+        """The norm of the feed-forward, where a launch of the output projection can do it and the router need not."""
+        if self._moe is None or self._sums is not None:
+            return None
+        norm, router = self._mlp_norm, self._tiles.route(count, self._router_weight)
+        if not (norms_first(router) and norm_linear.norms_after(self._tile(count, self._out, norm=False))):
+            return None
+        return norm_linear.NormAfter(norm.weight.data, norm.eps, self._buffers.normed[:count])
+
+    def feed(self, lengths: Tensor, *, normed: bool) -> bool:
+        """x += MoE block or MLP of norm(x). normed, and what is returned: as for `attend`."""
         b, count = self._buffers, len(lengths)
-        x, normed = b.x[:count], b.normed[:count]
+        x, rows = b.x[:count], b.normed[:count]
         if self._moe is None:
             assert self._mlp is not None
-            self._norm(x, normed)
-            self._add_mlp(self._mlp, normed, x, None)
-            return
-        self._add_experts(self._moe, lengths)
-        if self._moe.shared is not None:
-            self._add_mlp(self._moe.shared, normed, x, self._moe.shared_gate)
+            self._norm(x, rows)
+            self._add_mlp(self._mlp, rows, x, None)
+            return False
+        self._route(lengths, is_normed=normed)
+        if self._sums is not None:
+            self._feed_shared(self._moe, lengths, self._sums)
+            return False
+        shared = self._moe.shared
+        done = self._add_experts(self._moe, lengths, x, then=self._following if shared is None else None)
+        if shared is not None:
+            self._add_mlp(shared, rows, x, self._moe.shared_gate)
+        return done
 
-    def _add_experts(self, moe: MoEBlock, lengths: Tensor) -> None:
+    def _feed_shared(self, moe: MoEBlock, lengths: Tensor, sums: SharedSums) -> None:
+        """What this rank's experts, and its share of the one that every token takes, give; added with the others'."""
+        b, count = self._buffers, len(lengths)
+        part = sums.part(count)
+        self._add_experts(moe, lengths, part)
+        if moe.shared is not None:
+            self._linear(self._hidden(moe.shared, b.normed[:count], moe.shared_gate), moe.shared.down, b.normed[:count])
+            part += b.normed[:count]
+        sums.add_experts(b.x[:count])
+
+    def _route(self, lengths: Tensor, *, is_normed: bool) -> None:
         b, count = self._buffers, len(lengths)
         norm, router = self._mlp_norm, self._router_weight
         route(
             b.x[:count], norm.weight.data, norm.eps, router, b.normed[:count], b.router_logits[:count],
-            tile=self._tiles.route(count, router.dtype), pdl=self._pdl,
+            is_normed=is_normed, tile=self._tiles.route(count, router), pdl=self._pdl,
         )  # fmt: skip
-        if self._tiles.reads_alone(count):
-            self._add_alone(moe, lengths)
-        else:
-            self._add_grouped(moe, lengths)
 
-    def _add_alone(self, moe: MoEBlock, lengths: Tensor) -> None:
+    def _add_experts(self, moe: MoEBlock, lengths: Tensor, out: Tensor, then: RMSNorm | None = None) -> bool:
+        """What the experts here give for the routed rows, to out: added to x, or by itself to a rank's part.
+
+        then: the norm that x is for next. Returns whether the normed rows are there.
+        """
+        accumulate = self._sums is None
+        if not len(moe.experts.gate_up):  # all are on other ranks, but choices are looked at here, too
+            out.zero_()
+            self._choose(moe, lengths)
+        elif self._tiles.reads_alone(len(lengths)):
+            self._add_alone(moe, lengths, out, accumulate=accumulate)
+        else:
+            places = self._compute_grouped(moe, lengths)
+            results, normed = (
+                self._buffers.expert_out[: len(lengths)].flatten(0, 1),
+                self._buffers.normed[: len(lengths)],
+            )
+            if then is not None:
+                combine_norm(results, places, out, then.weight.data, then.eps, normed, pdl=self._pdl)
+                return True
+            combine(results, places, out, accumulate=accumulate, pdl=self._pdl)
+        return False
+
+    def _add_alone(self, moe: MoEBlock, lengths: Tensor, out: Tensor, *, accumulate: bool) -> None:
         """Each (token, expert) pair by itself; experts are chosen within the first launch."""
-        b, count, pdl = self._buffers, len(lengths), self._pdl
-        logits, ids, weights = b.router_logits[:count], b.topk_ids[:count], b.topk_weights[:count]
+        b, count, pdl, slots = self._buffers, len(lengths), self._pdl, self._slots
+        logits, ids, weights = b.router_logits[:count], self._ids[:count], b.topk_weights[:count]
+        places = ids if slots is None else b.slot_ids[:count]
         hidden = b.hidden[:count].flatten(0, 1)
-        first, second = self._tiles.few_experts(count)
+        first, second = self._tiles.few_experts(count, in_order=slots is None)
         expert_gate_up_gemv(
-            b.normed[:count], logits, ids, weights, moe.experts.gate_up.data, hidden,
+            b.normed[:count], logits, ids, weights, moe.experts.gate_up.data, hidden, slots=slots, slot_ids=places,
             renormalize=moe.router.renormalize, lengths=lengths, tile=first, pdl=pdl,
         )  # fmt: skip
-        down = moe.experts.down.data
-        expert_down_gemv(hidden, ids, weights, down, b.x[:count], logits=logits, lengths=lengths, tile=second, pdl=pdl)
+        expert_down_gemv(
+            hidden, places, weights, moe.experts.down.data, out, logits=logits, lengths=lengths,
+            accumulate=accumulate, tile=second, pdl=pdl,
+        )  # fmt: skip
 
-    def _add_grouped(self, moe: MoEBlock, lengths: Tensor) -> None:
-        """Rows of one expert together."""
+    def _compute_grouped(self, moe: MoEBlock, lengths: Tensor) -> Tensor:
+        """Rows of one expert together, each (token, expert) pair by itself to `expert_out`; returns where they are."""
         b, count, pdl = self._buffers, len(lengths), self._pdl
-        logits, ids, weights = b.router_logits[:count], b.topk_ids[:count], b.topk_weights[:count]
-        hidden, out = b.hidden[:count].flatten(0, 1), b.expert_out[:count].flatten(0, 1)
-        gate_up, down, renormalize = moe.experts.gate_up.data, moe.experts.down.data, moe.router.renormalize
+        hidden, rows_out = b.hidden[:count].flatten(0, 1), b.expert_out[:count].flatten(0, 1)
+        gate_up, down, weights = moe.experts.gate_up.data, moe.experts.down.data, b.topk_weights[:count]
         slots, counts = len(gate_up), b.counts
         grouped = b.grouped[: slots * count].view(slots, count)
-        if self._tiles.groups_in_one(count, slots):
-            topk_by_expert(logits, ids, weights, grouped, counts, renormalize=renormalize, lengths=lengths, pdl=pdl)
+        if self._slots is None and self._tiles.groups_in_one(count, slots):
+            places = self._ids[:count]
+            topk_by_expert(
+                b.router_logits[:count], places, weights, grouped, counts, renormalize=moe.router.renormalize,
+                lengths=lengths, pdl=pdl,
+            )  # fmt: skip
         else:
-            topk(logits, ids, weights, renormalize=renormalize, lengths=lengths, pdl=pdl)
-            group_by_expert(ids, slots, grouped, counts, pdl=pdl)
+            places = self._choose(moe, lengths)
+            group_by_expert(places, slots, grouped, counts, pdl=pdl)
         first, second = self._tiles.many_experts(count)
-        normed, top_k = b.normed[:count], ids.shape[1]
+        normed, top_k = b.normed[:count], places.shape[1]
         expert_gate_up_grouped(normed, grouped, counts, gate_up, hidden, top_k=top_k, tile=first, pdl=pdl)
-        expert_down_grouped(hidden, grouped, counts, weights, down, out, tile=second, pdl=pdl)
-        combine(out, ids, b.x[:count], accumulate=True, pdl=pdl)
+        expert_down_grouped(hidden, grouped, counts, weights, down, rows_out, tile=second, pdl=pdl)
+        return places
+
+    def _choose(self, moe: MoEBlock, lengths: Tensor) -> Tensor:
+        """Each row's experts; returns where they are, int32 [T, K], -1 if elsewhere."""
+        b, count, slots = self._buffers, len(lengths), self._slots
+        ids = self._ids[:count]
+        places = ids if slots is None else b.slot_ids[:count]
+        topk(
+            b.router_logits[:count], ids, b.topk_weights[:count], renormalize=moe.router.renormalize, lengths=lengths,
+            slots=slots, slot_ids=places, pdl=self._pdl,
+        )  # fmt: skip
+        return places
 
     def _add_mlp(self, mlp: GatedMLP, normed: Tensor, x: Tensor, gate: Linear | None) -> None:
-        """A dense MLP, or the expert that every token takes. In torch between its projections: few models have one."""
-        gate_up = torch.empty(len(x), weight_of(mlp.gate_up).shape[0], dtype=normed.dtype, device=x.device)
+        """x += a dense MLP, or the expert that every token takes."""
+        self._add(self._hidden(mlp, normed, gate), mlp.down, x)
+
+    def _hidden(self, mlp: GatedMLP, normed: Tensor, gate: Linear | None) -> Tensor:
+        """What its projection back takes. In torch between the projections: few models have one."""
+        shape = (len(normed), weight_of(mlp.gate_up).shape[0])
+        gate_up = torch.empty(shape, dtype=normed.dtype, device=normed.device)
         self._linear(normed, mlp.gate_up, gate_up)
         hidden = swiglu(gate_up)
         if gate is not None:
             hidden *= torch.sigmoid(torch.nn.functional.linear(normed, weight_of(gate)))
-        self._linear(hidden, mlp.down, x, residual=True)
+        return hidden
+
+    def _add(self, rows: Tensor, linear: Linear, x: Tensor, after: norm_linear.NormAfter | None = None) -> None:
+        """x += linear(rows), of which each rank holds some columns."""
+        if self._sums is None:
+            self._linear(rows, linear, x, residual=True, after=after)
+        else:
+            self._linear(rows, linear, self._sums.part(len(x)))
+            self._sums.add_product(x)
 
     def _norm(self, x: Tensor, out: Tensor) -> None:
         rms_norm(x, self._mlp_norm.weight.data, self._mlp_norm.eps, out, pdl=self._pdl)
 
+    def _tile(self, rows: int, linear: Linear, *, norm: bool) -> norm_linear.Tile:
+        return self._tiles.linear(rows, *weight_of(linear).shape, norm=norm)
+
     def _linear(
-        self, x: Tensor, linear: Linear, out: Tensor, *, norm: RMSNorm | None = None, residual: bool = False
+        self,
+        x: Tensor,
+        linear: Linear,
+        out: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        is_normed: bool = False,
+        residual: bool = False,
+        after: norm_linear.NormAfter | None = None,
     ) -> None:
-        bias = None if linear.bias is None else linear.bias.data
         norm_weight, eps = (None, 0.0) if norm is None else (norm.weight.data, norm.eps)
-        weight = weight_of(linear)
-        tile = self._tiles.linear(len(x), *weight.shape, norm=norm is not None)
         norm_linear.norm_linear(
-            x, weight, out, norm_weight=norm_weight, eps=eps, bias=bias, residual=residual,
-            scratch=self._buffers.scratch, tile=tile, pdl=self._pdl,
+            x, weight_of(linear), out, norm_weight=norm_weight, eps=eps, bias=linear.added, residual=residual,
+            after=after, scratch=self._buffers.scratch, pdl=self._pdl,
+            tile=self._tile(len(x), linear, norm=is_normed or norm is not None),
         )  # fmt: skip
 
 
@@ -217,20 +287,30 @@ class FusedDecoder:
         max_rows: int = MAX_ROWS,
     ) -> None:
         """table: measured tiles; None: those of the package and of the user for this GPU. max_rows: of a step."""
-        config = model.config
-        embedding, self._norm = model.embed_tokens.weight.data, model.norm
-        self._embedding = embedding
+        mesh, self._norm = model.mesh, model.norm
+        config = mesh.shard(model.config).local
+        embedding = model.embed_tokens.weight.data
+        dtype = embedding.dtype
         self._head = embedding if model.lm_head is None else weight_of(model.lm_head)
         self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
-        projections = [tuple(weight_of(m).shape) for m in model.modules() if isinstance(m, Linear)]
-        shapes = {(n, k) for n, k in [*projections, tuple(self._head.shape)]}
-        self._tiles = StepTiles(tiles_for(device) if table is None else table, config, embedding.dtype)
-        self._buffers = Buffers(config, shapes, self._tiles, embedding.dtype, device, max_rows)
-        self.logits, self.sampled = self._buffers.logits, self._buffers.sampled
+        self._tiles = tiles = StepTiles(tiles_for(device) if table is None else table, config, dtype)
+        shapes = {(n, k) for n, k in (*_projections(model), tuple(self._head.shape))}
+        slots = max(
+            (len(layer.moe.experts.gate_up) for layer in model.decoder_layers if layer.moe is not None), default=0
+        )
+        self._buffers = b = Buffers(config, shapes, slots, tiles, dtype, device, max_rows)
+        sums = None if mesh.stage.size == 1 else SharedSums(mesh, config.hidden_size, dtype, device, max_rows)
+        self._vocabulary = Vocabulary(model, sums, device, max_rows, pdl=self._pdl)
+        self.logits, self.sampled = self._vocabulary.whole, self._vocabulary.sampled
+        self.spread = sums is not None
         cos, sin = rotary_tables(config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
-        layers, tiles = model.decoder_layers, self._tiles
-        self._layers = [FusedLayer(layer, config, self._buffers, tiles, pdl=self._pdl) for layer in layers]
+        layers = model.decoder_layers
+        following = [*(layer.input_norm for layer in layers[1:]), model.norm]
+        self._layers = [
+            FusedLayer(layer, config, b, tiles, norm, sums, mesh, pdl=self._pdl)
+            for layer, norm in zip(layers, following, strict=True)
+        ]
 
     @property
     def buffers(self) -> Buffers:
@@ -244,61 +324,41 @@ class FusedDecoder:
         cache: KVCache,
         probe: Probe | None = None,
         *,
+        counter: ExpertCounter | None = None,
         long: bool = False,
     ) -> None:
-        """Compute the rows, write their keys and values, sample (greedily without `sampling`).
-
-        long: cut attention for thousands of keys a row.
-        """
+        """See `DeviceDecoder.step`. long: cut attention for thousands of keys a row."""
         b, count = self._buffers, len(rows.lengths)
         x = b.x[:count]
-        embed(rows.token_ids, rows.sources, b.sampled, self._embedding, x, b.token_ids[:count], pdl=self._pdl)
-        seen = _Seen(probe, x)
+        self._vocabulary.embed(rows, x, b.token_ids[:count])
+        seen = Seen(probe, x)
         seen.record("embedding", -1, x)
         paged = DecodeRows(rows.lengths, rows.tables, rows.table_stride, cache.block_size)
+        normed = False
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            layer.attend(paged, self._cos, self._sin, layer_cache, long=long)
+            normed = layer.attend(paged, self._cos, self._sin, layer_cache, normed=normed, long=long)
             seen.added("attention", layer.index)
-            layer.feed(rows.lengths)
+            normed = layer.feed(rows.lengths, normed=normed)
             if layer.stage == "moe":
-                seen.record("topk_ids", layer.index, b.topk_ids[:count])
+                seen.record("topk_ids", layer.index, layer.choices[:count])
                 seen.record("topk_weights", layer.index, b.topk_weights[:count])
             seen.added(layer.stage, layer.index)
             seen.record("layer", layer.index, x)
-        logits = b.logits[:count]
+        if counter is not None:
+            count_choices(b.topk_ids[:, :count], counter.counts, counter.active, pdl=self._pdl)
+        last, norm_weight = (b.normed[:count], None) if normed else (x, self._norm.weight.data)
         norm_linear.norm_linear(
-            x, self._head, logits, norm_weight=self._norm.weight.data, eps=self._norm.eps, scratch=b.scratch,
-            tile=self._tiles.linear(count, *self._head.shape, norm=True), pdl=self._pdl,
+            last, self._head, self._vocabulary.part[:count, : len(self._head)], norm_weight=norm_weight,
+            eps=self._norm.eps, scratch=b.scratch, pdl=self._pdl,
+            tile=self._tiles.linear(count, *self._head.shape, norm=True),
         )  # fmt: skip
-        seen.record("logits", -1, logits)
-        self._sample(logits, sampling)
-
-    def _sample(self, logits: Tensor, sampling: Sampling | None) -> None:
-        out = self._buffers.sampled[: len(logits)]
-        if sampling is None:
-            argmax.greedy(logits, out, self._buffers.sampler_scratch, pdl=self._pdl)
-        else:
-            scratch, filtered = self._buffers.sampler_scratch, sampling.filtered
-            sample.sample(logits, sampling.params, out, scratch, filtered=filtered, pdl=self._pdl)
+        if probe is not None:
+            seen.record("logits", -1, self._vocabulary.gather(count))
+        self._vocabulary.sample(count, sampling)
 
 
-class _Seen:
-    """Shows the probe what a step computes: stages add to the residual stream, which is not kept by itself."""
-
-    def __init__(self, probe: Probe | None, x: Tensor) -> None:
-        self._probe, self._x = probe, x
-        self._before = x if probe is None else x.clone()
-
-    def record(self, stage: str, layer: int, tensor: Tensor) -> None:
-        """Show a copy of a tensor, which the next layer overwrites."""
-        if self._probe is not None:
-            self._probe.record(stage, layer, tensor.clone())
-
-    def added(self, stage: str, layer: int) -> None:
-        """Show what came to the residual stream since the last call."""
-        if self._probe is not None:
-            self._probe.record(stage, layer, self._x - self._before)
-            self._before = self._x.clone()
+def _projections(model: Decoder) -> list[tuple[int, ...]]:
+    return [tuple(weight_of(module).shape) for module in model.modules() if isinstance(module, Linear)]
 
 
 def weight_of(linear: Linear) -> Tensor:

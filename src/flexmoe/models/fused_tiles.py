@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexmoe.config.model import ModelConfig, MoEConfig
 from flexmoe.kernels.triton import decode_attention, expert_down, expert_gate_up, norm_linear
 from flexmoe.kernels.triton.route import RouteTile
+from flexmoe.kernels.triton.route import default_tile as default_route
 from flexmoe.kernels.triton.tiles import (
     TileTable,
     Work,
@@ -25,7 +27,7 @@ from flexmoe.kernels.triton.tiles import (
 )
 
 GemvTiles = tuple[expert_gate_up.GateUpGemvTile, expert_down.DownGemvTile]
-GroupedTiles = tuple[expert_gate_up.GateUpTile | None, expert_down.DownTile | None]
+GroupedTiles = tuple[expert_gate_up.GateUpTile, expert_down.DownTile]
 
 # Each (token, expert) pair reads its expert alone for so few rows, and while pairs hardly share experts: measured on an
 # H200, 1.2 pairs an expert cost nothing (Mixtral and OLMoE at 90% and 77% of the floor), 1.5 a tenth of the step.
@@ -55,22 +57,30 @@ class StepTiles:
             return decode_attention.for_long(self.attention(rows, long=False))
         return decode_attention.default_tile(rows, a.num_heads, a.num_kv_heads, a.head_dim, dtype=dtype)
 
-    def route(self, rows: int, dtype: torch.dtype) -> RouteTile | None:
-        """Of the router, whose weight is of `dtype`; None: the operation's own."""
-        found: RouteTile | None = self._find(route_work(dtype, self._config.hidden_size, self._moe), rows)
-        return found
+    def route(self, rows: int, weight: Tensor) -> RouteTile:
+        """Of the router with that weight [E, H]."""
+        experts, hidden = weight.shape
+        found: RouteTile | None = self._find(route_work(weight.dtype, hidden, self._moe), rows)
+        return found or default_route(rows, hidden, experts, weight.itemsize)
 
-    def few_experts(self, rows: int) -> GemvTiles:
-        """Of both halves of the experts, read for each row alone; the second one says when it may start."""
+    def few_experts(self, rows: int, *, in_order: bool = True) -> GemvTiles:
+        """Of both halves of the experts, read for each row alone; the second one says when it may start.
+
+        in_order: a slot is an expert, so that logits tell which weights to ask for early.
+        """
         hidden, moe, dtype = self._config.hidden_size, self._moe, self._dtype
         first = self._expert("expert_gate_up_gemv", rows) or expert_gate_up.default_gemv_tile(hidden, dtype)
         second = self._expert("expert_down_gemv", rows)
         second = second or expert_down.default_gemv_tile(moe.top_k, moe.expert_width, dtype)
+        second = second if in_order else replace(second, early_ids=False)
         return replace(first, late_trigger=second.early_ids), second
 
     def many_experts(self, rows: int) -> GroupedTiles:
-        """Of both halves of the experts, grouped; None: the operation's own."""
-        return self._expert("expert_gate_up_grouped", rows), self._expert("expert_down_grouped", rows)
+        """Of both halves of the experts, grouped. A rank that holds a part of them gets a part of the choices, too."""
+        hidden, moe, dtype = self._config.hidden_size, self._moe, self._dtype
+        shape = rows, moe.top_k, moe.num_experts, hidden, moe.expert_width, dtype
+        first = self._expert("expert_gate_up_grouped", rows) or expert_gate_up.default_tile(*shape)
+        return first, self._expert("expert_down_grouped", rows) or expert_down.default_tile(*shape)
 
     def reads_alone(self, rows: int) -> bool:
         """Whether `few_experts` serve so many rows, not `many_experts`."""

@@ -105,11 +105,12 @@ def fill_dummy(
     numbers that one would.
     """
     if shard is not None and shard.plan.num_ranks > 1:
-        whole = families.parameters(shard.config)
-        for name, cut in cuts(shard).items():
-            full = torch.empty(whole[name].shape, dtype=params[name].dtype, device=params[name].device)
-            _fill_one(name, full, seed, stored or full.dtype)
-            params[name].copy_(_cut_out(full, cut))
+        whole, held = families.parameters(shard.config), cuts(shard)
+        for name, param in params.items():
+            if param.numel():
+                full = torch.empty(whole[name].shape, dtype=param.dtype, device=param.device)
+                _fill_one(name, full, seed, stored or full.dtype)
+                param.copy_(_cut_out(full, held[name]))
         return
     # Each parameter has its own generator, so threads change the time only: a generator runs on one core.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

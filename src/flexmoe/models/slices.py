@@ -2,7 +2,7 @@
 
 Rows of a projection belong to heads or to a feed-forward's columns, so they are cut by head and by width, each part
 (q, k, v; gate, up) for itself; the projection behind it is cut by columns alike. Norms, routers and the biases that
-are added once to a sum are held whole.
+are added once to a sum are held whole. Of layers of other pipeline stages nothing is held.
 """
 
 from __future__ import annotations
@@ -40,14 +40,20 @@ class Cut:
 
 
 def cuts(shard: Shard) -> dict[str, Cut]:
-    """What the rank holds of each parameter of the model."""
-    return {name: _cut(parameter, shard) for name, parameter in families.parameters(shard.config).items()}
+    """What the rank holds of each parameter, those of layers of other stages left out."""
+    parameters = families.parameters(shard.config).items()
+    return {name: _cut(parameter, shard) for name, parameter in parameters if _is_on_stage(name, shard)}
 
 
 def num_parameters(shard: Shard) -> int:
     """Parameters that the rank holds, replicas counted each time."""
     whole = families.parameters(shard.config)
     return sum(math.prod(cut.shape(whole[name].shape)) for name, cut in cuts(shard).items())
+
+
+def _is_on_stage(name: str, shard: Shard) -> bool:
+    layer = _LAYER.match(name)
+    return layer is None or int(layer[1]) in shard.layers
 
 
 def _cut(parameter: Parameter, shard: Shard) -> Cut:
@@ -94,13 +100,10 @@ def _gate_up(width: Callable[[Shard], range]) -> Callable[[Shard], dict[str, ran
     return lambda shard: {"gate": width(shard), "up": width(shard)}
 
 
-def _vocab(shard: Shard) -> dict[str, range]:
-    return {"": shard.vocab}
-
-
 _ROWS: dict[str, Callable[[Shard], dict[str, range]]] = {
-    "embed_tokens.weight": _vocab,
-    "lm_head.weight": _vocab,
+    "embed_tokens.weight": lambda shard: {"": shard.embedding},
+    "lm_head.weight": lambda shard: {"": shard.head},
+    "norm.weight": lambda shard: {"": shard.final_norm},
     "attention.qkv.weight": _qkv,
     "attention.qkv.bias": _qkv,
     "attention.q_norm.weight": _head_norm(lambda shard: shard.heads),

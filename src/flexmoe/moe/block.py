@@ -62,7 +62,7 @@ class MoEBlock(nn.Module):
         if batch.probe is not None:
             batch.probe.record("topk_ids", self.layer, topk_ids)
             batch.probe.record("topk_weights", self.layer, topk_weights)
-        routed = self.dispatcher.dispatch(x, topk_ids, topk_weights)
+        routed = self.dispatcher.dispatch(x, topk_ids, topk_weights, batch.most_rows)
         out = self.experts(routed.x, routed.slot_ids, routed.weights)  # one weighted sum a row
         shared = None if self.shared is None else self._shared_output(self.shared, self.dispatcher.own(x))
         return self.dispatcher.combine(out, routed, shared)  # [T, H]

@@ -12,8 +12,10 @@ slots; after the experts, the weighted sums, one a token, in the order they came
     AllToAll   every rank owns a share of the rows, and sends each once to each rank that holds some of its experts.
                That rank returns one row: the weighted sum of what it found. In the hybrid the ranks that slice the
                same experts first put together what they received.
+    Gather     as Tensor or Expert, where data ranks have rows of their own: the rows of all are gathered, and each
+               gets back the sums of its own.
 
-The first three send nothing that depends on the routing: their steps can be captured in a CUDA graph. AllToAll's
+All but AllToAll send nothing that depends on the routing: their steps can be captured in a CUDA graph. AllToAll's
 cannot: the host waits for the counts.
 """
 
@@ -45,8 +47,11 @@ class Routed:
 class TokenDispatcher(Protocol):
     """Brings tokens to their experts and the results back."""
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Routed:
-        """x [T, H], topk_ids and topk_weights [T, K] -> the rows to compute on this rank."""
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int | None = None) -> Routed:
+        """x [T, H], topk_ids and topk_weights [T, K] -> the rows to compute on this rank.
+
+        most_rows: T of the data rank that has most, if there are several.
+        """
 
     def own(self, x: Tensor) -> Tensor:
         """Of x [T, H] the rows for which this rank computes (its share of) the shared expert: [t, H]."""
@@ -61,6 +66,8 @@ def make_dispatcher(placement: ExpertPlacement, mesh: Mesh, device: torch.device
         return LocalDispatcher(placement, device)
     if mesh.plan.uses_all_to_all:
         return AllToAllDispatcher(placement, mesh, device)
+    if mesh.dp.size > 1:
+        return GatherDispatcher(placement, mesh, device)
     if mesh.ep.size == 1:
         return TensorDispatcher(placement, mesh.stage, device)
     return ExpertDispatcher(placement, mesh, device)
@@ -74,7 +81,7 @@ class LocalDispatcher:
         self.slot_of = torch.tensor(slots, device=device)  # [E] physical slot of each logical expert
         self._in_order = slots == list(range(placement.num_experts))
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Routed:
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int | None = None) -> Routed:
         slot_ids = topk_ids if self._in_order else self.slot_of[topk_ids]
         return Routed(x, slot_ids, topk_weights)
 
@@ -103,7 +110,7 @@ class ExpertDispatcher:
         self._table = SlotTable(placement, device)
         self._group, self._rank = mesh.stage, mesh.place.ep
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Routed:
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int | None = None) -> Routed:
         return Routed(x, self._table.on_rank(topk_ids, self._rank), topk_weights)
 
     def own(self, x: Tensor) -> Tensor:
@@ -111,6 +118,40 @@ class ExpertDispatcher:
 
     def combine(self, out: Tensor, routed: Routed, shared: Tensor | None = None) -> Tensor:
         return self._group.all_reduce(out if shared is None else out + shared, "combine")
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered(Routed):
+    """Rows of all data ranks, each padded to the same number. num_rows: how many are this one's own."""
+
+    num_rows: int
+
+
+class GatherDispatcher:
+    """Some experts, or slices of some, live here: the rows of all data ranks come, and each gets its own sums back."""
+
+    def __init__(self, placement: ExpertPlacement, mesh: Mesh, device: torch.device) -> None:
+        self._table = SlotTable(placement, device)
+        self._data, self._heads, self._rank = mesh.dp, mesh.tp, mesh.place.ep
+
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int | None = None) -> Routed:
+        assert most_rows is not None, "data ranks must know how many rows the others have"
+        num_rows = x.shape[0]
+        padding = (0, 0, 0, most_rows - num_rows)
+        ids, weights = F.pad(topk_ids.int(), padding, value=-1), F.pad(topk_weights, padding)
+        x = self._data.all_gather(F.pad(x, padding), "dispatch")  # [D m, H], D data ranks, m the most rows
+        routing = self._data.all_gather(torch.cat((ids, weights.view(torch.int32)), 1), "routing")  # [D m, 2 K]
+        ids, weights = (part.contiguous() for part in routing.chunk(2, 1))
+        slots = self._table.on_rank(ids.long().clamp(min=0), self._rank).masked_fill(ids < 0, -1)
+        return Gathered(x, slots, weights.view(torch.float32), num_rows)
+
+    def own(self, x: Tensor) -> Tensor:
+        return x
+
+    def combine(self, out: Tensor, routed: Routed, shared: Tensor | None = None) -> Tensor:
+        assert isinstance(routed, Gathered)
+        own = self._data.reduce_scatter(out, "combine")[: routed.num_rows]  # [T, H]
+        return self._heads.all_reduce(own if shared is None else own + shared, "combine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +182,7 @@ class AllToAllDispatcher:
         rows = self._rows(x.shape[0])
         return x[rows.start : rows.stop]
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Routed:
+    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int | None = None) -> Routed:
         own = self._rows(x.shape[0])
         num_all, x, topk_ids, topk_weights = x.shape[0], *(self.own(t) for t in (x, topk_ids, topk_weights))
         ranks, slots = self._table.look_up(topk_ids, own.start)  # [t, K]

@@ -1,6 +1,7 @@
 """Beats: numbers that ranks count up in memory which their supervisor reads, so that a hang can be told from work.
 
-Each rank has two: WORK grows with every collective it begins, LIFE twice a second while its process runs at all.
+Each rank has two: WORK grows with every collective it begins (and to the milestones of comm.Traffic, so that ranks
+compare), LIFE twice a second while its process runs at all.
 """
 
 from __future__ import annotations

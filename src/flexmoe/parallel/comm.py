@@ -9,7 +9,8 @@ all-gather or reduce-scatter to or from n bytes in all (P-1)/P n, an all-to-all 
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,15 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+_MILESTONE = 2**32  # more collectives than any rank begins between two milestones
+
+
 @dataclass(slots=True)
 class Traffic:
-    """What one rank has sent, in bytes by label, and how many collectives it has begun (in beats[0])."""
+    """What one rank has sent, in bytes by label, and how far it has come: beats[0] counts the collectives begun.
+
+    Ranks that begin different numbers of them meet at milestones, which count for more than any collectives.
+    """
 
     sent: dict[str, float] = field(default_factory=dict)
     beats: MutableSequence[int] = field(default_factory=lambda: [0])
@@ -33,10 +40,34 @@ class Traffic:
         self.sent[label] = self.sent.get(label, 0) + num_bytes
         self.beats[0] += 1
 
+    @contextmanager
+    def aside(self) -> Iterator[dict[str, float]]:
+        """What is counted within goes to the dictionary that is yielded, which is full at the end, and nowhere else."""
+        kept, self.sent = self.sent, {}
+        found = self.sent
+        try:
+            yield found
+        finally:
+            self.sent = kept
+
+    def repeat(self, sent: Mapping[str, float]) -> None:
+        """Count what a replayed graph sends, which nobody sees it do."""
+        for label, num_bytes in sent.items():
+            self.count(label, num_bytes)
+
     def take(self) -> dict[str, float]:
         """What was sent since the last call."""
         sent, self.sent = self.sent, {}
         return sent
+
+    @property
+    def milestone(self) -> int:
+        """The last one reached."""
+        return self.beats[0] // _MILESTONE
+
+    def reach(self, milestone: int) -> None:
+        """Say that the rank has come so far; going back is not said."""
+        self.beats[0] = max(self.beats[0], milestone * _MILESTONE)
 
 
 class Group:
@@ -53,9 +84,18 @@ class Group:
         self.handle = handle
         self.traffic = traffic or Traffic()
 
+    def _skips(self, x: Tensor, label: str) -> bool:
+        """Whether there is nothing to exchange: with one rank, or where x is empty, and so it is on all ranks.
+
+        The latter counts as begun: data ranks that have rows begin it.
+        """
+        if self.size > 1 and not x.numel():
+            self.traffic.count(label, 0)
+        return self.size == 1 or not x.numel()
+
     def all_reduce(self, x: Tensor, label: str) -> Tensor:
         """The sum over the ranks, the same bits on all of them; in place if x is contiguous."""
-        if self.size == 1:
+        if self._skips(x, label):
             return x
         self.traffic.count(label, 2 * (self.size - 1) * _bytes(x) / self.size)
         x = x.contiguous()
@@ -65,7 +105,7 @@ class Group:
 
     def all_gather(self, x: Tensor, label: str) -> Tensor:
         """x [n, ...] of every rank, one after the other: [P n, ...]."""
-        if self.size == 1:
+        if self._skips(x, label):
             return x
         self.traffic.count(label, (self.size - 1) * _bytes(x))
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
@@ -76,7 +116,7 @@ class Group:
 
     def reduce_scatter(self, x: Tensor, label: str) -> Tensor:
         """Of the sum of x [P n, ...] over the ranks this one's part [n, ...]."""
-        if self.size == 1:
+        if self._skips(x, label):
             return x
         self.traffic.count(label, (self.size - 1) * _bytes(x) / self.size)
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
@@ -135,13 +175,13 @@ class Group:
     def send(self, x: Tensor, to: int, label: str) -> None:
         """Give x to a rank that calls `receive` for it."""
         self.traffic.count(label, _bytes(x))
-        if self.handle is not None:
+        if self.handle is not None and x.numel():
             dist.send(x.contiguous(), group=self.handle, group_dst=to)
 
     def receive(self, x: Tensor, source: int, label: str) -> Tensor:
         """Fill x with what `source` sends."""
         self.traffic.count(label, 0)
-        if self.handle is not None:
+        if self.handle is not None and x.numel():
             dist.recv(x, group=self.handle, group_src=source)
         return x
 

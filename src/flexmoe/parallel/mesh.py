@@ -14,6 +14,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard
 from flexmoe.parallel.comm import Group, Traffic
+from flexmoe.parallel.pipeline import Pipeline
 
 TCPStore = dist.TCPStore  # type: ignore[attr-defined]  # exported, if not by a word
 
@@ -43,6 +44,7 @@ class Mesh:
         self.world, self.stage = made["world"], made["stage"]
         self.pp, self.dp, self.tp = made["pp"], made["dp"], made["tp"]
         self.ep, self.etp = made["ep"], made["etp"]
+        self.pipeline = Pipeline(self.pp)
 
     @classmethod
     def connect(cls, plan: ParallelPlan, rank: int, timeout: float) -> Mesh:

@@ -5,6 +5,9 @@ Enters: (number, command, payload) over a connection. Leaves: (number, verdict, 
 
 Commands come over a connection of the rank's own and not by a collective, so that an idle rank waits without a timeout
 and without spinning, and the driver's process never waits in a collective that a dead peer will not join.
+
+What a device computes may be answered `Later`: the rank takes the next command meanwhile, which can be queued behind
+it. Answers go in the order of the commands.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -27,6 +32,15 @@ from flexmoe.parallel.beats import LIFE, WORK, Beats
 
 SILENT = object()  # an answer that is not sent
 _PULSE_SECONDS = 0.5
+_GLANCE_SECONDS = 20e-6  # between looks at what is not ready yet; a step takes a hundred times as long
+
+
+@dataclass(frozen=True, slots=True)
+class Later:
+    """An answer that is on its way. ready: whether `result` need not wait."""
+
+    ready: Callable[[], bool]
+    result: Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +65,7 @@ class Handler(Protocol):
     """What a rank does with commands."""
 
     def handle(self, command: str, payload: Any) -> Any:
-        """Carry out one command. Returns the answer, or SILENT."""
+        """Carry out one command. Returns the answer, or SILENT, or Later."""
 
     def close(self) -> None:
         """No more commands will come."""
@@ -77,12 +91,10 @@ def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list
 def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> int:
     """Carry out commands until "exit", or until the driver is gone. Returns the exit code."""
     try:
-        handler = make()
-        while (message := _next(connection)) is not None:
+        handler, answers = make(), _Answers(connection)
+        while (message := answers.next_command()) is not None:
             number, command, payload = message
-            answer = _carry_out(handler, command, payload)
-            if answer is not None:
-                put(connection, (number, *answer))
+            answers.give(number, *_carry_out(handler.handle, command, payload))
         handler.close()
     except BaseException as error:  # noqa: BLE001 - whatever it was, the driver is told, and the process ends
         traceback.print_exc()
@@ -92,20 +104,45 @@ def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> 
     return 0
 
 
-def _next(connection: Connection) -> tuple[int, str, Any] | None:
-    try:
-        message: tuple[int, str, Any] = connection.recv()
-    except (EOFError, OSError):
-        return None
-    return None if message[1] == "exit" else message
+class _Answers:
+    """Sends answers, and those that come later when they are there."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._late: deque[tuple[int, Later]] = deque()
+
+    def next_command(self) -> tuple[int, str, Any] | None:
+        """Wait for the next command, or for the end: None."""
+        try:
+            while self._late and not self._connection.poll():
+                if self._late[0][1].ready():
+                    self._give_first()
+                else:
+                    time.sleep(_GLANCE_SECONDS)
+            message: tuple[int, str, Any] = self._connection.recv()
+        except (EOFError, OSError):
+            return None
+        return None if message[1] == "exit" else message
+
+    def give(self, number: int, verdict: str, answer: Any) -> None:
+        """Answer a command, after all those before it."""
+        if isinstance(answer, Later):
+            self._late.append((number, answer))
+        elif answer is not SILENT:
+            while self._late:
+                self._give_first()
+            put(self._connection, (number, verdict, answer))
+
+    def _give_first(self) -> None:
+        number, later = self._late.popleft()
+        put(self._connection, (number, *_carry_out(later.result)))
 
 
-def _carry_out(handler: Handler, command: str, payload: Any) -> tuple[str, Any] | None:
+def _carry_out(work: Callable[..., Any], *arguments: Any) -> tuple[str, Any]:
     try:
-        answer = handler.handle(command, payload)
+        return "done", work(*arguments)
     except FlexMoEError as error:
         return "refused", (type(error).__name__, str(error))
-    return None if answer is SILENT else ("done", answer)
 
 
 def _tell(connection: Connection, message: tuple[int, str, Any]) -> None:

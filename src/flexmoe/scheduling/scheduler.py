@@ -100,6 +100,11 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the KV cache can hold of one request that runs alone."""
+        return self.blocks.num_tokens
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError if its id is taken or if it could not finish even alone."""
         if request.request_id in self._requests:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.shard import Shard, check
 from flexmoe.errors import ConfigError, RequestError
+from flexmoe.models.slices import num_parameters
 from flexmoe.serve.errors import WrongTypeError
 from flexmoe.serve.settings import DEGREES
 from flexmoe.serve.types import DataType
@@ -99,20 +102,21 @@ def engine_options(
     Raises ConfigError if memory_per_gpu cannot hold the model, or for strategies and degrees that do not go together.
     """
     length = within_context(limits, config)
+    sizes = parallel_sizes(settings)
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_num_seqs": limits.max_requests_per_batch,
         "max_model_len": length,
         "max_num_batched_tokens": limits.max_tokens_per_batch,
         "block_size": _BLOCK,
-        **parallel_sizes(settings),
+        **sizes,
     }
     if settings.get("benchmarking"):
         options["load_format"] = "dummy"
     if limits.num_kv_cache_slots != -1:
         options["num_blocks"] = -(-limits.num_kv_cache_slots // _BLOCK)
     if cuda and settings.get("memory_per_gpu"):
-        options |= _within_memory(limits, length, config, settings["memory_per_gpu"], _BYTES[dtype])
+        options |= _within_memory(limits, length, config, sizes, settings["memory_per_gpu"], _BYTES[dtype])
     return options
 
 
@@ -135,17 +139,19 @@ def parallel_sizes(settings: Mapping[str, Any]) -> dict[str, int]:
     return {**sizes, "expert_parallel_size": experts}
 
 
-def _within_memory(limits: Limits, length: int, config: ModelConfig, memory_mb: int, element: int) -> dict[str, int]:
-    """The KV cache that weights leave of memory_per_gpu, if it must be smaller than asked for."""
-    attention = config.attention
-    token = 2 * len(config.layers) * attention.num_kv_heads * attention.head_dim * element
-    block = token * _BLOCK
-    weights, memory = config.num_parameters() * element, memory_mb * _MB
+def _within_memory(
+    limits: Limits, length: int, config: ModelConfig, sizes: Mapping[str, int], memory_mb: int, element: int
+) -> dict[str, int]:
+    """The KV cache that weights leave of memory_per_gpu on the fullest GPU, if it must be smaller than asked for."""
+    plan = ParallelPlan.from_json(sizes)
+    check(plan, config)
     context = -(-length // _BLOCK)
     asked = limits.max_requests_per_batch * context
     if limits.num_kv_cache_slots != -1:
         asked = -(-limits.num_kv_cache_slots // _BLOCK)
-    room = (memory - weights) // block
+    room, weights, block = min(
+        _room(Shard(plan, config, rank), memory_mb * _MB, element) for rank in range(plan.num_ranks)
+    )
     if room < min(asked, context):
         need = -(-(weights + context * block) // _MB)
         raise ConfigError(
@@ -153,6 +159,14 @@ def _within_memory(limits: Limits, length: int, config: ModelConfig, memory_mb: 
             f"of max_seq_length={length}; raise it to {need}, or use a smaller model or max_seq_length."
         )
     return {"num_blocks": min(asked, room)}
+
+
+def _room(shard: Shard, memory: int, element: int) -> tuple[int, int, int]:
+    """Of one GPU: blocks of KV cache beside the weights, then the bytes of these weights and of a block."""
+    local = shard.local
+    block = 2 * local.num_layers * local.attention.num_kv_heads * local.attention.head_dim * element * _BLOCK
+    weights = num_parameters(shard) * element
+    return (memory - weights) // block, weights, block
 
 
 def in_their_words(message: str) -> str:

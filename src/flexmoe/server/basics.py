@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -42,6 +43,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
         "created": service.created,
         "owned_by": "flexmoe",
         "max_model_len": service.max_model_len,
+        "vocab_size": service.engine.engine.config.vocab_size,
     }
 
     @router.get("/v1/models", response_model=ModelList, responses=errors())
@@ -78,7 +80,7 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         wrong = next((token for token in body.tokens if not 0 <= token < limit), None)
         if wrong is not None:
             raise APIError(400, f"token id {wrong} is outside of the vocabulary; use 0 to {limit - 1}.", param="tokens")
-        return {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)}
+        return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens, False)}
 
 
 def _add_state(router: APIRouter, service: Service) -> None:

@@ -49,6 +49,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
         texts = [given]
     else:
         texts = list(given)
+    service.check_count(len(texts))
     if "" in texts:
         raise RequestError("prompt is an empty string; give at least one character.")
     prompts = [await service.encode(one) if isinstance(one, str) else Prompt(one) for one in texts]
@@ -58,6 +59,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[Prompt]:
 
 
 def _decode(service: Service, token_ids: Sequence[int]) -> str:
+    service.check_length(len(token_ids))
     try:
         return service.tokenizer.decode(token_ids)
     except OverflowError as error:

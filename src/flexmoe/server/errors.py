@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from flexmoe.errors import FlexMoEError, MissingDependencyError, RequestError, RequestFailedError
+from flexmoe.errors import EngineDeadError, FlexMoEError, MissingDependencyError, RequestError, RequestFailedError
 
 _log = logging.getLogger("flexmoe.server")
 
@@ -75,6 +75,9 @@ def as_api_error(error: Exception) -> APIError:
         return APIError(501, str(error), code="missing_dependency")
     if isinstance(error, RequestFailedError):
         return APIError(500, str(error), code="request_failed")
+    if isinstance(error, EngineDeadError):
+        message = "the engine died, and this server ends; its log says why."
+        return APIError(503, message, code="engine_dead", headers={"Retry-After": "5"})
     if isinstance(error, FlexMoEError):
         return APIError(503, str(error), code="engine_unavailable", headers={"Retry-After": "5"})
     _log.error("an error that nobody foresaw", exc_info=error)

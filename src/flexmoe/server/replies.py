@@ -136,13 +136,14 @@ class ResponseReply(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served. max_model_len: tokens of prompt and answer together."""
+    """A model that is served. max_model_len: tokens of prompt and answer together. vocab_size: ids are below it."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    vocab_size: int
 
 
 class ModelList(BaseModel):

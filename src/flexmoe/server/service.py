@@ -83,7 +83,8 @@ class Service:
         self.http: Counter[tuple[str, int]] = Counter()  # requests by route and status
         self.draining = False
         self.compare: Rival | None = None
-        self._most_samples = about["max_num_seqs"] + config.max_waiting
+        # Limits of a step are each data rank's own.
+        self._most_samples = about["max_num_seqs"] * about.get("data_parallel_size", 1) + config.max_waiting
 
     @property
     def status(self) -> str:
@@ -136,6 +137,12 @@ class Service:
             log |= {"prompts": [prompt.text or list(prompt.token_ids) for prompt in prompts]}
         return Generation(name, await self.engine.submit(jobs), log)
 
+    def check_count(self, num_prompts: int) -> None:
+        """Raises APIError for more prompts than a request may have; before they are encoded."""
+        most = self.config.max_prompts
+        if num_prompts > most:
+            raise APIError(400, f"{num_prompts} prompts in one request; at most {most}.", param="prompt")
+
     async def _check_schema(self, schema: Mapping[str, Any]) -> None:
         grammars = self.engine.engine.admission.grammars
         if grammars is None:
@@ -143,7 +150,7 @@ class Service:
         await asyncio.to_thread(grammars.check, schema)
 
     def check_length(self, length: int) -> None:
-        """Raises APIError for a prompt of more tokens than are taken here."""
+        """Raises APIError for a prompt of more tokens than fit."""
         limit = self.config.max_prompt_tokens
         if limit is not None and length > limit:
             message = f"the prompt has {length} tokens; this server takes at most {limit}."
@@ -155,8 +162,6 @@ class Service:
 
     def _check_room(self, num_prompts: int, num_samples: int) -> None:
         config, wanted = self.config, num_prompts * num_samples
-        if num_prompts > config.max_prompts:
-            raise APIError(400, f"{num_prompts} prompts in one request; at most {config.max_prompts}.", param="prompt")
         if num_samples > config.max_n:
             raise APIError(400, f"n={num_samples} samples of a prompt; at most {config.max_n}.", param="n")
         if wanted > self._most_samples:

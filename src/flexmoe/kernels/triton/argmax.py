@@ -1,5 +1,7 @@
 """The most likely token of each row, in two launches. Enters: logits fp32 [T, V]. Leaves: tokens int64 [T].
 
+Where ranks share the vocabulary, each finds the `best` of its own logits, and `winner` the best of the ranks' best.
+
 A logit and its token make one integer whose order is "larger logit, then lower token"; so a maximum is all there is to
 compute, it is the same in any order, and a row's token does not depend on tiles or on the batch.
 """
@@ -69,7 +71,7 @@ def best_candidate(peaks_ptr, row, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _peaks(logits_ptr, stride, V, peaks_ptr, C, CHUNK: tl.constexpr, PDL: tl.constexpr):
+def _peaks(logits_ptr, stride, V, first, peaks_ptr, C, CHUNK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -77,16 +79,24 @@ def _peaks(logits_ptr, stride, V, peaks_ptr, C, CHUNK: tl.constexpr, PDL: tl.con
     if PDL:
         tl.extra.cuda.gdc_wait()
     logits = tl.load(logits_ptr + row * stride + tokens, mask=tokens < V, other=float("-inf"))
-    tl.store(peaks_ptr + row * C + chunk, tl.max(candidates(logits, tokens)))
+    tl.store(peaks_ptr + row * C + chunk, tl.max(candidates(logits, first + tokens)))
 
 
 @triton.jit
-def _first(peaks_ptr, out_ptr, C, BLOCK_C: tl.constexpr, PDL: tl.constexpr):
+def _first(peaks_ptr, out_ptr, C, BLOCK_C: tl.constexpr, TOKEN: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
-    tl.store(out_ptr + row, candidate_token(best_candidate(peaks_ptr, row, C, BLOCK_C)))
+    best = best_candidate(peaks_ptr, row, C, BLOCK_C)
+    tl.store(out_ptr + row, candidate_token(best) if TOKEN else best)
+
+
+@triton.jit
+def _winner(best_ptr, out_ptr, T, P, BLOCK_P: tl.constexpr):
+    row = tl.program_id(0)
+    p = tl.arange(0, BLOCK_P)
+    tl.store(out_ptr + row, candidate_token(tl.max(tl.load(best_ptr + p * T + row, mask=p < P, other=LOWEST))))
 
 
 def default_tile(T: int, V: int) -> ArgmaxTile:
@@ -107,6 +117,25 @@ def greedy(logits: Tensor, out: Tensor, scratch: Tensor, *, tile: ArgmaxTile | N
     The rows may be apart (stride(0) > V), not the logits in a row. scratch: int64, at least scratch_words; its contents
     do not matter.
     """
+    _launch(logits, out, scratch, 0, tile, token=True, pdl=pdl)
+
+
+def best(
+    logits: Tensor, out: Tensor, scratch: Tensor, *, first: int, tile: ArgmaxTile | None = None, pdl: bool = False
+) -> None:
+    """As `greedy` of logits whose first one is of token `first`, but `winner` is to read what it leaves."""
+    _launch(logits, out, scratch, first, tile, token=False, pdl=pdl)
+
+
+def winner(candidates: Tensor, out: Tensor) -> None:
+    """The token of each row, int64 [T], from what P ranks found to be `best`, int64 [P, T], contiguous."""
+    P, T = candidates.shape
+    _winner[(T,)](candidates, out, T, P, BLOCK_P=triton.next_power_of_2(P), num_warps=1)
+
+
+def _launch(
+    logits: Tensor, out: Tensor, scratch: Tensor, first: int, tile: ArgmaxTile | None, *, token: bool, pdl: bool
+) -> None:
     T, V = logits.shape
     if T == 0:
         return
@@ -114,9 +143,13 @@ def greedy(logits: Tensor, out: Tensor, scratch: Tensor, *, tile: ArgmaxTile | N
     C = triton.cdiv(V, tile.chunk)
     peaks = carve(scratch, T * C)[0]
     _peaks[(C, T)](
-        logits, logits.stride(0), V, peaks, C, CHUNK=tile.chunk, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl
-    )
-    _first[(T,)](peaks, out, C, BLOCK_C=triton.next_power_of_2(C), PDL=pdl, num_warps=tile.row_warps, launch_pdl=pdl)
+        logits, logits.stride(0), V, first, peaks, C, CHUNK=tile.chunk, PDL=pdl, num_warps=tile.num_warps,
+        launch_pdl=pdl,
+    )  # fmt: skip
+    _first[(T,)](
+        peaks, out, C, BLOCK_C=triton.next_power_of_2(C), TOKEN=token, PDL=pdl, num_warps=tile.row_warps,
+        launch_pdl=pdl,
+    )  # fmt: skip
 
 
 def carve(scratch: Tensor, *words: int) -> tuple[Tensor, ...]:

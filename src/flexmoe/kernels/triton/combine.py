@@ -1,6 +1,7 @@
 """Add what the K experts of a token made of it, to its row of the residual stream or as a row of its own.
 
-Enters: y [T * K, H], one row an assignment and already weighted, and slot ids [T, K]. Leaves: out [T, H].
+Enters: y [T * K, H], one row an assignment and already weighted, and slot ids [T, K]. Leaves: out [T, H]; from
+`combine_norm` also the rows normed for the layer that comes next, which saves it a launch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -83,3 +84,39 @@ def combine(
         num_warps=tile.num_warps,
         launch_pdl=pdl,
     )
+
+
+@triton.jit
+def _combine_norm(
+    y_ptr, ids_ptr, x_ptr, norm_weight_ptr, normed_ptr,
+    H: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    h = tl.arange(0, BLOCK_H)
+    norm_weight = tl.load(norm_weight_ptr + h, mask=h < H, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for k in tl.static_range(K):
+        here = (h < H) & (tl.load(ids_ptr + row * K + k) >= 0)
+        total += tl.load(y_ptr + (row * K + k) * H + h, mask=here, other=0.0).to(tl.float32)
+    x += total
+    tl.store(x_ptr + row * H + h, x, mask=h < H)
+    normed = x * tl.rsqrt(tl.sum(x * x, 0) / H + EPS) * norm_weight
+    tl.store(normed_ptr + row * H + h, normed.to(normed_ptr.dtype.element_ty), mask=h < H)
+
+
+def combine_norm(
+    y: Tensor, topk_ids: Tensor, x: Tensor, norm_weight: Tensor, eps: float, normed: Tensor, *, pdl: bool = False
+) -> None:
+    """x fp32 [T, H] += the sum over k of y [T * K, H], as `combine`; normed [T, H] = rms_norm(x), rounded once."""
+    (T, K), H = topk_ids.shape, x.shape[1]
+    block = triton.next_power_of_2(H)
+    _combine_norm[(T,)](
+        y, topk_ids, x, norm_weight, normed,
+        H=H, K=K, EPS=eps, BLOCK_H=block, PDL=pdl, num_warps=max(1, min(16, block // 256)), launch_pdl=pdl,
+    )  # fmt: skip

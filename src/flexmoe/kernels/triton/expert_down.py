@@ -1,7 +1,8 @@
 """The second half of an expert, its down projection, and the routing weights.
 
 Enters: hidden [T*K, F], one row for each assignment a = t*K + k, and expert weights down [S, H, F]. Leaves: the
-weighted sum of each token's K experts, added to the residual stream, or one weighted row for each assignment.
+weighted sum of each token's K experts, added to the residual stream or by itself, or one weighted row for each
+assignment.
 
 `expert_down_gemv`, for a few rows: a program owns some columns of one token's output and all of its K experts. Warps
 share the experts out among them and add up in one fixed order at the end: no atomics.
@@ -59,7 +60,8 @@ def _down_gemv(
     hidden_ptr, ids_ptr, weights_ptr, down_ptr, out_ptr, logits_ptr, lengths_ptr,
     H: tl.constexpr, F: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, OUTPUTS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
-    STAGES: tl.constexpr, EARLY_IDS: tl.constexpr, HAS_LENGTHS: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, EARLY_IDS: tl.constexpr, HAS_LENGTHS: tl.constexpr, ACCUMULATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     # size: a kernel's prologue, loads and loop share their registers
     if PDL:
@@ -87,7 +89,7 @@ def _down_gemv(
         weights = tl.load(down_ptr + column, mask=here & (column < F), other=0.0, eviction_policy="evict_first")
         if PDL and EARLY_IDS:
             tl.extra.cuda.gdc_wait()
-    before = tl.load(out_ptr + t * H + n, mask=n < H, other=0.0)
+    before = tl.load(out_ptr + t * H + n, mask=n < H, other=0.0) if ACCUMULATE else tl.zeros([OUTPUTS], tl.float32)
     scale = tl.load(weights_ptr + t * K + k, mask=ids >= 0, other=0.0)
     if EARLY_IDS or BLOCK_F >= F:
         hidden = tl.load(hidden_ptr + column, mask=chosen & (column < F), other=0.0)
@@ -104,7 +106,7 @@ def _down_gemv(
             hidden = tl.load(hidden_ptr + at, mask=chosen, other=0.0)
         total += tl.sum(weights.to(tl.float32) * hidden.to(tl.float32), 3)
     each = tl.sum(tl.sum(total, 3), 1) * scale[:, None]  # [BLOCK_K, OUTPUTS]
-    tl.store(out_ptr + t * H + n, before + tl.sum(each, 0), mask=n < H)
+    tl.store(out_ptr + t * H + n, (before + tl.sum(each, 0)).to(out_ptr.dtype.element_ty), mask=n < H)
 
 
 def expert_down_gemv(
@@ -116,10 +118,13 @@ def expert_down_gemv(
     *,
     logits: Tensor | None = None,
     lengths: Tensor | None = None,
+    accumulate: bool = True,
     tile: DownGemvTile | None = None,
     pdl: bool = False,
 ) -> None:
     """out [T, H] fp32 += for each token the sum over k of topk_weights * (down[topk_ids] @ hidden row t*K + k).
+
+    accumulate: else out, of any dtype, is that sum alone.
 
     hidden [T*K, F] and down [S, H, F] of one dtype, topk_ids int32 and topk_weights fp32 [T, K]; ids of -1 add nothing.
     logits fp32 [T, S] and lengths int32 [T]: only for the tile's `early_ids`, the same as for the gate/up kernel. Any H
@@ -137,7 +142,7 @@ def expert_down_gemv(
         H=H, F=F, E=S, BLOCK_E=triton.next_power_of_2(S), K=K, BLOCK_K=block_k,
         SPLIT=split, OUTPUTS=tile.outputs, CHUNKS=max(1, tile.columns // (split * lanes)), LANES=lanes,
         STAGES=tile.num_stages, EARLY_IDS=tile.early_ids, HAS_LENGTHS=lengths is not None,
-        PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        ACCUMULATE=accumulate, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

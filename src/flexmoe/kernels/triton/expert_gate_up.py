@@ -104,9 +104,21 @@ def _dots_in_chunks(
 
 
 @triton.jit
-def _write_choice(logits_ptr, ids_ptr, weights_ptr, a, alive, expert, E: tl.constexpr, BLOCK_E: tl.constexpr,
-                  K: tl.constexpr, RENORMALIZE: tl.constexpr):  # fmt: skip
+def _slot_of(slots_ptr, stride, row, expert, HAS_SLOTS: tl.constexpr):
+    """Where a row finds an expert; -1 for none (-1), and for one that is elsewhere. Without slots it is its number."""
+    slot = expert
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + row * stride + tl.maximum(expert, 0))
+        slot = tl.where(expert >= 0, slot, -1)
+    return slot
+
+
+@triton.jit
+def _write_choice(logits_ptr, ids_ptr, weights_ptr, slot_ids_ptr, a, alive, expert, slot, HAS_SLOTS: tl.constexpr,
+                  E: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr):  # fmt: skip
     """Tell the down projection which expert assignment a has, and its weight: more rounds than the expert alone."""
+    if HAS_SLOTS:
+        tl.store(slot_ids_ptr + a, slot)
     _, weight = select_expert(logits_ptr, E, BLOCK_E, K, a % K, RENORMALIZE)
     tl.store(ids_ptr + a, expert)
     tl.store(weights_ptr + a, tl.where(alive, weight, 0.0))
@@ -114,7 +126,7 @@ def _write_choice(logits_ptr, ids_ptr, weights_ptr, a, alive, expert, E: tl.cons
 
 @triton.jit
 def _gate_up_gemv(
-    x_ptr, logits_ptr, ids_ptr, weights_ptr, gate_up_ptr, hidden_ptr, lengths_ptr,
+    x_ptr, logits_ptr, ids_ptr, weights_ptr, gate_up_ptr, hidden_ptr, lengths_ptr, slots_ptr, slot_ids_ptr, stride,
     H: tl.constexpr, F: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, K: tl.constexpr,
     SELECT: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     WARPS: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr,
@@ -146,10 +158,11 @@ def _gate_up_gemv(
     else:
         expert = tl.load(ids_ptr + a)
     expert = tl.where(alive, expert, -1)
-    # Without an expert there are no steps.
-    for step in tl.range(0, tl.where(expert >= 0, STEPS, 0), num_stages=1 if IN_CHUNKS else STAGES):
+    slot = _slot_of(slots_ptr, stride, a // K, expert, slots_ptr is not None)
+    # Without a slot there are no steps.
+    for step in tl.range(0, tl.where(slot >= 0, STEPS, 0), num_stages=1 if IN_CHUNKS else STAGES):
         n = (tl.program_id(1) * STEPS + step) * (WARPS * PAIRS) + row
-        gate_ptr = gate_up_ptr + tl.maximum(expert, 0).to(tl.int64) * (2 * F * H) + n * H
+        gate_ptr = gate_up_ptr + tl.maximum(slot, 0).to(tl.int64) * (2 * F * H) + n * H
         if IN_CHUNKS:
             gate, up = _dots_in_chunks(
                 x_ptr, gate_ptr, column, n < F, H, F, WARPS, PAIRS, CHUNKS, LANES, STAGES, EVEN_F
@@ -163,7 +176,10 @@ def _gate_up_gemv(
         at = tl.reshape(n, (WARPS, PAIRS))
         tl.store(hidden_ptr + a * F + at, hidden.to(hidden_ptr.dtype.element_ty), mask=at < F)
     if SELECT and tl.program_id(1) == 0:
-        _write_choice(logits_ptr, ids_ptr, weights_ptr, a, alive, expert, E, BLOCK_E, K, RENORMALIZE)
+        _write_choice(
+            logits_ptr, ids_ptr, weights_ptr, slot_ids_ptr, a, alive, expert, slot, slots_ptr is not None, E, BLOCK_E,
+            K, RENORMALIZE,
+        )  # fmt: skip
 
 
 def expert_gate_up_gemv(
@@ -176,25 +192,28 @@ def expert_gate_up_gemv(
     *,
     renormalize: bool = False,
     lengths: Tensor | None = None,
+    slots: Tensor | None = None,
+    slot_ids: Tensor | None = None,
     tile: GateUpGemvTile | None = None,
     pdl: bool = False,
 ) -> None:
     """x [T, H] and gate_up [S, 2F, H] -> hidden [T*K, F], all of one dtype; for a few rows.
 
-    topk_ids int32 and topk_weights fp32 [T, K]: read if logits is None, else written, chosen by logits fp32 [T, S] with
+    topk_ids int32 and topk_weights fp32 [T, K]: read if logits is None, else written, chosen by logits fp32 [T, E] with
     the weights of a row summing to 1 if `renormalize`. Assignments with id -1, and rows with length 0 in lengths int32
-    [T], get no hidden row; with logits these get id -1 and weight 0. Any H and F, best multiples of 16 bytes.
+    [T], get no hidden row; with logits these get id -1 and weight 0. slots, slot_ids: with logits, as for `topk`;
+    without them an expert's slot is its number, and E <= S. Any H and F, best multiples of 16 bytes.
     """
     (T, H), K = x.shape, topk_ids.shape[1]
     S, F = gate_up.shape[0], gate_up.shape[1] // 2
     E = S if logits is None else logits.shape[1]
-    if E > S:
+    if E > S and slots is None:
         raise ValueError(f"logits has {E} columns, gate_up {S} experts.")
     tile = tile or default_gemv_tile(H, x.dtype)
     lanes = 512 // x.itemsize
     _gate_up_gemv[(T * K, triton.cdiv(F, tile.num_warps * tile.pairs * tile.steps))](
-        x, logits, topk_ids, topk_weights, gate_up, hidden, lengths,
-        H=H, F=F, E=E, BLOCK_E=triton.next_power_of_2(E), K=K,
+        x, logits, topk_ids, topk_weights, gate_up, hidden, lengths, slots, slot_ids,
+        0 if slots is None else slots.stride(0), H=H, F=F, E=E, BLOCK_E=triton.next_power_of_2(E), K=K,
         SELECT=logits is not None, RENORMALIZE=renormalize, HAS_LENGTHS=lengths is not None,
         WARPS=tile.num_warps, PAIRS=tile.pairs, CHUNKS=max(1, tile.columns // lanes), LANES=lanes, STEPS=tile.steps,
         STAGES=tile.num_stages, LATE_TRIGGER=tile.late_trigger, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,

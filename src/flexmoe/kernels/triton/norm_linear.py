@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.norm_linear_kernels import _direct, _dot, _gemv, _reduce
+from flexmoe.kernels.triton.norm_linear_kernels import _direct, _dot, _gemv, _reduce, _reduce_norm
 from flexmoe.kernels.triton.rms_norm import rms_norm
 
 _ALIGNMENT = 256  # bytes, of each part of the scratch memory
@@ -82,6 +82,20 @@ class DotTile:
 Tile = GemvTile | DirectTile | DotTile
 
 
+@dataclass(frozen=True, slots=True)
+class NormAfter:
+    """The norm of the rows that come out: weight [N], and where it goes, [T, N]; see `norms_after`."""
+
+    weight: Tensor
+    eps: float
+    out: Tensor
+
+
+def norms_after(tile: Tile) -> bool:
+    """Whether a launch that there is anyway can do a `NormAfter`: the one that adds up splits."""
+    return isinstance(tile, DotTile) and tile.splits > 1
+
+
 def default_tile(rows: int, n: int, k: int, dtype: torch.dtype, sm_count: int = 132) -> Tile:
     """For x [rows, k] and a weight [n, k] of `dtype`: whole waves of programs, enough bytes in flight."""
     wide = dtype is torch.float32
@@ -142,6 +156,7 @@ def norm_linear(
     eps: float = 0.0,
     bias: Tensor | None = None,
     residual: bool = False,
+    after: NormAfter | None = None,
     scratch: Tensor | None = None,
     tile: Tile | None = None,
     pdl: bool = False,
@@ -149,7 +164,8 @@ def norm_linear(
     """out = rms_norm(x) W^T + bias, or out += that if `residual`.
 
     x: [T, K], fp32 or the weight's dtype, T <= 256. weight: [N, K], contiguous. out: [T, N], fp32 or the weight's
-    dtype; fp32 if `residual`. norm_weight: [K], or None for no norm. bias: [N]. scratch: uint8, of `scratch_bytes` at
+    dtype; fp32 if `residual`. norm_weight: [K], or None for no norm. bias: [N]. after: only with `residual` and a tile
+    that `norms_after`. scratch: uint8, of `scratch_bytes` at
     least; it may be shared by all launches of one stream. Rows are one after the other: x.stride(1) == 1.
     """
     rows, k = x.shape
@@ -172,8 +188,9 @@ def norm_linear(
         if tile.splits > 1:
             assert scratch is not None
             partial = scratch[: tile.splits * rows * n * 4].view(torch.float32)
-        _launch_dot(x, weight, bias, out, partial, tile, flags)
+        _launch_dot(x, weight, bias, out, partial, after, tile, flags)
         return
+    assert after is None
     flags |= {"NORM": norm_weight is not None, "EPS": eps}
     if isinstance(tile, GemvTile):
         _launch_gemv(x, weight, norm_weight, bias, out, tile, flags)
@@ -255,8 +272,8 @@ def _prefetched(wanted: int, columns: int, weight: Tensor) -> int:
 
 
 def _launch_dot(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, partial: Tensor | None, tile: DotTile,
-    flags: dict[str, Any],
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, partial: Tensor | None, after: NormAfter | None,
+    tile: DotTile, flags: dict[str, Any],
 ) -> None:  # fmt: skip
     rows, k = x.shape
     n = weight.shape[0]
@@ -267,8 +284,17 @@ def _launch_dot(
         STAGES=tile.num_stages, PREFETCH=_prefetched(tile.prefetch, k // tile.splits, weight),
         WARPS=tile.num_warps, num_warps=tile.num_warps, **flags,
     )  # fmt: skip
-    if partial is not None:
+    if partial is None:
+        assert after is None
+    elif after is None:
         block = min(1024, triton.next_power_of_2(n))
         _reduce[(triton.cdiv(n, block), rows)](
             partial, bias, out, rows, n, out.stride(0), SPLITS=tile.splits, BLOCK=block, num_warps=4, **flags
         )
+    else:
+        assert flags.pop("RESIDUAL")
+        block = triton.next_power_of_2(n)
+        _reduce_norm[(rows,)](
+            partial, bias, out, after.weight, after.out, rows, n, out.stride(0), SPLITS=tile.splits, EPS=after.eps,
+            BLOCK=block, num_warps=max(1, min(16, block // 256)), **flags,
+        )  # fmt: skip

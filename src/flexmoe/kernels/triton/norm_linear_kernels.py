@@ -1,6 +1,6 @@
 """The kernels of `norm_linear`: two for few rows, which hold weights in registers, and one for many.
 
-Enters: x [T, K], weight [N, K]. Leaves: [T, N], or fp32 partial sums [S, T, N] that `_reduce` adds up.
+Enters: x [T, K], weight [N, K]. Leaves: [T, N], or fp32 partial sums [S, T, N] for `_reduce`.
 
 In the first two the order of a tile's dimensions decides where Triton puts it: the last one, contiguous in memory,
 into one thread (16 bytes), then the first ones into the lanes of a warp and on into warps, what remains into registers.
@@ -346,3 +346,30 @@ def _reduce(
     for split in tl.static_range(SPLITS):
         total += tl.load(partial_ptr + (split * T + t).to(tl.int64) * N + n, mask=seen, other=0.0)
     tl.store(out, (total + bias + before).to(out_ptr.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _reduce_norm(
+    partial_ptr, bias_ptr, out_ptr, norm_ptr, normed_ptr, T, N: tl.constexpr, out_stride,
+    SPLITS: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """`_reduce` onto the residual stream, and the norm of what comes out. Grid (T,)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    n = tl.arange(0, BLOCK)
+    seen = n < N
+    bias = tl.load(bias_ptr + n, mask=seen, other=0.0).to(tl.float32) if BIAS else 0.0
+    norm = tl.load(norm_ptr + n, mask=seen, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    t = tl.program_id(0)
+    out = out_ptr + t * out_stride + n
+    before = tl.load(out, mask=seen, other=0.0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial_ptr + (split * T + t).to(tl.int64) * N + n, mask=seen, other=0.0)
+    total = total + bias + before
+    tl.store(out, total, mask=seen)
+    total = tl.where(seen, total, 0.0)
+    total *= tl.rsqrt(tl.sum(total * total, 0) / N + EPS)
+    tl.store(normed_ptr + t * N + n, (total * norm).to(normed_ptr.dtype.element_ty), mask=seen)

@@ -154,33 +154,21 @@ def route(
     normed: Tensor,
     logits: Tensor,
     *,
+    is_normed: bool = False,
     tile: RouteTile | None = None,
     pdl: bool = False,
 ) -> None:
     """x fp32 [T, H] -> normed [T, H] in the dtype of norm_weight [H], and logits fp32 [T, E]; all contiguous.
 
     router_weight [E, H]: fp32, or bf16 or fp16 where that holds every value; sums are fp32. H at most 8192: a row is
-    held in registers.
+    held in registers. is_normed: `normed` is there already; only for tiles that `norms_first`.
     """
     (T, H), E = x.shape, router_weight.shape[0]
     tile = tile or default_tile(T, H, E, router_weight.itemsize)
-    block_h = triton.next_power_of_2(H)
-    few = tile.block_t == 1
-    _route_few[(triton.cdiv(E, tile.block_e) if few else 1, T)](
-        x,
-        norm_weight,
-        eps,
-        router_weight,
-        normed,
-        logits,
-        H,
-        E,
-        BLOCK_E=tile.block_e if few else 0,
-        BLOCK_H=block_h,
-        PDL=pdl,
-        num_warps=tile.num_warps if few else min(8, max(1, block_h // 512)),
-        launch_pdl=pdl,
-    )
+    few = not norms_first(tile)
+    assert not (few and is_normed)
+    if not is_normed:
+        _norm_and_few(x, norm_weight, eps, router_weight, normed, logits, tile, pdl=pdl)
     if few:
         return
     _route_many[(triton.cdiv(E, tile.block_e), triton.cdiv(T, tile.block_t))](
@@ -200,3 +188,22 @@ def route(
         num_stages=tile.num_stages,
         launch_pdl=pdl,
     )
+
+
+def norms_first(tile: RouteTile) -> bool:
+    """Whether a launch of its own norms the rows, which may have been done before."""
+    return tile.block_t > 1
+
+
+def _norm_and_few(
+    x: Tensor, norm_weight: Tensor, eps: float, router_weight: Tensor, normed: Tensor, logits: Tensor, tile: RouteTile,
+    *, pdl: bool,
+) -> None:  # fmt: skip
+    """The launch for few rows; for a tile of many the norm alone."""
+    (T, H), E = x.shape, router_weight.shape[0]
+    block_h, few = triton.next_power_of_2(H), not norms_first(tile)
+    _route_few[(triton.cdiv(E, tile.block_e) if few else 1, T)](
+        x, norm_weight, eps, router_weight, normed, logits, H, E,
+        BLOCK_E=tile.block_e if few else 0, BLOCK_H=block_h, PDL=pdl,
+        num_warps=tile.num_warps if few else min(8, max(1, block_h // 512)), launch_pdl=pdl,
+    )  # fmt: skip

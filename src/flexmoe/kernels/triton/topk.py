@@ -168,14 +168,23 @@ def store_choices(
     WIDTH: tl.constexpr,
     K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    slots_ptr=None,
+    slots_stride=0,
+    slot_ids_ptr=None,
 ):
-    """Write the K choices of one row; where lengths_ptr (or None) says that it is padding, -1 and 0."""
+    """Write the K choices of one row; where lengths_ptr (or None) says that it is padding, -1 and 0.
+
+    slots_ptr: None, or where the row's experts are; then slot_ids_ptr gets that.
+    """
     live = True
     if lengths_ptr is not None:
         live = tl.load(lengths_ptr + row) > 0
     experts, weights = _choices(logits_ptr + row * stride, E, BLOCK_E, WIDTH, K, RENORMALIZE)
     for k in tl.static_range(K):
         tl.store(ids_ptr + row * K + k, tl.where(live, experts[k], -1))
+        if slots_ptr is not None:
+            slot = tl.load(slots_ptr + row * slots_stride + experts[k])
+            tl.store(slot_ids_ptr + row * K + k, tl.where(live, slot, -1))
         tl.store(weights_ptr + row * K + k, tl.where(live, weights[k], 0.0))
 
 
@@ -185,8 +194,11 @@ def _topk(
     ids_ptr,
     weights_ptr,
     lengths_ptr,
+    slots_ptr,
+    slot_ids_ptr,
     E,
     stride,
+    slots_stride,
     BLOCK_E: tl.constexpr,
     K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -197,7 +209,10 @@ def _topk(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # One warp a row, so one vector holds the row whatever its width.
-    store_choices(logits_ptr, ids_ptr, weights_ptr, lengths_ptr, row, E, stride, BLOCK_E, BLOCK_E, K, RENORMALIZE)
+    store_choices(
+        logits_ptr, ids_ptr, weights_ptr, lengths_ptr, row, E, stride, BLOCK_E, BLOCK_E, K, RENORMALIZE,
+        slots_ptr, slots_stride, slot_ids_ptr,
+    )  # fmt: skip
 
 
 def topk(
@@ -207,11 +222,15 @@ def topk(
     *,
     renormalize: bool,
     lengths: Tensor | None = None,
+    slots: Tensor | None = None,
+    slot_ids: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """logits fp32 [T, E] -> topk_ids int32 [T, K], best first, and topk_weights fp32 [T, K].
 
     renormalize: weights of a row sum to 1. lengths int32 [T]: a row of length 0 is padding and gets id -1, weight 0.
+    slots int32 [T, E], with slot_ids int32 [T, K]: where each row finds each expert, -1 if elsewhere; slot_ids is that
+    of the choices.
     ValueError if E > 1024, K > 16 or K > E.
     """
     (T, E), K = logits.shape, topk_ids.shape[1]
@@ -222,8 +241,11 @@ def topk(
         topk_ids,
         topk_weights,
         lengths,
+        slots,
+        slot_ids,
         E,
         logits.stride(0),
+        0 if slots is None else slots.stride(0),
         BLOCK_E=max(32, triton.next_power_of_2(E)),
         K=K,
         RENORMALIZE=renormalize,

@@ -1,0 +1,194 @@
+"""Ranks on GPUs over NCCL: the tokens of one GPU, graphs or not, ahead or not; counts; and a rank that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flexmoe import LLM, SamplingParams
+from flexmoe.config.plan import ExpertPlacement
+from flexmoe.engine.cuda_graph import GraphedDecoder
+from flexmoe.engine.ranks import RankedRunner
+from flexmoe.errors import RankError
+from tests.cpu.tiny_models import tiny
+from tests.multi.pool import Pool
+from tests.multi.test_supervisor import Nothing
+from tests.multi.worker import PoolWorker
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32", "device": "cuda", "num_blocks": 200, "enable_prefix_caching": False,
+}  # fmt: skip
+TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
+EXPERT: dict[str, Any] = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
+CASES = [
+    ("mixtral", "tensor"), ("mixtral", "expert"), ("mixtral", "replicas"), ("olmoe", "tensor"),
+    ("qwen2_moe", "expert"), ("qwen2_moe", "replicas"), ("qwen3_moe", "tensor"),
+]  # fmt: skip
+PROMPTS = [[5, 17, 230, 9, 44], [11] * 3, list(range(3, 40)), [7, 8]]
+CROWD = [[11 + i, 7, 5] for i in range(41)]  # rows grouped by expert, and padded ones
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+DRAWN = SamplingParams(temperature=0.9, top_k=50, top_p=0.9, seed=3, max_tokens=16, ignore_eos=True)
+ON_HOST = SamplingParams(temperature=0, max_tokens=8, logprobs=2, repetition_penalty=1.3, ignore_eos=True)
+
+Tokens = list[tuple[int, ...]]
+
+
+def plan_of(name: str, num_experts: int) -> dict[str, Any]:
+    """Options; "replicas": uneven, the first expert three times, the last ones out of order."""
+    if name != "replicas":
+        return {"tensor": TENSOR, "expert": EXPERT}[name]
+    first, last = (*range(num_experts - 1), 0), tuple(range(num_experts - 1, num_experts // 2, -1))
+    return EXPERT | {"placements": {None: ExpertPlacement(num_experts, (first, (0, *last)))}}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool(2)
+    yield made
+    made.close()
+
+
+def answers(llm: LLM, params: SamplingParams, prompts: list[list[int]] = PROMPTS) -> Tokens:
+    return [output.token_ids for output in llm.generate(prompts, params)]
+
+
+def all_answers(llm: LLM) -> list[Tokens]:
+    return [answers(llm, GREEDY), answers(llm, GREEDY, CROWD), answers(llm, DRAWN), answers(llm, ON_HOST)]
+
+
+@pytest.mark.parametrize(("name", "plan"), CASES)
+def test_fp32_tokens_are_those_of_one_gpu(pool: Pool, name: str, plan: str) -> None:
+    with LLM(tiny(name), **OPTIONS) as one:
+        expected, moe = all_answers(one), one.config.moe
+    assert moe is not None
+    with pool.llm(tiny(name), **OPTIONS, **plan_of(plan, moe.num_experts)) as llm:
+        assert llm.describe()["decode_kernels"] == "Triton"
+        assert all_answers(llm) == expected
+        assert all(count > 3 for count in pool.call(num_graphs))
+
+
+def num_graphs(worker: PoolWorker) -> int:
+    assert worker.runner is not None
+    assert worker.runner._graphed is not None
+    return len(worker.runner._graphed._graphs)
+
+
+def leave_graphs_out(worker: PoolWorker) -> None:
+    """For the model that this rank has now."""
+
+    def run(form: Any, packed: Any, probe: Any, counter: Any) -> None:
+        graphed._step(form, packed, probe, counter)
+
+    assert worker.runner is not None
+    assert worker.runner._graphed is not None
+    graphed: GraphedDecoder = worker.runner._graphed
+    graphed._run = run  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("plan", [TENSOR, EXPERT], ids=["tensor", "expert"])
+def test_graphs_compute_what_eager_kernels_do_in_bf16(pool: Pool, plan: dict[str, Any]) -> None:
+    options = OPTIONS | {"dtype": "bfloat16"}
+    with pool.llm(tiny("qwen3_moe"), **options, **plan) as llm:
+        captured = all_answers(llm)
+        assert all_answers(llm) == captured
+    with pool.llm(tiny("qwen3_moe"), **options, **plan) as llm:
+        pool.call(leave_graphs_out)
+        assert all_answers(llm) == captured
+        assert pool.call(num_graphs) == [0, 0]
+
+
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_running_ahead_changes_no_token(pool: Pool, monkeypatch: pytest.MonkeyPatch, params: SamplingParams) -> None:
+    ahead = 0
+    with pool.llm(tiny("mixtral"), **OPTIONS, **EXPERT) as llm:
+        launch = RankedRunner.launch
+
+        def counted(runner: RankedRunner, *args: Any, after: Any = None) -> Any:
+            nonlocal ahead
+            ahead += after is not None
+            return launch(runner, *args, after=after)
+
+        monkeypatch.setattr(RankedRunner, "launch", counted)
+        found = answers(llm, params)
+        assert ahead > 10
+        monkeypatch.setattr(RankedRunner, "can_run_ahead", lambda *_: False)
+        ahead = 0
+        assert answers(llm, params) == found
+        assert ahead == 0
+
+
+def test_a_dispatch_that_waits_decodes_without_graphs_and_says_so(pool: Pool) -> None:
+    with LLM(tiny("mixtral"), **OPTIONS) as one:
+        expected = answers(one, GREEDY)
+    with pool.llm(tiny("mixtral"), **OPTIONS, **EXPERT, moe_dispatch="all_to_all") as llm:
+        assert "all_to_all waits for the host" in llm.describe()["decode_kernels"]
+        assert answers(llm, GREEDY) == expected
+
+
+@pytest.mark.parametrize("plan", ["tensor", "expert", "replicas"])
+def test_counts_are_those_of_the_cpu(pool: Pool, plan: str) -> None:
+    with LLM(tiny("qwen2_moe"), **OPTIONS | {"device": "cpu", "expert_backend": "reference"}) as cpu:
+        with cpu.record_routing() as recorder:
+            answers(cpu, GREEDY)
+        expected = recorder.loads()
+    with pool.llm(tiny("qwen2_moe"), **OPTIONS, **plan_of(plan, 6)) as llm:
+        for _ in range(2):  # the second time with graphs from the start
+            with llm.record_routing() as recorder:
+                answers(llm, GREEDY)
+            assert recorder.loads() == expected
+
+
+def test_bytes_are_counted_in_graphs_as_without(pool: Pool) -> None:
+    found = []
+    for without in (False, True):
+        with pool.llm(tiny("mixtral"), **OPTIONS, **EXPERT) as llm:
+            if without:
+                pool.call(leave_graphs_out)
+            answers(llm, GREEDY)
+            llm.engine.runner.traffic()  # type: ignore[union-attr]
+            answers(llm, GREEDY)
+            found.append(llm.engine.runner.traffic())  # type: ignore[union-attr]
+    assert found[0] == found[1]
+
+
+def test_every_child_keeps_from_multicast(pool: Pool) -> None:
+    for said in pool.call(environment):
+        assert said == {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+
+
+def environment(worker: PoolWorker) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if "NVLS" in name or "MULTICAST" in name}
+
+
+def test_a_rank_that_is_killed_while_decoding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    nothing = Nothing()
+    llm = LLM(tiny("mixtral"), **OPTIONS, **EXPERT)
+    runner = llm.engine.runner
+    assert isinstance(runner, RankedRunner)
+    process = runner.ranks.members[1].process
+    assert process is not None
+    answers(llm, GREEDY)
+    died = []
+
+    def kill() -> None:
+        died.append(time.monotonic())
+        os.kill(process.pid, signal.SIGKILL)
+
+    threading.Timer(1.5, kill).start()
+    with pytest.raises(RankError, match=r"rank 1 of 2 .* died with exit code -9"):
+        answers(llm, GREEDY, CROWD * 500)
+    assert time.monotonic() - died[0] < 5
+    llm.close()
+    assert nothing.is_left()

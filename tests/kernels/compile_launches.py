@@ -1,0 +1,122 @@
+"""Compile the launches of decode steps for an H100 where there is no GPU. Leaves: a JSON line, kernel by kernel.
+
+    python -m tests.kernels.compile_launches
+
+Triton's interpreter takes code that its compiler does not. Here a driver that names a GPU stands in for one that has
+it, and every launch stops once its kernel is compiled. Must run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.kernels.sample import SampleParams
+from flexmoe.kernels.triton import argmax, embed
+from flexmoe.kernels.triton.combine import combine
+from flexmoe.kernels.triton.count_choices import count_choices
+from flexmoe.kernels.triton.expert_down import expert_down_gemv
+from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv
+from flexmoe.kernels.triton.topk import topk
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import DeviceRows, Sampling
+from flexmoe.models.fused import FusedDecoder
+from flexmoe.models.presets import PRESETS
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+_STEPS = (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 32), ("olmoe-1b-7b", 8), ("mixtral-8x7b", 128))
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_only(compiled: Counter[str]) -> None:
+    """From now on launches compile, as dependent launches if they can be, and do no more; counts them by kernel."""
+    triton.runtime.driver.set_active(Hopper())
+    launch = JITFunction.run
+
+    def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if "PDL" in options:
+            options |= {"PDL": True, "launch_pdl": True}
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled[self.fn.__name__] += 1
+        return kernel
+
+    JITFunction.run = run
+
+
+def step(preset: str, rows: int) -> None:
+    """A step of one layer of a model, with a drawn token and a greedy one."""
+    config = PRESETS[preset].config
+    config = replace(config, layers=config.layers[:1], vocab_size=1024)
+    model = Decoder(config, ParallelPlan(), "reference", 64, dtype=BF16, device=CPU).eval()
+    model.pack(in_place=True)
+    fused = FusedDecoder(model, 64, CPU, max_rows=rows)
+    ints = functools.partial(torch.full, dtype=torch.int32)
+    on_device = DeviceRows(
+        ints((rows,), 0).long(), ints((rows,), -1), ints((rows,), 20), ints((2 * rows,), 0), ints((1,), 2)
+    )
+    cache = KVCache(config, 2 * rows, 16, BF16, CPU)
+    fused.step(on_device, None, cache)
+    fused.step(on_device, Sampling(_params(rows), filtered=True), cache)
+
+
+def _params(rows: int) -> SampleParams:
+    ones = torch.ones(rows)
+    return SampleParams(temperature=ones, top_k=ones.int(), top_p=ones, min_p=ones, uniform=ones.double())
+
+
+def ranks() -> None:
+    """What only several ranks launch, and counting."""
+    T, K, E, S, H, F, V = 2, 2, 8, 4, 256, 512, 1000
+    ids = torch.zeros(T, K, dtype=torch.int32)
+    places, lengths, words = ids.clone(), ids[:, 0].contiguous(), torch.zeros(T, dtype=torch.int64)
+    x, hidden, weights, logits = (torch.zeros(*shape) for shape in ((T, H), (T * K, F), (T, K), (T, E)))
+    x, hidden = x.to(BF16), hidden.to(BF16)
+    slots: dict[str, Tensor] = {"slots": torch.zeros(T, E, dtype=torch.int32), "slot_ids": places}
+    gate_up, down = torch.zeros(S, 2 * F, H, dtype=BF16), torch.zeros(S, H, F, dtype=BF16)
+    expert_gate_up_gemv(x, logits, ids, weights, gate_up, hidden, lengths=lengths, renormalize=True, **slots)
+    expert_down_gemv(hidden, places, weights, down, x, logits=logits, lengths=lengths, accumulate=False)
+    topk(logits, ids, weights, renormalize=True, lengths=lengths, **slots)
+    combine(torch.zeros(T * K, H, dtype=BF16), places, x, accumulate=False)
+    scratch = torch.zeros(argmax.scratch_words(T, V), dtype=torch.int64)
+    argmax.best(torch.zeros(T, V), words, scratch, first=V)
+    argmax.winner(torch.zeros(2, T, dtype=torch.int64), words)
+    embed.embed(words, lengths, words, torch.zeros(V, H, dtype=BF16), x, words, first=V)
+    count_choices(torch.stack([ids] * 3), torch.zeros(3, E).long(), torch.zeros(3, E).long())
+
+
+def main() -> None:
+    """Raises what the compiler raises."""
+    compiled: Counter[str] = Counter()
+    compile_only(compiled)
+    for preset, rows in _STEPS:
+        step(preset, rows)
+    ranks()
+    sys.stdout.write(json.dumps(compiled) + "\n")
+
+
+if __name__ == "__main__":
+    main()

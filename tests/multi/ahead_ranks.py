@@ -1,0 +1,95 @@
+"""Ranks on CPUs that take the next step before the tokens of this one are answered, as those on GPUs do.
+
+Their decode steps run in torch; the tokens stay with the ranks, and an answer is ready only after some looks at it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from flexmoe.config.engine import EngineConfig
+from flexmoe.engine.cuda_graph import GraphFlight
+from flexmoe.engine.model_runner import ModelRunner
+from flexmoe.engine.sampler import SampleOutput
+from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.engine.wire import _WireRequest
+from flexmoe.engine.worker import RankReport, Worker
+from flexmoe.layers.forward_batch import Probe
+from flexmoe.parallel.mesh import Mesh
+from flexmoe.parallel.rank import main
+from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+
+MAX_ROWS = 8
+_LOOKS = 30
+
+
+class SlowFlight(GraphFlight):
+    """Its tokens are there from the start, but it does not say so at once."""
+
+    def __init__(self, step: Step, sampled: SampleOutput) -> None:
+        self.step, self._sampled, self._looks = step, sampled, 0
+
+    @property
+    def needs_host(self) -> bool:
+        return False
+
+    def landed(self) -> bool:
+        self._looks += 1
+        return self._looks > _LOOKS
+
+    def wait(self) -> SampleOutput:
+        return self._sampled
+
+
+class AheadDecoder:
+    """In the place of a GraphedDecoder."""
+
+    max_rows = MAX_ROWS
+
+    def __init__(self, runner: ModelRunner, mesh: Mesh) -> None:
+        self._runner, self._mesh = runner, mesh
+        self._latest: list[int] = []
+
+    def launch(
+        self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None, probe: Probe | None
+    ) -> SlowFlight:
+        if sources is not None:
+            assert all(0 <= source < len(self._latest) for source in sources)
+            step = Step([self._known(*pair) for pair in zip(step.chunks, sources, strict=True)], step.num_decodes, [])
+            states = [_ahead(state) for state in states]
+        sampled = self._runner._run(step, states)
+        tokens = torch.tensor(sampled.token_ids or [0] * len(step.chunks))
+        self._latest = self._mesh.world.broadcast(tokens, 0, "tokens").tolist()
+        return SlowFlight(step, sampled)
+
+    def _known(self, chunk: ScheduledChunk, source: int) -> ScheduledChunk:
+        request = chunk.request
+        made = _WireRequest(chunk.start, [self._latest[source]], request.blocks, request.contiguous)
+        return ScheduledChunk(made, chunk.start, 1, True)
+
+
+def _ahead(state: SamplingState) -> SamplingState:
+    """The state as it is after one more token."""
+    number, frozen = state.uniform(ahead=1), copy.copy(state)
+    vars(frozen)["uniform"] = lambda: number
+    return frozen
+
+
+class AheadWorker(Worker):
+    """A Worker with such a decoder."""
+
+    def start(self, options: EngineConfig) -> RankReport:
+        report = super().start(options)
+        assert self.runner is not None
+        assert self.mesh is not None
+        self.runner._graphed = AheadDecoder(self.runner, self.mesh)  # type: ignore[assignment]
+        return replace(report, max_ahead=MAX_ROWS)
+
+
+def run() -> None:
+    main(AheadWorker, sys.argv[1:])

@@ -1,0 +1,72 @@
+"""Steps that are sent to ranks before the tokens of the step before are known: every token is that of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from flexmoe import LLM, SamplingParams
+from flexmoe.engine import ranks
+from flexmoe.engine.ranks import RankedRunner
+from tests.cpu.tiny_models import tiny
+from tests.multi.test_models import OPTIONS, PLANS, PROMPTS
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+MIXED = [
+    SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=14, ignore_eos=True),
+    SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+    SamplingParams(temperature=0, stop=["e"], max_tokens=12),
+    SamplingParams(temperature=0.7, n=2, seed=1, max_tokens=9),
+    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+]
+ON_HOST = SamplingParams(temperature=0, repetition_penalty=1.3, logprobs=1, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "_MODULE", "tests.multi.ahead_ranks")
+        with LLM(tiny("qwen2_moe"), **OPTIONS, **PLANS["expert-2"]) as made:
+            yield made
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each launch whether the tokens before it were unknown."""
+    found: list[bool] = []
+    launch = RankedRunner.launch
+
+    def watched(self: RankedRunner, *args: Any, after: Any = None) -> Any:
+        found.append(after is not None)
+        return launch(self, *args, after=after)
+
+    monkeypatch.setattr(RankedRunner, "launch", watched)
+    return found
+
+
+@pytest.mark.parametrize("params", [GREEDY, MIXED], ids=["greedy", "mixed"])
+def test_tokens_are_those_of_one_process(llm: LLM, ahead: list[bool], params: Any) -> None:
+    with LLM(tiny("qwen2_moe"), **OPTIONS) as one:
+        expected = [[o.token_ids for o in output.outputs] for output in one.generate(PROMPTS, params)]
+    found = [[o.token_ids for o in output.outputs] for output in llm.generate(PROMPTS, params)]
+    assert found == expected
+    assert sum(ahead) > 5
+
+
+def test_what_the_host_samples_is_waited_for(llm: LLM, ahead: list[bool]) -> None:
+    with LLM(tiny("qwen2_moe"), **OPTIONS) as one:
+        expected = [output.token_ids for output in one.generate(PROMPTS, ON_HOST)]
+    assert [output.token_ids for output in llm.generate(PROMPTS, ON_HOST)] == expected
+    assert not any(ahead)
+
+
+def test_a_step_that_is_given_up_does_no_harm(llm: LLM, ahead: list[bool]) -> None:
+    whole = llm.generate(PROMPTS[1], GREEDY)[0].token_ids
+    stream = llm.stream(PROMPTS[1], GREEDY)
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    assert llm.generate(PROMPTS[1], GREEDY)[0].token_ids == whole
+    assert any(ahead)

@@ -1,0 +1,350 @@
+"""`flexmoe bench serve` against a small server: times, limits, prompts, errors; no request is ever lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from flexmoe.bench.endpoint import EndpointOptions
+from flexmoe.bench.load import LoadOptions
+from flexmoe.bench.outcomes import Slo
+from flexmoe.bench.serving import Report, ServeOptions, measure
+from flexmoe.cli.main import main
+from flexmoe.errors import ConfigError
+from tests.openai_server import MODELS, FakeServer
+
+BEHAVIOURS = {
+    1: "429",
+    2: "500",
+    3: "html",
+    4: "no http",
+    5: "close",
+    6: "drop",
+    7: "truncate",
+    8: "garbage",
+    9: "error",
+    10: "hang",
+}
+ERRORS = {"HTTP 429": 1, "HTTP 500": 1, "bad answer": 3, "cut off": 3, "server error": 1, "timeout": 1}
+
+
+def ask(server: FakeServer, *, concurrency: int | None = None, slo: Slo | None = None, **options: Any) -> Report:
+    """Without warm-up, unless asked for."""
+    endpoint = {name: options.pop(name) for name in ("endpoint", "timeout", "api_key", "model") if name in options}
+    load = LoadOptions(**{"warm_up": 0, "input_len": (5, 5), "output_len": (4, 4), **options})
+    return measure(
+        ServeOptions(
+            endpoint=EndpointOptions(url=server.url, **endpoint), load=load, slo=slo or Slo(), concurrency=concurrency
+        )
+    )
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["bench", "serve", *arguments])
+
+
+# ------------------------------------------------------------------ times
+
+
+def test_the_times_are_those_of_the_server() -> None:
+    with FakeServer(gap=0.03) as server:
+        report = ask(server, num_requests=6, concurrency=3)
+    found = report.row["result"]
+    assert (found["requests"], found["succeeded"], found["errors"]) == (6, 6, {})
+    # Each text comes 30 ms after the last, the first after 30 ms: two rounds of three requests of four texts.
+    for name, expected in (("ttft_ms", 30), ("itl_ms", 30), ("tpot_ms", 30), ("e2e_ms", 120)):
+        assert expected <= found[name]["p50"] < expected + 500, name  # a busy machine is late, never early
+    assert 0.24 <= found["seconds"] < 2
+    assert found["output_tokens_per_s"] == pytest.approx(6 * 4 / found["seconds"], rel=0.01)
+    assert found["total_tokens_per_s"] == pytest.approx(6 * 11 / found["seconds"], rel=0.01)
+    assert (found["prompt_tokens"], found["output_tokens"], found["cached_tokens"]) == (42, 24, 18)
+    assert (found["tokens_counted_by"], found["finish_reasons"]) == ("usage", {"length": 6})
+    assert found["queued_ms"] is None
+    assert found["client"]["late_ms"] is None
+
+
+def test_what_is_good_enough_is_counted() -> None:
+    with FakeServer({1: "500"}, gap=0.02) as server:
+        found = ask(server, num_requests=4, slo=Slo(ttft_ms=1000, tpot_ms=1000)).row["result"]
+        assert found["within_slo"] == 3
+        assert found["goodput_requests_per_s"] == pytest.approx(3 / found["seconds"], rel=0.01)
+        assert ask(server, num_requests=4, slo=Slo(tpot_ms=1)).row["result"]["within_slo"] == 0
+
+
+def test_pieces_are_counted_where_the_server_does_not_count_tokens() -> None:
+    with FakeServer(usage=False) as server:
+        found = ask(server, num_requests=3).row["result"]
+        said = run("--url", server.url, "--num-requests", "2").stdout
+    assert (found["tokens_counted_by"], found["output_tokens"], found["total_tokens_per_s"]) == ("chunks", 12, None)
+    assert "pieces of text were counted" in said
+
+
+# ------------------------------------------------------------------ arrivals
+
+
+def test_a_closed_loop_keeps_as_many_under_way_as_asked_for() -> None:
+    with FakeServer(gap=0.01) as server:
+        report = ask(server, num_requests=12, concurrency=3)
+        assert server.most_running == 3
+    assert report.row["result"]["most_running"] == 3
+    assert report.row["params"]["concurrency"] == 3
+
+
+def test_an_open_loop_sends_when_due_and_a_limit_makes_requests_wait() -> None:
+    with FakeServer(gap=0.02) as server:
+        free = ask(server, num_requests=20, rate=200.0).row["result"]
+        limited = ask(server, num_requests=20, rate=200.0, concurrency=2).row["result"]
+    assert free["most_running"] > 4
+    assert free["queued_ms"]["p50"] < limited["queued_ms"]["p50"] / 4
+    assert 0 <= free["client"]["late_ms"]["p50"] < 100
+    assert limited["most_running"] == 2
+    assert limited["queued_ms"]["max"] > 200  # the last of 20 waits for nine pairs of 80 ms, less its arrival
+    assert limited["ttft_ms"]["p50"] < limited["queued_ms"]["p50"]  # waiting is not the server's time
+
+
+def test_a_trace_says_when_how_long_and_what_is_shared(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    rows = [
+        {"timestamp": 1000, "input_length": 1024, "output_length": 20, "hash_ids": [1, 2]},
+        {"timestamp": 1400, "input_length": 1000, "output_length": 40, "hash_ids": [1, 3]},
+    ]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    with FakeServer() as server:
+        report = ask(server, trace=trace, length_scale=0.1, time_scale=0.5)
+    first, second = server.requests
+    assert [outcome.due for outcome in report.outcomes] == [0, pytest.approx(0.2)]
+    assert report.outcomes[1].sent == pytest.approx(0.2, abs=0.15)
+    assert (len(first["prompt"]), len(second["prompt"])) == (102, 100)
+    assert (first["max_tokens"], second["max_tokens"]) == (2, 4)
+    assert first["prompt"][:51] == second["prompt"][:51]
+    assert first["prompt"][51:100] != second["prompt"][51:]
+
+
+# ------------------------------------------------------------------ what is sent
+
+
+def test_completions_get_token_ids_below_the_servers_vocabulary() -> None:
+    with FakeServer() as server:
+        row = ask(server, num_requests=5, input_len=(3, 9)).row
+    assert row["params"]["vocab_size"] == 50
+    for asked in server.requests:
+        assert 3 <= len(asked["prompt"]) <= 9
+        assert max(asked["prompt"]) < 50
+        assert (asked["model"], asked["ignore_eos"], asked["stream"]) == ("tiny", True, True)
+        assert asked["path"] == "/v1/completions"
+    assert len({tuple(asked["prompt"]) for asked in server.requests}) == 5
+
+
+def test_chats_get_words_and_servers_without_ignore_eos_are_not_asked_for_it(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    with FakeServer() as server:
+        result = run("--url", server.url + "/v1/", "--endpoint", "chat", "--no-ignore-eos", "--input-len", "6",
+                     "--num-requests", "2", "--warm-up", "1", "--out", str(out))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert len(server.requests) == 3
+    for asked in server.requests:
+        assert (asked["path"], "ignore_eos" in asked) == ("/v1/chat/completions", False)
+        assert [message["role"] for message in asked["messages"]] == ["user"]
+        assert len(asked["messages"][0]["content"].split()) == 6
+    assert json.loads(out.read_text())["result"]["requests"] == 2
+
+
+def test_prompts_of_a_file_are_asked_in_turn(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('"hello"\n[1, 2]\n{"prompt": "you", "max_tokens": 2}\n')
+    with FakeServer() as server:
+        ask(server, prompts=prompts, num_requests=4, concurrency=1)
+    assert [(asked["prompt"], asked["max_tokens"]) for asked in server.requests] == [
+        ("hello", 4),
+        ([1, 2], 4),
+        ("you", 2),
+        ("hello", 4),
+    ]
+
+
+def test_a_prompt_that_the_endpoint_does_not_take_is_refused(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    with FakeServer() as server:
+        prompts.write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+        ask(server, prompts=prompts, num_requests=1, endpoint="chat")
+        assert server.requests[0]["messages"] == [{"role": "user", "content": "hi"}]
+        with pytest.raises(ConfigError, match="a prompt of messages is for a chat"):
+            ask(server, prompts=prompts)
+        prompts.write_text("[1, 2]")
+        with pytest.raises(ConfigError, match="a chat takes no token ids"):
+            ask(server, prompts=prompts, endpoint="chat")
+
+
+# ------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize("arrivals", [{"concurrency": 4}, {"rate": 500.0}, {"rate": 500.0, "concurrency": 2}])
+def test_every_request_is_accounted_for(arrivals: dict[str, Any]) -> None:
+    with FakeServer(BEHAVIOURS, gap=0.002) as server:
+        report = ask(server, num_requests=30, timeout=0.7, **arrivals)
+    found = report.row["result"]
+    assert [outcome.number for outcome in report.outcomes] == list(range(30))
+    assert found["errors"] == ERRORS
+    assert found["succeeded"] + sum(found["errors"].values()) == found["requests"] == 30
+    assert {outcome.number for outcome in report.outcomes if outcome.error} == set(BEHAVIOURS)
+    assert found["error_messages"]["HTTP 429"] == "too many requests"
+    assert found["error_messages"]["server error"] == "the engine died"
+    assert found["error_messages"]["timeout"] == "no answer within 0.7 s"
+    assert len(server.requests) == 30  # each was sent, and sent once
+    partial = report.outcomes[6]
+    assert (partial.error, len(partial.texts)) == ("cut off", 2)
+
+
+def test_a_server_that_goes_away_is_an_error_for_each_request() -> None:
+    with FakeServer(gap=0.01) as server:
+        timer = threading.Timer(0.15, server.stop)
+        timer.start()
+        found = ask(server, num_requests=40, concurrency=2).row["result"]
+        timer.join()
+    assert found["succeeded"] >= 2
+    assert found["errors"]["no connection"] >= 2
+    assert found["succeeded"] + sum(found["errors"].values()) == 40
+
+
+def test_failures_are_told_and_written(tmp_path: Path) -> None:
+    out, lines = tmp_path / "rows.jsonl", tmp_path / "requests.jsonl"
+    with FakeServer({1: "429", 2: "429"}) as server:
+        result = run("--url", server.url, "--num-requests", "5", "--warm-up", "0", "--out", str(out),
+                     "--requests", str(lines), "--slo-ttft-ms", "5000")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "3 of 5 requests answered" in result.stdout
+    assert "2 failed, HTTP 429: too many requests" in result.stdout
+    assert "within TTFT 5000 ms: 3 of 5 requests" in result.stdout
+    assert "knew 43% of the prompts' tokens from before" in result.stdout  # 3 of 7, as this server always says
+    requests = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert Counter(request["error"] for request in requests) == {None: 3, "HTTP 429": 2}
+    row = json.loads(out.read_text())
+    assert (row["benchmark"], row["engine"], row["model"]) == ("serve", "fake", {"name": "tiny"})
+    assert row["config"]["version"] == {"version": "1.2.3"}
+    assert row["device"]["kind"] == "cpu"
+    assert row["result"]["errors"] == {"HTTP 429": 2}
+
+
+def interrupted(server: FakeServer, after: int, *arguments: str) -> str:
+    """What the command prints when Ctrl-C comes after so many requests."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexmoe", "bench", "serve", "--url", server.url, "--num-requests", "1000", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(server.requests) < after and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    return said
+
+
+@pytest.mark.parametrize("arrivals", [("--concurrency", "2"), ("--rate", "100", "--concurrency", "2")])
+def test_ctrl_c_prints_what_there_is(tmp_path: Path, arrivals: tuple[str, ...]) -> None:
+    out = tmp_path / "rows.jsonl"
+    with FakeServer(gap=0.02) as server:
+        said = interrupted(server, 9, "--output-len", "4", "--out", str(out), *arrivals)
+    found = json.loads(out.read_text())["result"]
+    assert found["succeeded"] >= 4
+    assert found["errors"]["interrupted"] <= 2
+    assert found["succeeded"] + sum(found["errors"].values()) == 1000
+    assert f"{found['succeeded']} of 1000 requests answered" in said
+    assert "TTFT" in said
+
+
+def test_ctrl_c_while_it_warms_up() -> None:
+    with FakeServer(gap=0.5) as server:
+        said = interrupted(server, 1)
+    assert "0 of 1000 requests answered" in said
+    assert "1000 failed, not sent" in said
+    assert len(server.requests) <= 2
+
+
+def test_a_server_that_refuses_all(tmp_path: Path) -> None:
+    with FakeServer(dict.fromkeys(range(9), "strict")) as server:
+        result = run("--url", server.url, "--num-requests", "3", "--warm-up", "1")
+    assert result.exit_code == 1
+    assert "warm-up: 1 of 1 requests failed: HTTP 422: unknown field ignore_eos" in result.stderr
+    assert "0 of 3 requests answered" in result.stdout
+    assert "leave it out with --no-ignore-eos" in result.stdout
+
+
+# ------------------------------------------------------------------ errors in one line
+
+
+def refusal(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: ")
+    return last
+
+
+def test_no_server() -> None:
+    with FakeServer() as server:
+        url = server.url
+    assert f"no server answers at {url} (" in refusal("--url", url)
+    assert "is no address of a server" in refusal("--url", "localhost:8000")
+
+
+def test_a_model_that_is_not_served() -> None:
+    with FakeServer() as server:
+        said = refusal("--url", server.url, "--model", "huge")
+    assert f"model='huge' is not served at {server.url}; it serves tiny." in said
+
+
+def test_keys() -> None:
+    with FakeServer(key="secret") as server:
+        assert "refuses the key (HTTP 401); give the right one as --api-key." in refusal("--url", server.url)
+        report = ask(server, api_key="secret", num_requests=2)
+    assert report.row["result"]["succeeded"] == 2
+    assert "secret" not in json.dumps(report.row)
+
+
+@pytest.mark.parametrize("models", ["what?", {"data": []}, {"data": ["tiny"]}, [1]])
+def test_a_server_that_lists_no_models(models: Any) -> None:
+    with FakeServer(models=models) as server:
+        assert "gives no list of models (HTTP 200); name one as --model." in refusal("--url", server.url)
+        result = run("--url", server.url, "--model", "mine", "--num-requests", "2", "--warm-up", "0", "--text")
+    assert "The server lists no models; 'mine' is asked for all the same." in result.stderr
+    assert [asked["model"] for asked in server.requests] == ["mine", "mine"]
+
+
+def test_an_unknown_vocabulary_is_told() -> None:
+    entry = {name: value for name, value in MODELS["data"][0].items() if name != "vocab_size"}  # type: ignore[index]
+    with FakeServer(models={"data": [entry]}) as server:
+        result = run("--url", server.url, "--num-requests", "2", "--warm-up", "0")
+    assert "token ids below 1000 are used" in result.stderr
+    with FakeServer(models={"data": [entry | {"meta": {"n_vocab": 20}}]}) as server:
+        assert ask(server, num_requests=1).row["params"]["vocab_size"] == 20
+
+
+@pytest.mark.parametrize("words", [("--input-len", "0"), ("--input-len", "9:3"), ("--output-len", "many")])
+def test_wrong_lengths(words: tuple[str, str]) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "use 128 or 64:256" in result.stderr
+
+
+def test_options_that_exclude_one_another(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("nonsense")
+    assert "give one of them" in refusal("--rate", "1", "--trace", str(trace))
+    assert "add a rate or a trace" in refusal("--duration", "5")
+    assert "factors for a trace" in refusal("--time-scale", "2")
+    with FakeServer() as server:
+        assert f"the trace {trace} is refused, line 1" in refusal("--url", server.url, "--trace", str(trace))
