@@ -88,6 +88,8 @@ def test_ranks_tell_the_experts_behind_tokens(pools: dict[int, Pool], dispatch: 
 
 
 def test_stages_refuse_it(pools: dict[int, Pool]) -> None:
-    with pools[2].llm(tiny("mixtral"), **OPTIONS, pipeline_parallel_size=2) as llm:
-        with pytest.raises(RequestError, match="use pipeline_parallel_size=1"):
-            llm.generate(PROMPTS, SamplingParams(routing=1))
+    with (
+        pools[2].llm(tiny("mixtral"), **OPTIONS, pipeline_parallel_size=2) as llm,
+        pytest.raises(RequestError, match="use pipeline_parallel_size=1"),
+    ):
+        llm.generate(PROMPTS, SamplingParams(routing=1))

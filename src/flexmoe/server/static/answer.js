@@ -65,7 +65,10 @@ class Answer {
     this._on.text?.(this.text);
   }
 
-  /** Times in seconds as the engine took them; where it tells none, as they came here, where pieces may come together. */
+  /**
+   * Times in seconds as the engine took them; where it tells none, as they came here, where several pieces may come
+   * together.
+   */
   _times(tokens) {
     if (this.timings !== null) return this.timings;
     const between = (this._last - this._first) / 1000;

@@ -66,7 +66,9 @@ function askForKey() {
 function dialog() {
   const box = byId("key-dialog");
   const field = byId("key");
-  byId("key-reason").textContent = sessionStorage.getItem(KEY) ? "The key that you gave was not accepted." : "";
+  byId("key-reason").textContent = sessionStorage.getItem(KEY)
+    ? "The key that you gave was not accepted."
+    : "";
   field.value = "";
   byId("key-cancel").onclick = () => box.close("cancel");
   box.returnValue = "cancel";

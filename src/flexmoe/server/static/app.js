@@ -35,7 +35,9 @@ async function show() {
   try {
     await module.show(byId(`view-${name}`));
   } catch (error) {
-    byId(`view-${name}`).replaceChildren(element("p", { className: "problem", role: "alert" }, error.message));
+    byId(`view-${name}`).replaceChildren(
+      element("p", { className: "problem", role: "alert" }, error.message),
+    );
   }
 }
 
@@ -60,7 +62,9 @@ live.listen(() => {
 
 setTheme(localStorage.getItem("flexmoe.theme") ?? "system");
 byId("theme").addEventListener("click", nextTheme);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => document.dispatchEvent(new Event("themechange")));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+  document.dispatchEvent(new Event("themechange")),
+);
 addEventListener("hashchange", show);
 show();
 live.run();

@@ -36,15 +36,27 @@ export class Chart {
     if (width === 0) return;
     this._plot?.destroy();
     const style = getComputedStyle(this.root);
-    const clock = (_, times) => times.map((time) => new Date(1000 * time).toLocaleTimeString("en", { hour12: false }));
-    const grid = { stroke: style.getPropertyValue("color"), grid: { stroke: style.borderTopColor, width: 1 }, ticks: { show: false } };
+    const clock = (_, times) =>
+      times.map((time) => new Date(1000 * time).toLocaleTimeString("en", { hour12: false }));
+    const grid = {
+      stroke: style.getPropertyValue("color"),
+      grid: { stroke: style.borderTopColor, width: 1 },
+      ticks: { show: false },
+    };
     const words = (_, values) => values.map(this.words);
     const options = {
-      width, height: HEIGHT,
+      width,
+      height: HEIGHT,
       cursor: { y: false },
-      axes: [{ ...grid, size: 30, space: 90, values: clock }, { ...grid, size: 70, values: words }],
+      axes: [
+        { ...grid, size: 30, space: 90, values: clock },
+        { ...grid, size: 70, values: words },
+      ],
       scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 1e-4)] } },
-      series: [{ label: "at", value: (_, time) => (time === null ? "–" : clock(_, [time])[0]) }, ...this.names.map((label, place) => this._line(label, place, style))],
+      series: [
+        { label: "at", value: (_, time) => (time === null ? "–" : clock(_, [time])[0]) },
+        ...this.names.map((label, place) => this._line(label, place, style)),
+      ],
     };
     this._plot = new uPlot(options, this._data, this._box);
   }
@@ -53,6 +65,12 @@ export class Chart {
     this._box.style.color = style.getPropertyValue(COLOURS[place]);
     const stroke = getComputedStyle(this._box).color; // light-dark() becomes a colour only where it is used
     this._box.style.color = "";
-    return { label, stroke, width: 1.5, points: { show: false }, value: (_, value) => (value === null ? "–" : this.words(value)) };
+    return {
+      label,
+      stroke,
+      width: 1.5,
+      points: { show: false },
+      value: (_, value) => (value === null ? "–" : this.words(value)),
+    };
   }
 }

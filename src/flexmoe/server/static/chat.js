@@ -62,7 +62,9 @@ function forget(id) {
 }
 
 function draw() {
-  byId("log").replaceChildren(...current.messages.map((message, place) => turn(message, place).complete().root));
+  byId("log").replaceChildren(
+    ...current.messages.map((message, place) => turn(message, place).complete().root),
+  );
   follow(true);
 }
 
@@ -113,7 +115,11 @@ async function answer() {
     routing: ({ layers, tokens }) => addRouting(message, layers, tokens),
   };
   const { text, error, ...stats } = await ask("v1/chat/completions", body, { signal: running.signal, on });
-  Object.assign(message, { content: text, stats: stats.tokens ? { ...stats, withRouting } : undefined, error });
+  Object.assign(message, {
+    content: text,
+    stats: stats.tokens ? { ...stats, withRouting } : undefined,
+    error,
+  });
   shown.complete();
   speaker.end(error ?? text);
   busy(null);

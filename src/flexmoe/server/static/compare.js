@@ -2,13 +2,15 @@
 
 import { about } from "./about.js";
 import { ask, STREAMED } from "./answer.js";
+import { firstDifference, rows } from "./comparison.js";
 import { announce, download, element, table } from "./dom.js";
 import { live } from "./live.js";
-import { bytes, rate, seconds } from "./words.js";
+import { rate } from "./words.js";
 
 const OURS = "FlexMoE";
 const START = "What is the capital of Norway?";
-const WARM_UP = [{ role: "user", content: "Hello" }]; // another prompt: the prefix cache shall not know ours
+// Another prompt: the prefix cache shall not know the one that is timed.
+const WARM_UP = { messages: [{ role: "user", content: "Hello" }], max_tokens: 2 };
 
 let parts = null; // the elements of the view
 let running = null; // AbortController while a comparison runs
@@ -29,7 +31,12 @@ function howTo() {
     element("p", {}, "This server has nothing to compare with yet. Start it with one of"),
     line("flexmoe serve --compare hf"),
     line("flexmoe serve --compare http://127.0.0.1:9000/v1"),
-    element("p", { className: "note" }, "The first runs Hugging Face transformers' plain generate on the same weights, in a process of its own; the second asks any server with OpenAI's API."),
+    element(
+      "p",
+      { className: "note" },
+      "The first runs Hugging Face transformers' plain generate on the same weights, in a process of its own; " +
+        "the second asks any server with OpenAI's API.",
+    ),
   ];
 }
 
@@ -37,7 +44,8 @@ function build(root, compare, engine) {
   const prompt = element("textarea", { id: "compare-prompt", rows: 3, value: START });
   const most = element("input", { id: "compare-tokens", type: "number", min: 1, value: 128 });
   const mode = element(
-    "select", { id: "compare-mode" },
+    "select",
+    { id: "compare-mode" },
     element("option", { value: "turns" }, "one after the other"),
     element("option", { value: "together" }, "both at once"),
   );
@@ -46,25 +54,43 @@ function build(root, compare, engine) {
   const stop = element("button", { type: "button", hidden: true, onclick: () => running?.abort() }, "Stop");
   const save = element("button", { type: "button", hidden: true, onclick: saveResult }, "Save as JSON");
   const form = element(
-    "form", { className: "compare-form" },
-    field("Prompt", prompt, "wide"), field("Most tokens", most), field("Engines answer", mode), long.label,
+    "form",
+    { className: "compare-form" },
+    field("Prompt", prompt, "wide"),
+    field("Most tokens", most),
+    field("Engines answer", mode),
+    long.label,
     element("div", { className: "row" }, start, stop, save),
   );
   const note = element("p", { className: "note", id: "compare-note" });
-  const figures = element("div", { className: "scroller", id: "compare-figures", tabIndex: 0, role: "region", "aria-label": "Figures" });
+  const figures = element("div", {
+    className: "scroller",
+    id: "compare-figures",
+    tabIndex: 0,
+    role: "region",
+    "aria-label": "Figures",
+  });
   const sides = [OURS, compare.name].map(side);
   parts = { prompt, most, mode, long: long.box, start, stop, save, note, figures, sides, compare, engine };
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (running === null && prompt.value.trim()) run();
   });
-  root.append(form, note, element("div", { className: "sides" }, ...sides.map(({ root: box }) => box)), figures);
+  root.append(
+    form,
+    note,
+    element("div", { className: "sides" }, ...sides.map(({ root: box }) => box)),
+    figures,
+  );
 }
 
 /** A box to tick. Both engines write as many tokens as they may, so that times are taken over equally many. */
 function check(compare) {
   const box = element("input", { id: "compare-long", type: "checkbox", checked: compare.kind === "hf" });
-  return { box, label: element("label", { className: "check" }, box, " Write on after the end, up to that many tokens") };
+  return {
+    box,
+    label: element("label", { className: "check" }, box, " Write on after the end, up to that many tokens"),
+  };
 }
 
 const field = (label, control, kind = "") =>
@@ -73,7 +99,12 @@ const field = (label, control, kind = "") =>
 function side(name) {
   const text = element("div", { className: "side-text" });
   const state = element("p", { className: "note", role: "status" });
-  return { name, text, state, root: element("section", { className: "side", "aria-label": name }, element("h3", {}, name), state, text) };
+  return {
+    name,
+    text,
+    state,
+    root: element("section", { className: "side", "aria-label": name }, element("h3", {}, name), state, text),
+  };
 }
 
 async function run() {
@@ -87,18 +118,26 @@ async function run() {
   note.textContent = together
     ? "Both engines answer at once: they share the machine, so neither time is what it would be alone."
     : "The engines answer one after the other, each alone on the machine.";
+  await warmUp();
   const answers = await (together ? bothAtOnce(question) : inTurns(question));
-  if (answers.every(({ finish }) => finish === "stop" || finish === "length")) tell(question, answers, together);
+  if (answers.every(({ finish }) => finish === "stop" || finish === "length")) {
+    tell(question, answers, together);
+  }
   busy(null);
 }
 
+/** Answers that nobody times: whatever is done once, such as starting the other engine, is done then. */
+async function warmUp() {
+  await ours(WARM_UP);
+  const { status } = options(parts.sides[1]).on;
+  await ask("v1/flexmoe/compare", WARM_UP, { signal: running.signal, on: { status } });
+}
+
 async function bothAtOnce(question) {
-  await ours({ messages: WARM_UP, max_tokens: 2 });
   return Promise.all([ours(question, parts.sides[0]), theirs(question, parts.sides[1])]);
 }
 
 async function inTurns(question) {
-  await ours({ messages: WARM_UP, max_tokens: 2 });
   const first = await ours(question, parts.sides[0]);
   return [first, await theirs(question, parts.sides[1])];
 }
@@ -113,7 +152,11 @@ async function theirs(question, where) {
   return finish(where, await ask("v1/flexmoe/compare", question, options(where)));
 }
 
-const STATES = { waiting: "Waiting for its turn", loading: "Starting, which takes some seconds the first time", ready: "Answering" };
+const STATES = {
+  waiting: "Waiting for its turn",
+  loading: "Starting, which takes some seconds the first time",
+  ready: "Answering",
+};
 
 const options = (where) => ({
   signal: running.signal,
@@ -148,40 +191,28 @@ function tell(question, answers, together) {
   const verdict = place === null ? "Both texts are equal." : `The texts part at character ${place + 1}.`;
   const faster = b.tpot && a.tpot ? `${OURS} is ${rate(b.tpot / a.tpot)} times as fast a token. ` : "";
   parts.note.textContent += ` ${faster}${verdict}${hint(place)}`;
-  parts.figures.replaceChildren(table("Figures of both engines", ["", ...parts.sides.map(({ name }) => name), "ratio"], rows(a, b)));
+  parts.figures.replaceChildren(
+    table("Figures of both engines", ["", ...parts.sides.map(({ name }) => name), "ratio"], rows(a, b)),
+  );
   result = {
-    format: "flexmoe-comparison-1", time: new Date().toISOString(), mode: together ? "at once" : "one after the other",
-    engine: parts.engine, compared_with: parts.compare.name, question, first_difference: place,
+    format: "flexmoe-comparison-1",
+    time: new Date().toISOString(),
+    mode: together ? "at once" : "one after the other",
+    engine: parts.engine,
+    compared_with: parts.compare.name,
+    question,
+    first_difference: place,
     answers: answers.map((answer, which) => ({ engine: parts.sides[which].name, ...answer })),
   };
   announce(`${faster}${verdict}`);
 }
 
-function rows(a, b) {
-  const both = (name, key, words, ratio) => [name, words(a[key]), words(b[key]), ratio ? times(b[key] / a[key]) : ""];
-  return [
-    both("Time to first token", "ttft", seconds, true),
-    both("Time per token after it", "tpot", seconds, true),
-    ["Tokens a second", rate(a.tokensPerSecond), rate(b.tokensPerSecond), times(a.tokensPerSecond / b.tokensPerSecond)],
-    both("Tokens", "tokens", String, false),
-    both("Memory of its process or on the GPU", "memory", (value) => bytes(value ?? NaN), true),
-    ["Prompt tokens from the prefix cache", String(a.cachedTokens ?? 0), String(b.cachedTokens ?? 0), ""],
-  ];
-}
-
-const times = (ratio) => (Number.isFinite(ratio) && ratio > 0 ? `${rate(ratio)}×` : "");
-
 function hint(place) {
   const { compare, engine } = parts;
   if (place === null || compare.kind !== "hf") return "";
-  return engine.dtype === "float32" ? "" : ` In ${engine.dtype} a near tie may fall either way; with --dtype float32 the texts are equal.`;
-}
-
-function firstDifference(a, b) {
-  if (a === b) return null;
-  let place = 0;
-  while (a[place] === b[place]) place += 1;
-  return place;
+  return engine.dtype === "float32"
+    ? ""
+    : ` In ${engine.dtype} a near tie may fall either way; with --dtype float32 the texts are equal.`;
 }
 
 function mark(place, answers) {

@@ -8,7 +8,9 @@ export class Conversations {
   constructor({ open, forget }) {
     this._open = open;
     this._forget = forget;
-    byId("export").addEventListener("click", async () => download("conversations.json", await store.exported()));
+    byId("export").addEventListener("click", async () =>
+      download("conversations.json", await store.exported()),
+    );
     byId("import").addEventListener("click", () => byId("import-file").click());
     byId("import-file").addEventListener("change", (event) => this._import(event.target));
     byId("show-conversations").addEventListener("click", () => this._fold());
@@ -34,10 +36,19 @@ export class Conversations {
   }
 
   _row(conversation) {
-    const open = element("button", { type: "button", onclick: () => this._open(conversation) }, conversation.title);
+    const open = element(
+      "button",
+      { type: "button", onclick: () => this._open(conversation) },
+      conversation.title,
+    );
     const remove = element(
       "button",
-      { type: "button", className: "quiet", "aria-label": `Delete ${conversation.title}`, onclick: () => this._remove(conversation) },
+      {
+        type: "button",
+        className: "quiet",
+        "aria-label": `Delete ${conversation.title}`,
+        onclick: () => this._remove(conversation),
+      },
       "×",
     );
     return element("li", { dataset: { id: conversation.id } }, open, remove);

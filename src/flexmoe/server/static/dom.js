@@ -20,10 +20,10 @@ export const byId = (id) => document.getElementById(id);
 
 /** A table: a caption for those who do not see it, column heads, rows of values. The first value heads its row. */
 export function table(caption, heads, rows) {
-  const cell = (value, place) =>
-    place ? element("td", {}, value) : element("th", { scope: "row" }, value);
+  const cell = (value, place) => (place ? element("td", {}, value) : element("th", { scope: "row" }, value));
   return element(
-    "table", {},
+    "table",
+    {},
     element("caption", { className: "hidden" }, caption),
     element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))),
     element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map(cell)))),

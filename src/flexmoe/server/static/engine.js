@@ -35,22 +35,37 @@ function build(root, told) {
   };
   document.head.append(element("link", { rel: "stylesheet", href: "static/vendor/uplot.css" }));
   root.replaceChildren(
-    element("div", { className: "page-head" }, element("h2", {}, "Engine"), element("p", { className: "note" }, told.model)),
+    element(
+      "div",
+      { className: "page-head" },
+      element("h2", {}, "Engine"),
+      element("p", { className: "note" }, told.model),
+    ),
     cards,
     element("div", { className: "charts" }, ...Object.values(charts).map(({ root: box }) => box)),
     element("h3", {}, "Kernels in use"),
-    scroller("Kernels in use", table("Kernels by operation", ["Operation", "Kernels"], Object.entries(told.kernels))),
+    scroller(
+      "Kernels in use",
+      table("Kernels by operation", ["Operation", "Kernels"], Object.entries(told.kernels)),
+    ),
     element("h3", {}, "Plan and options"),
-    scroller("Plan and options", table("What the engine runs with", ["Option", "Value"], options(told.engine))),
+    scroller(
+      "Plan and options",
+      table("What the engine runs with", ["Option", "Value"], options(told.engine)),
+    ),
   );
   return { cards, charts, bounds: told.latency_bounds };
 }
 
-const scroller = (name, child) => element("div", { className: "scroller", tabIndex: 0, role: "region", "aria-label": name }, child);
+const scroller = (name, child) =>
+  element("div", { className: "scroller", tabIndex: 0, role: "region", "aria-label": name }, child);
 
 function options(engine) {
   const degrees = "tensor_parallel_size" in engine ? {} : { plan: "one rank" };
-  return Object.entries({ ...degrees, ...engine }).map(([name, value]) => [name.replaceAll("_", " "), write(value)]);
+  return Object.entries({ ...degrees, ...engine }).map(([name, value]) => [
+    name.replaceAll("_", " "),
+    write(value),
+  ]);
 }
 
 function write(value) {
@@ -59,7 +74,16 @@ function write(value) {
 }
 
 function draw(figures) {
-  const { requests, kv_cache: cache, prefix_cache: prefix, rates, tokens, memory, preemptions, steps } = figures;
+  const {
+    requests,
+    kv_cache: cache,
+    prefix_cache: prefix,
+    rates,
+    tokens,
+    memory,
+    preemptions,
+    steps,
+  } = figures;
   const facts = [
     ["Running", count(requests.running, "sample")],
     ["Waiting", count(requests.waiting, "sample")],
@@ -70,7 +94,9 @@ function draw(figures) {
     ["Steps, preemptions", `${steps.toLocaleString("en")}, ${preemptions.toLocaleString("en")}`],
     ["Memory", bytes(memory.gpu_bytes ?? memory.resident_bytes ?? NaN)],
   ];
-  parts.cards.replaceChildren(...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))));
+  parts.cards.replaceChildren(
+    ...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value))),
+  );
   chart();
 }
 
@@ -78,8 +104,16 @@ function chart() {
   const { charts, bounds } = parts;
   const history = live.history.slice(-300);
   const times = history.map(({ time }) => time);
-  charts.speed.show([times, history.map(({ rates }) => rates.generated), history.map(({ rates }) => rates.prompt)]);
-  charts.requests.show([times, history.map(({ requests }) => requests.running), history.map(({ requests }) => requests.waiting)]);
+  charts.speed.show([
+    times,
+    history.map(({ rates }) => rates.generated),
+    history.map(({ rates }) => rates.prompt),
+  ]);
+  charts.requests.show([
+    times,
+    history.map(({ requests }) => requests.running),
+    history.map(({ requests }) => requests.waiting),
+  ]);
   for (const kind of ["ttft", "itl"]) charts[kind].show([times, ...latencies(history, kind, bounds[kind])]);
 }
 
@@ -90,7 +124,9 @@ function latencies(history, kind, bounds) {
   for (const { time, latency } of history) {
     while (history[first].time < time - WINDOW) first += 1;
     const before = history[first].time < time ? history[first].latency[kind] : null;
-    SHARES.forEach((share, line) => lines[line].push(before && percentile(bounds, before, latency[kind], share)));
+    SHARES.forEach((share, line) =>
+      lines[line].push(before && percentile(bounds, before, latency[kind], share)),
+    );
   }
   return lines;
 }

@@ -39,13 +39,28 @@ class View {
     this._recent = null; // [layer][expert], a mean that forgets
     this._latest = null;
     this._baseline = null; // the recording at the time of "Start afresh"
-    this.map = new HeatMap({ layers: experts.layers, ...this._plan, describe: (row, column) => this._describe(row, column) });
+    this.map = new HeatMap({
+      layers: experts.layers,
+      ...this._plan,
+      describe: (row, column) => this._describe(row, column),
+    });
     this._legend = legend();
-    this._tables = element("div", { className: "scroller", tabIndex: 0, role: "region", "aria-label": "Figures by layer" });
-    this._pause = element("button", { type: "button", "aria-pressed": "false", onclick: () => this._togglePause() }, "Pause");
+    this._tables = element("div", {
+      className: "scroller",
+      tabIndex: 0,
+      role: "region",
+      "aria-label": "Figures by layer",
+    });
+    this._pause = element(
+      "button",
+      { type: "button", "aria-pressed": "false", onclick: () => this._togglePause() },
+      "Pause",
+    );
     this._which = element(
-      "select", { id: "experts-which", onchange: () => this._draw() },
-      element("option", { value: "recent" }, "the last few looks"), element("option", { value: "total" }, "all since the start"),
+      "select",
+      { id: "experts-which", onchange: () => this._draw() },
+      element("option", { value: "recent" }, "the last few looks"),
+      element("option", { value: "total" }, "all since the start"),
     );
     root.append(...this._parts());
   }
@@ -54,21 +69,37 @@ class View {
     const { top_k, num_experts } = this._experts;
     const button = (name, work) => element("button", { type: "button", onclick: work }, name);
     return [
-      element("p", { className: "note" }, `Each token takes ${top_k} of ${num_experts} experts in every layer. A row is a layer, a column an expert; ` +
-        "the colour says how many tokens chose it, beside the mean of its layer. The server looks at a few steps at a time, and that costs it 1 % at most."),
-      element("div", { className: "row" },
-        element("label", { for: "experts-which" }, "Show"), this._which, this._pause,
-        button("Download recording", () => this._save()), button("Start recording afresh", () => this._restart())),
+      element(
+        "p",
+        { className: "note" },
+        `Each token takes ${top_k} of ${num_experts} experts in every layer. A row is a layer, a column an expert; ` +
+          "the colour says how many tokens chose it, beside the mean of its layer. " +
+          "The server looks at a few steps at a time, and that costs it 1 % at most.",
+      ),
+      element(
+        "div",
+        { className: "row" },
+        element("label", { for: "experts-which" }, "Show"),
+        this._which,
+        this._pause,
+        button("Download recording", () => this._save()),
+        button("Start recording afresh", () => this._restart()),
+      ),
       this._ranksNote(),
-      this.map.canvas, this.map.told, this._legend, this._tables,
+      this.map.canvas,
+      this.map.told,
+      this._legend,
+      this._tables,
     ];
   }
 
   _ranksNote() {
     const { ranks } = this._plan;
-    const text = ranks === null
-      ? "All experts are in one place: this server runs on one rank."
-      : `Experts are spread over ${ranks} ranks; lines in the map part those of layer ${this._experts.layers[0]}, the table has the load of each rank.`;
+    const text =
+      ranks === null
+        ? "All experts are in one place: this server runs on one rank."
+        : `Experts are spread over ${ranks} ranks; lines in the map part those of layer ` +
+          `${this._experts.layers[0]}, the table has the load of each rank.`;
     return element("p", { className: "note" }, text);
   }
 
@@ -108,7 +139,10 @@ class View {
     const rows = loads.map((row, place) => {
       const most = Math.max(...row);
       const { layer, active } = this._latest[place];
-      const shares = ranks === null ? [] : loadsOfRanks(row, this._experts.placements[place]).map((share) => `${rate(share)}×`);
+      const shares =
+        ranks === null
+          ? []
+          : loadsOfRanks(row, this._experts.placements[place]).map((share) => `${rate(share)}×`);
       return [String(layer), String(row.indexOf(most)), `${most.toFixed(2)}×`, active.toFixed(1), ...shares];
     });
     return table("Load of the experts, layer by layer", heads, rows);
@@ -118,7 +152,9 @@ class View {
     const expert = this._plan.order[column];
     const place = `Layer ${this._experts.layers[row]}, expert ${expert}`;
     if (this._latest === null) return `${place}: nothing seen yet.`;
-    return `${place}: ${this._loads()[row][expert].toFixed(2)} times the mean of the layer; ${this._latest[row].total[expert].toLocaleString("en")} tokens since the start.`;
+    const load = this._loads()[row][expert].toFixed(2);
+    const total = this._latest[row].total[expert].toLocaleString("en");
+    return `${place}: ${load} times the mean of the layer; ${total} tokens since the start.`;
   }
 
   _togglePause() {

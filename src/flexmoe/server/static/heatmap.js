@@ -9,19 +9,41 @@ const TOP = 18; // pixels at the top, for the numbers of the experts
 
 /** Colours from idle by the mean to hot, for light and for dark. */
 const SCALES = {
-  light: [[240, 238, 231], [141, 198, 186], [27, 116, 103], [4, 40, 38]],
-  dark: [[33, 39, 42], [30, 92, 83], [88, 196, 177], [224, 252, 243]],
+  light: [
+    [240, 238, 231],
+    [141, 198, 186],
+    [27, 116, 103],
+    [4, 40, 38],
+  ],
+  dark: [
+    [33, 39, 42],
+    [30, 92, 83],
+    [88, 196, 177],
+    [224, 252, 243],
+  ],
 };
 
 export class HeatMap {
-  /** about: {layers, num_experts, order}. order: experts from left to right. boundaries: columns at which a rank begins. */
+  /**
+   * layers: their numbers. order: experts from left to right. boundaries: columns at which a rank begins.
+   * describe(row, column): what a cell says in words.
+   */
   constructor({ layers, order, boundaries, describe }) {
     Object.assign(this, { layers, order, boundaries });
     this._describe = describe;
     this._loads = layers.map(() => order.map(() => 0));
     this._cursor = null;
-    this.told = element("p", { className: "note heat-told", "aria-live": "polite" }, "Point at a cell, or move among them with the arrow keys.");
-    this.canvas = element("canvas", { className: "heat", tabIndex: 0, role: "application", "aria-label": "Heat map of layers and experts; arrow keys move among its cells" });
+    this.told = element(
+      "p",
+      { className: "note heat-told", "aria-live": "polite" },
+      "Point at a cell, or move among them with the arrow keys.",
+    );
+    this.canvas = element("canvas", {
+      className: "heat",
+      tabIndex: 0,
+      role: "application",
+      "aria-label": "Heat map of layers and experts; arrow keys move among its cells",
+    });
     this.canvas.addEventListener("pointermove", (event) => this._point(event));
     this.canvas.addEventListener("keydown", (event) => this._move(event));
     new ResizeObserver(() => this.draw()).observe(this.canvas);
@@ -85,14 +107,22 @@ export class HeatMap {
       }),
     );
     pen.fillStyle = pen.strokeStyle = getComputedStyle(this.canvas).color;
-    for (const column of this.boundaries) pen.fillRect(SIDE + column * wide - 1.5, 2, 2, TOP + this.layers.length * high);
-    if (this._cursor) pen.strokeRect(SIDE + this._cursor.column * wide, TOP + this._cursor.row * high, wide - GAP, high - GAP);
+    for (const column of this.boundaries)
+      pen.fillRect(SIDE + column * wide - 1.5, 2, 2, TOP + this.layers.length * high);
+    if (this._cursor)
+      pen.strokeRect(
+        SIDE + this._cursor.column * wide,
+        TOP + this._cursor.row * high,
+        wide - GAP,
+        high - GAP,
+      );
   }
 
   _point({ offsetX, offsetY }) {
     const column = Math.floor((offsetX - SIDE) / this._cellWidth());
     const row = Math.floor((offsetY - TOP) / this._rowHeight());
-    if (row >= 0 && row < this.layers.length && column >= 0 && column < this.order.length) this._tell({ row, column });
+    if (row >= 0 && row < this.layers.length && column >= 0 && column < this.order.length)
+      this._tell({ row, column });
   }
 
   _move(event) {
@@ -102,7 +132,10 @@ export class HeatMap {
     event.preventDefault();
     const { row, column } = this._cursor ?? { row: 0, column: 0 };
     const within = (value, size) => Math.max(0, Math.min(size - 1, value));
-    this._tell({ row: within(row + step[0], this.layers.length), column: within(column + step[1], this.order.length) });
+    this._tell({
+      row: within(row + step[0], this.layers.length),
+      column: within(column + step[1], this.order.length),
+    });
   }
 
   _tell(cursor) {
@@ -124,7 +157,9 @@ function colour(scale, load) {
   const place = load <= 1 ? load : 1 + (2 * (Math.min(load, HOTTEST) - 1)) / (HOTTEST - 1);
   const low = Math.min(scale.length - 2, Math.floor(place));
   const part = place - low;
-  const mixed = scale[low].map((value, channel) => Math.round(value + (scale[low + 1][channel] - value) * part));
+  const mixed = scale[low].map((value, channel) =>
+    Math.round(value + (scale[low + 1][channel] - value) * part),
+  );
   return `rgb(${mixed.join(" ")})`;
 }
 
@@ -136,5 +171,11 @@ export function legend() {
     pen.fillStyle = colour(SCALES[isDark() ? "dark" : "light"], (HOTTEST * x) / 119);
     pen.fillRect(x, 0, 1, 10);
   }
-  return element("p", { className: "note legend" }, "idle ", canvas, ` ${HOTTEST} times the mean of its layer, or more`);
+  return element(
+    "p",
+    { className: "note legend" },
+    "idle ",
+    canvas,
+    ` ${HOTTEST} times the mean of its layer, or more`,
+  );
 }

@@ -43,11 +43,19 @@ export function minus(text, earlier) {
     const old = before.get(line.layer);
     if (!old) return line;
     return {
-      ...line, passes: line.passes - old.passes, tokens: line.tokens - old.tokens,
-      counts: subtract(line.counts, old.counts), active: subtract(line.active, old.active),
+      ...line,
+      passes: line.passes - old.passes,
+      tokens: line.tokens - old.tokens,
+      counts: subtract(line.counts, old.counts),
+      active: subtract(line.active, old.active),
     };
   });
   return rest.map((line) => `${JSON.stringify(line)}\n`).join("");
 }
 
-const lines = (text) => text.trim().split("\n").filter(Boolean).map((line) => JSON.parse(line));
+const lines = (text) =>
+  text
+    .trim()
+    .split("\n")
+    .filter(Boolean)
+    .map((line) => JSON.parse(line));

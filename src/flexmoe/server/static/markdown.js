@@ -18,9 +18,10 @@ const marked = new Marked({
 });
 
 const SAFE = {
-  ALLOWED_TAGS: (
-    "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr input li ol p pre strong table tbody td th thead tr ul"
-  ).split(" "),
+  ALLOWED_TAGS:
+    "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr input li ol p pre strong table tbody td th thead tr ul".split(
+      " ",
+    ),
   ALLOWED_ATTR: ["href", "align", "start", "type", "checked", "disabled"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_DATA_ATTR: false,

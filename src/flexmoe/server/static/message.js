@@ -15,8 +15,12 @@ export class Turn {
     this._actions = actions;
     const name = message.role === "user" ? "You" : "Assistant";
     this.root = element(
-      "article", { className: `turn ${message.role}`, "aria-label": name },
-      element("h3", {}, name), this._body, this._stats, this._buttons,
+      "article",
+      { className: `turn ${message.role}`, "aria-label": name },
+      element("h3", {}, name),
+      this._body,
+      this._stats,
+      this._buttons,
     );
     if (message.role === "user") this._body.textContent = message.content;
     else this._markdown = new GrowingMarkdown(this._body);
@@ -41,7 +45,8 @@ export class Turn {
   }
 
   _possible() {
-    const button = (name, work) => element("button", { type: "button", className: "quiet", onclick: work }, name);
+    const button = (name, work) =>
+      element("button", { type: "button", className: "quiet", onclick: work }, name);
     const found = [button("Copy", (event) => copy(this._message.content, event.target))];
     if (this._actions.edit) found.push(button("Edit", () => this._edit()));
     if (this._actions.regenerate) found.push(button("Regenerate", () => this._actions.regenerate()));
@@ -51,7 +56,11 @@ export class Turn {
 
   /** Shows the answer token by token instead, each with its experts. */
   _tokensButton() {
-    const button = element("button", { type: "button", className: "quiet", "aria-pressed": "false" }, "Experts of tokens");
+    const button = element(
+      "button",
+      { type: "button", className: "quiet", "aria-pressed": "false" },
+      "Experts of tokens",
+    );
     let view = null;
     button.addEventListener("click", () => {
       view ??= tokenView(this._message.routing);
@@ -65,10 +74,19 @@ export class Turn {
   }
 
   _edit() {
-    const field = element("textarea", { rows: 3, value: this._message.content, "aria-label": "Edit your message" });
+    const field = element("textarea", {
+      rows: 3,
+      value: this._message.content,
+      "aria-label": "Edit your message",
+    });
     const save = element("button", { type: "submit", className: "main" }, "Send again");
     const cancel = element("button", { type: "button", className: "quiet" }, "Cancel");
-    const form = element("form", { className: "edit" }, field, element("div", { className: "row" }, save, cancel));
+    const form = element(
+      "form",
+      { className: "edit" },
+      field,
+      element("div", { className: "row" }, save, cancel),
+    );
     const close = () => {
       form.replaceWith(this._body);
       this._buttons.hidden = false;

@@ -71,9 +71,17 @@ function check(data) {
   }
   return data.conversations.map((one) => {
     const messages = Array.isArray(one.messages) ? one.messages : [];
-    const whole = messages.filter((m) => ["user", "assistant"].includes(m?.role) && typeof m.content === "string");
+    const whole = messages.filter(
+      (m) => ["user", "assistant"].includes(m?.role) && typeof m.content === "string",
+    );
     const settings = one.settings && typeof one.settings === "object" ? one.settings : {};
     const title = String(one.title ?? "Imported").slice(0, 80);
-    return { ...fresh(settings), id: String(one.id), title, changed: Number(one.changed) || 0, messages: whole };
+    return {
+      ...fresh(settings),
+      id: String(one.id),
+      title,
+      changed: Number(one.changed) || 0,
+      messages: whole,
+    };
   });
 }

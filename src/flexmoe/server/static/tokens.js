@@ -28,12 +28,20 @@ export function tokenView({ layers, tokens }) {
     event.preventDefault();
     next.focus();
   });
-  panel.append(element("p", { className: "note" }, "Point at a token, or walk through them with the arrow keys."));
+  panel.append(
+    element("p", { className: "note" }, "Point at a token, or walk through them with the arrow keys."),
+  );
   return element("div", { className: "token-view" }, list, panel);
 }
 
 function option({ token }, place) {
-  const properties = { className: "token", role: "option", tabIndex: -1, dataset: { place }, "aria-selected": "false" };
+  const properties = {
+    className: "token",
+    role: "option",
+    tabIndex: -1,
+    dataset: { place },
+    "aria-selected": "false",
+  };
   return element("span", properties, visible(token));
 }
 

@@ -26,4 +26,5 @@ export function bytes(value) {
 }
 
 /** 45 %. */
-export const percent = (share) => (Number.isFinite(share) ? `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %` : "–");
+export const percent = (share) =>
+  Number.isFinite(share) ? `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %` : "–";
