@@ -46,14 +46,11 @@ class Soak:
     outcomes: dict[str, int | str] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     numbers: Any = field(default_factory=itertools.count)
+    num_left: int = 0
 
     @property
     def goes_on(self) -> bool:
         return time.monotonic() < self.end or self.num_left < self.aborts
-
-    @property
-    def num_left(self) -> int:
-        return sum(outcome == LEFT for outcome in self.outcomes.values())
 
 
 async def client(soak: Soak, number: int) -> None:
@@ -64,7 +61,9 @@ async def client(soak: Soak, number: int) -> None:
             name = f"soak-{next(soak.numbers)}"
             path, body, leave = request_of(rng)
             try:
-                soak.outcomes[name] = await ask(http, name, path, body, leave)
+                outcome = await ask(http, name, path, body, leave)
+                soak.outcomes[name] = outcome
+                soak.num_left += outcome == LEFT
             except (httpx.HTTPError, ValueError, KeyError) as error:
                 soak.broken.append(f"{name} {path}: {error!r}")
 
@@ -94,7 +93,7 @@ async def ask(http: httpx.AsyncClient, name: str, path: str, body: dict[str, Any
     async with http.stream("POST", path, json=body, headers={"X-Request-Id": name}) as response:
         if leave and response.status_code == 200:
             async for _ in response.aiter_bytes():
-                return LEFT
+                return LEFT  # which closes the connection
         content = (await response.aread()).decode()
     if response.status_code == 200 and body.get("stream") and not content.endswith("data: [DONE]\n\n"):
         raise ValueError(f"the stream ends with {content[-80:]!r}")
@@ -164,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="append a row to this file")
     given = parser.parse_args(arguments)
     seconds = 60 * given.minutes
-    # A cache that is soon touched everywhere and too small for all who run, so that some are preempted.
+    # A cache that is soon touched everywhere, so that what memory grows by later is a leak.
     limits = ("--max-num-seqs", "16", "--max-waiting", "40", "--kv-cache-memory", "24MiB")
     with ServerProcess("--model", str(given.model), *limits) as server:
         start = time.monotonic()

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from flexmoe import LLM, EngineError, SamplingParams
-from flexmoe.engine import ranks
+from flexmoe.engine import launchers, ranks
 from flexmoe.errors import ConfigError, RankError
 from tests.cpu.tiny_models import tiny
 
@@ -201,7 +201,7 @@ def test_a_refusal_of_the_ranks_is_that_of_one_process() -> None:
 
 
 def test_wrong_plans_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks.launch, "spawn", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(launchers.launch, "spawn", lambda *_: pytest.fail("processes were started"))
     with pytest.raises(ConfigError, match="tensor_parallel_size=3 does not fit 4 heads"):
         LLM(tiny("mixtral"), **{**OPTIONS, "tensor_parallel_size": 3})
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from flexmoe import LLM, SamplingParams
 from tests.cpu.tiny_models import tiny
@@ -21,24 +24,65 @@ print("end")
 """
 
 
-def torchrun(tmp_path: Path, processes: int) -> subprocess.CompletedProcess[str]:
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def command(tmp_path: Path, *options: str) -> list[str]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*TORCHRUN, *options, str(script), str(tiny("mixtral"))]
+
+
+def torchrun(tmp_path: Path, processes: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*launcher, str(script), str(tiny("mixtral"))],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False,
+        command(tmp_path, "--standalone", f"--nproc-per-node={processes}"),
+        cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
+
+
+def expected() -> list[str]:
+    """What the script prints, line by line."""
+    with LLM(tiny("mixtral"), dtype="float32", threads=1, max_model_len=64, num_blocks=40) as llm:
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        return [f"first {' '.join(map(str, llm.generate([5, 6, 7], params)[0].token_ids))}", "end"]
 
 
 def test_a_script_under_torchrun(tmp_path: Path) -> None:
     result = torchrun(tmp_path, 2)
-    with LLM(tiny("mixtral"), dtype="float32", threads=1, max_model_len=64, num_blocks=40) as llm:
-        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-        expected = " ".join(map(str, llm.generate([5, 6, 7], params)[0].token_ids))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n") == [f"first {expected}", "end", ""]
+    assert result.stdout.splitlines() == expected()
+
+
+def rendezvous(kind: str, node: int, port: int) -> list[str]:
+    """How two agents find each other: both ways that torchrun knows."""
+    if kind == "c10d":
+        return ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=1", "--local-addr=127.0.0.1"]
+    return [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+
+
+@pytest.mark.parametrize("kind", ["static", "c10d"])
+def test_two_agents_as_on_two_machines(tmp_path: Path, kind: str) -> None:
+    """The process of rank 0 drives, wherever it is; the other serves."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agents = [
+        subprocess.Popen(
+            command(tmp_path, "--nnodes=2", "--nproc-per-node=1", *rendezvous(kind, node, port)),
+            cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [agent.communicate(timeout=180) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    outputs = [out.splitlines() for out, _ in said]
+    assert sorted(outputs) == [[], expected()]
+    assert kind == "c10d" or outputs[1] == []
 
 
 def test_another_number_of_processes_than_ranks(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
     "parallel": (ParallelPlan, {}),  # some of its defaults only, and degrees that go together: tested below
-    "launch": (LaunchConfig, {"worker_timeout": 5.0}),
+    "launch": (LaunchConfig, {"launcher": "spawn", "worker_timeout": 5.0}),
 }
 COUNTS = ["block_size", "max_num_seqs", "max_num_batched_tokens"]
 OPTIONAL_COUNTS = ["kv_cache_memory", "num_blocks", "max_model_len", "threads"]
@@ -119,17 +119,23 @@ def test_a_timeout_is_a_positive_number(value: object) -> None:
     assert refusal(worker_timeout=value) == f"worker_timeout={value!r} is not a positive number of seconds."
 
 
+@pytest.mark.parametrize("name", ["torchrun", "ray"])
+def test_a_launcher_of_ranks_needs_ranks(name: str) -> None:
+    assert refusal(launcher=name).startswith(f"launcher={name!r} starts ranks, but the plan has one")
+
+
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
         ("dtype", "auto, float32, bfloat16, float16"),
         ("load_format", "auto, safetensors, dummy"),
         ("expert_backend", "auto, reference, cpu, triton"),
+        ("launcher", "auto, spawn, torchrun, ray"),
     ],
 )
 def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:
     for value in choices.split(", "):
-        EngineConfig.from_options({name: value})
+        EngineConfig.from_options({name: value, "tensor_parallel_size": 2})
     assert refusal(**{name: "best"}) == f"{name}='best' is not one of {choices}."
     assert refusal(**{name: None}) == f"{name}=None is not one of {choices}."
 

@@ -14,9 +14,11 @@ import click
 from flexmoe.config.engine import (
     DTYPES,
     EXPERT_BACKENDS,
+    LAUNCHERS,
     LOAD_FORMATS,
     CacheConfig,
     DeviceConfig,
+    LaunchConfig,
     LoadConfig,
     SchedulerConfig,
 )
@@ -125,6 +127,11 @@ _MODEL_OPTIONS = (
         help="Add the ranks' results, or send tokens to their experts.  [default: auto]",
     ),
     click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan as a JSON file, for all these."),
+    click.option(
+        "--launcher",
+        type=click.Choice(LAUNCHERS),
+        help=f"Who starts the processes; `ray`: on many machines.  [default: {_default(LaunchConfig, 'launcher')}]",
+    ),
     debug_option,
 )
 
@@ -145,6 +152,7 @@ _MODEL_NAMES = (
     *DEGREES,
     "moe_dispatch",
     "plan",
+    "launcher",
 )
 
 

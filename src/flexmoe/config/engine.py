@@ -14,6 +14,7 @@ from flexmoe.errors import ConfigError, UnknownOptionError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
+LAUNCHERS = ("auto", "spawn", "torchrun", "ray")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +70,12 @@ class LoadConfig:
 class LaunchConfig:
     """The processes of a model on several ranks.
 
+    launcher: who starts them. "spawn": this process, on its own machine. "torchrun": they are there already. "ray": a
+    Ray cluster, on one machine or many. "auto": torchrun where it started this process, else spawn.
     worker_timeout: seconds without any sign of work from the ranks that owe an answer, after which they count as hung.
     """
 
+    launcher: str = "auto"
     worker_timeout: float = 60.0
 
 
@@ -114,6 +118,7 @@ class EngineConfig:
         _check_choice("dtype", self.device.dtype, DTYPES)
         _check_choice("load_format", self.load.load_format, LOAD_FORMATS)
         _check_choice("expert_backend", self.device.expert_backend, EXPERT_BACKENDS)
+        _check_choice("launcher", self.launch.launcher, LAUNCHERS)
         self._check_names_and_flags()
         self._check_counts()
         self._check_parallel()
@@ -151,6 +156,11 @@ class EngineConfig:
             raise ConfigError(f"seed={self.seed!r} is not an integer.")
 
     def _check_parallel(self) -> None:
+        if self.launch.launcher in ("torchrun", "ray") and self.parallel.num_ranks == 1:
+            raise ConfigError(
+                f"launcher={self.launch.launcher!r} starts ranks, but the plan has one, which is this process; raise "
+                "tensor_parallel_size or another degree, or leave launcher out."
+            )
         timeout: object = self.launch.worker_timeout
         if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
             raise ConfigError(f"worker_timeout={timeout!r} is not a positive number of seconds.")

@@ -22,16 +22,16 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.routing import LayerLoad
 from flexmoe.config.shard import check
-from flexmoe.engine.device import choose_device, choose_dtype, physical_cores
+from flexmoe.engine import launchers
+from flexmoe.engine.device import choose_dtype
+from flexmoe.engine.launchers import Launcher
 from flexmoe.engine.model_runner import Flight, decodes_only, rows_before
 from flexmoe.engine.sampler import SampleOutput, SamplingState
 from flexmoe.engine.startup import load_tokenizer
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.engine.wire import pack_parts
-from flexmoe.engine.worker import RankReport, Worker
-from flexmoe.errors import ConfigError
+from flexmoe.engine.worker import RankReport
 from flexmoe.models.hub import ModelSource, open_model
-from flexmoe.parallel import launch
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.scheduler import Step
 
@@ -152,13 +152,12 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     plan = options.parallel
     source = open_model(options.load)
     check(plan, source.config)
-    device = choose_device(options.device.device)
-    if ranks is None:
-        _check_gpus(device, plan.num_ranks)
-    options, dtype = _decided(options, source, device)
+    launcher = launchers.choose(options.launch.launcher)
+    device = launcher.device(options.device.device, plan.num_ranks)
+    options, dtype = _decided(options, source, device, launcher.threads(device, plan.num_ranks))
     tokenizer = load_tokenizer(options, source)
     keep = ranks is not None
-    ranks = ranks or launch_ranks(options)
+    ranks = ranks or launch_ranks(options, launcher)
     try:
         everyone = range(plan.num_ranks)
         number = ranks.post("start", options, "loading the model", owed=everyone, patient=True)
@@ -175,44 +174,24 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     ), RankedRunner(ranks, plan, device, first.max_ahead, keep=keep)  # fmt: skip
 
 
-def launch_ranks(options: EngineConfig) -> Supervisor:
-    """The processes of a plan, nothing loaded yet: children of this one, or those that torchrun started."""
-    plan, timeout = options.parallel, options.launch.worker_timeout
+def launch_ranks(options: EngineConfig, launcher: Launcher) -> Supervisor:
+    """The processes of a plan, nothing loaded yet."""
+    timeout = options.launch.worker_timeout
     patience = 1.5 * timeout + 10  # of collectives: the supervisor, which knows who hangs, comes first
-    describe = RankLayout(plan).describe
-    if launch.joined_by_torchrun():
-        setup = launch.torchrun_setup(patience)
-        if setup.size != plan.num_ranks:
-            raise ConfigError(
-                f"torchrun started {setup.size} processes, but the plan has {plan.num_ranks} ranks (pipeline x data x "
-                f"tensor); use --nproc-per-node={plan.num_ranks}, or degrees that fit."
-            )
-        if setup.rank > 0:
-            raise SystemExit(launch.report(setup, Worker))
-        return Supervisor(launch.gather(setup, Worker), timeout, describe)
-    return Supervisor(launch.spawn(_MODULE, plan.num_ranks, patience), timeout, describe)
+    return Supervisor(launcher.start(_MODULE, options, patience), timeout, RankLayout(options.parallel).describe)
 
 
-def _decided(options: EngineConfig, source: ModelSource, device: torch.device) -> tuple[EngineConfig, torch.dtype]:
+def _decided(
+    options: EngineConfig, source: ModelSource, device: torch.device, threads: int
+) -> tuple[EngineConfig, torch.dtype]:
     """The options with everything decided that ranks might decide differently: files, number format, threads."""
     dtype = choose_dtype(options.device.dtype, source.config, device, few_rows_in_c=False)
-    threads = options.device.threads or max(1, physical_cores() // options.parallel.num_ranks)
+    threads = options.device.threads or threads
     own = replace(options.device, dtype=str(dtype).removeprefix("torch."), threads=threads, device=device.type)
-    model = source.name if source.folder is None else str(source.folder.absolute())
+    builtin = options.load.model is None  # which each machine has where it is installed
+    model = None if builtin else source.name if source.folder is None else str(source.folder.absolute())
     load = replace(options.load, model=model, revision=None, force_download=False, progress=False)
     return replace(options, device=own, load=load), dtype
-
-
-def _check_gpus(device: torch.device, num_ranks: int) -> None:
-    if device.type != "cuda" or launch.joined_by_torchrun():
-        return
-    if ":" in str(device):
-        raise ConfigError(f"device={str(device)!r} names one GPU, but the plan has {num_ranks} ranks; use cuda.")
-    if num_ranks > torch.cuda.device_count():
-        raise ConfigError(
-            f"the plan has {num_ranks} ranks (pipeline x data x tensor), but there are {torch.cuda.device_count()} "
-            "GPUs; use lower degrees, or device='cpu'."
-        )
 
 
 def _nothing() -> None:

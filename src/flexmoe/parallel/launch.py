@@ -1,10 +1,8 @@
 """Start the ranks of a model. Enters: how many, and the module that each runs. Leaves: Members, and where they meet.
 
 `spawn` makes them children of this process, each with a log of its own. Under `torchrun` the processes are there
-already: `joined_by_torchrun` says so, `gather` collects them on the first, and `report` is what the others do.
-
-Children are new interpreters, not multiprocessing's: a user's script needs no `if __name__` guard then, and nothing of
-it runs twice.
+already: `joined_by_torchrun` says so, `gather` collects them on the first, and `report` is what the others do. Those
+that Ray places on other machines come from ray.py.
 """
 
 from __future__ import annotations
@@ -13,19 +11,20 @@ import os
 import secrets
 import shutil
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flexmoe.parallel.beats import Beats
-from flexmoe.parallel.mesh import SAFE_ENVIRONMENT, TCPStore
+from flexmoe.parallel.child import SAFE_ENVIRONMENT, Child, Process
+from flexmoe.parallel.mesh import TCPStore
+from flexmoe.parallel.network import is_loopback, own_address
 from flexmoe.parallel.rank import Handler, Setup, serve
 
 _LOOPBACK = "127.0.0.1"
@@ -35,47 +34,57 @@ _CONTROL = "flexmoe/control"  # key of the store under which the first rank says
 
 @dataclass(slots=True)
 class Member:
-    """One rank as its supervisor sees it. process, log and lifeline: of a child; None for a rank started elsewhere."""
+    """One rank as its supervisor sees it. process: None if torchrun started it. node: its machine, if not this one."""
 
     rank: int
     connection: Connection
-    process: subprocess.Popen[bytes] | None = None
-    log: Path | None = None
-    lifeline: int | None = None
+    process: Process | None = None
+    node: str = ""
 
     def kill(self) -> None:
         """End the process; when this returns it is gone."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
 
     def close(self) -> None:
         """Let go of what leads to the process. May be called twice."""
-        if self.lifeline is not None:
-            os.close(self.lifeline)
-            self.lifeline = None
+        if self.process is not None:
+            self.process.close()
         self.connection.close()
+
+
+class Counters(Protocol):
+    """What tells a hang from work; see beats.py."""
+
+    def read(self, kind: int) -> list[int]:
+        """One counter of every rank."""
 
 
 @dataclass(slots=True)
 class Launched:
     """Ranks that were started. store: where they meet, held by whoever made it. beats: None if they cannot be read.
 
-    folder: of their logs and counters.
+    after: lets go of what else was taken for them; called once they have ended.
     """
 
     members: list[Member]
-    beats: Beats | None = None
+    beats: Counters | None = None
     store: Any = field(default=None, repr=False)
-    folder: Path | None = None
+    after: Callable[[], None] | None = None
 
     def release(self) -> None:
         """Let go of everything but the processes, which must have ended."""
         for member in self.members:
             member.close()
         self.store = self.beats = None
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.after is not None:
+            self.after()
+
+    def abandon(self) -> None:
+        """End the processes and let go of everything."""
+        for member in self.members:
+            member.kill()
+        self.release()
 
 
 def spawn(module: str, size: int, timeout: float) -> Launched:
@@ -84,7 +93,7 @@ def spawn(module: str, size: int, timeout: float) -> Launched:
     # Bound here and not in the first rank: the port is free for sure, and nobody has to tell it.
     store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
     beats = Beats(folder / "beats", size, create=True)
-    launched = Launched([], beats, store, folder)
+    launched = Launched([], beats, store, partial(shutil.rmtree, folder, ignore_errors=True))
     try:
         for rank in range(size):
             launched.members.append(_start(module, rank, folder / f"rank{rank}.log"))
@@ -93,30 +102,16 @@ def spawn(module: str, size: int, timeout: float) -> Launched:
             setup = Setup(*place, _LOOPBACK, store.port, timeout, str(folder / "beats"))
             member.connection.send(setup)
     except BaseException:
-        for member in launched.members:
-            member.kill()
-        launched.release()
+        launched.abandon()
         raise
     return launched
 
 
 def _start(module: str, rank: int, log: Path) -> Member:
     ours, theirs = socket.socketpair()
-    lifeline, held = os.pipe()
-    paths = [path or str(Path.cwd()) for path in sys.path]
-    with theirs, log.open("wb") as output:
-        ends = [str(theirs.fileno()), str(lifeline)]
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-X", "faulthandler", "-c", f"from {module} import run; run()", *ends],
-            env={**os.environ, **SAFE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)},
-            pass_fds=(theirs.fileno(), lifeline),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            process_group=0,  # a terminal's Ctrl-C is for the driver alone
-        )
-    os.close(lifeline)
-    return Member(rank, Connection(ours.detach()), process, log, held)
+    with theirs:
+        process = Child(module, theirs, log)
+    return Member(rank, Connection(ours.detach()), process)
 
 
 def joined_by_torchrun() -> bool:
@@ -136,9 +131,9 @@ def gather(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler])
     os.environ.update(SAFE_ENVIRONMENT)
     store = TCPStore(setup.host, setup.port, is_master=False)
     key = secrets.token_bytes(32)
-    with Listener((_address(setup), 0), backlog=setup.size, authkey=key) as listener:
-        host, port = listener.address
-        store.set(_CONTROL, f"{host} {port} {key.hex()}")
+    inner, outer = _addresses(setup)
+    with Listener((inner, 0), backlog=setup.size, authkey=key) as listener:
+        store.set(_CONTROL, f"{outer} {listener.address[1]} {key.hex()}")
         members = [Member(*_accept(listener)) for _ in range(setup.size - 1)]
     ours, theirs = Pipe()
     threading.Thread(target=serve, args=(theirs, setup, lambda: make(setup, [0, 0])), daemon=True).start()
@@ -159,8 +154,9 @@ def _accept(listener: Listener) -> tuple[int, Connection]:
     return connection.recv(), connection
 
 
-def _address(setup: Setup) -> str:
-    """This machine's address on the way to the store, which the other machines can reach, too."""
-    with socket.create_connection((setup.host, setup.port)) as way:
-        address: str = way.getsockname()[0]
-    return address
+def _addresses(setup: Setup) -> tuple[str, str]:
+    """Where the first process listens, and the name by which the others reach it."""
+    own = own_address(setup.host, setup.port)
+    if is_loopback(own) and not is_loopback(setup.host):  # the store is here, and this machine's name leads inwards
+        return "", setup.host
+    return own, own

@@ -14,16 +14,10 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard
 from flexmoe.parallel.comm import Group, Traffic
+from flexmoe.parallel.network import interface_to
 from flexmoe.parallel.pipeline import Pipeline
 
 TCPStore = dist.TCPStore  # type: ignore[attr-defined]  # exported, if not by a word
-
-# Multicast over NVLink fails where a container may not use it, and from NCCL 2.29 on the whole start with it.
-SAFE_ENVIRONMENT: Mapping[str, str] = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "NVSHMEM_DISABLE_NVLS": "1",
-}
 
 
 class Mesh:
@@ -79,8 +73,9 @@ class Mesh:
 
 def join(host: str, port: int, rank: int, size: int, device: torch.device, timeout: float) -> None:
     """Join the world of `size` ranks that meet at the store at host:port. gloo for a CPU, NCCL for CUDA."""
-    if host in ("127.0.0.1", "localhost"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo may pick an interface that leads nowhere
+    interface = interface_to(host, port)
+    if interface is not None:  # gloo may pick one that leads nowhere
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     limit = timedelta(seconds=timeout)
     store = TCPStore(host, port, is_master=False, timeout=limit)
     cuda = device.type == "cuda"

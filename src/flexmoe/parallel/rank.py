@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -80,7 +81,7 @@ def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list
     connection, lifeline = Connection(int(arguments[0])), int(arguments[1])
     setup: Setup = connection.recv()
     counters = _counters(setup)
-    threading.Thread(target=_pulse, args=(lifeline, counters), daemon=True).start()
+    threading.Thread(target=_pulse, args=(lifeline, counters, setup), daemon=True).start()
     code = serve(connection, setup, lambda: make(setup, counters))
     # Threads of torch or NCCL that wait for dead peers must not keep the process.
     sys.stdout.flush()
@@ -91,7 +92,7 @@ def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list
 def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> int:
     """Carry out commands until "exit", or until the driver is gone. Returns the exit code."""
     try:
-        handler, answers = make(), _Answers(connection)
+        handler, answers = make(), _Answers(connection, setup)
         while (message := answers.next_command()) is not None:
             number, command, payload = message
             answers.give(number, *_carry_out(handler.handle, command, payload))
@@ -107,8 +108,8 @@ def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> 
 class _Answers:
     """Sends answers, and those that come later when they are there."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, connection: Connection, setup: Setup) -> None:
+        self._connection, self._setup = connection, setup
         self._late: deque[tuple[int, Later]] = deque()
 
     def next_command(self) -> tuple[int, str, Any] | None:
@@ -121,6 +122,7 @@ class _Answers:
                     time.sleep(_GLANCE_SECONDS)
             message: tuple[int, str, Any] = self._connection.recv()
         except (EOFError, OSError):
+            _tidy_up(self._setup)
             return None
         return None if message[1] == "exit" else message
 
@@ -167,9 +169,16 @@ def _counters(setup: Setup) -> MutableSequence[int]:
     return cells  # type: ignore[no-any-return]
 
 
-def _pulse(lifeline: int, counters: MutableSequence[int]) -> None:
-    """Show that the process runs; end it when the driver's end of the lifeline closes, even if it died unawares."""
+def _pulse(lifeline: int, counters: MutableSequence[int], setup: Setup) -> None:
+    """Show that the process runs; end it when the lifeline's other end closes, even if its holder died unawares."""
     while True:
         counters[LIFE] += 1
         if select.select([lifeline], [], [], _PULSE_SECONDS)[0]:
+            _tidy_up(setup)
             os._exit(1)
+
+
+def _tidy_up(setup: Setup) -> None:
+    """Remove the folder that was made for this process by one who died since."""
+    if setup.beats is not None:
+        shutil.rmtree(Path(setup.beats).parent, ignore_errors=True)

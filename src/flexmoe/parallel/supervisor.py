@@ -16,7 +16,6 @@ from __future__ import annotations
 import pickle
 import queue
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -34,7 +33,8 @@ _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 0.4
 _EXIT_SECONDS = 4.0
 _IMPORT_SECONDS = 120.0  # until a new process shows its first sign of life
-_LAST_LINES, _LAST_BYTES = 6, 2**14
+_CODE_SECONDS = 2.0  # from the end of a connection to the exit code
+_LAST_LINES = 6
 
 
 class _Trouble(NamedTuple):
@@ -115,7 +115,7 @@ class Supervisor:
         self._doing, self._closing = "closing", True
         self._outbox.put(pickle.dumps((0, "exit", None)))
         self._threads[0].join(_EXIT_SECONDS)
-        alive = [m for m in self.members if m.process is not None and m.process.poll() is None]
+        alive = [m for m in self.members if m.process is not None and not m.process.ended()]
         if alive and self._failure is None:
             self._failure = self._error(alive[0], None, f"hangs: it has not ended in {_EXIT_SECONDS:g} s")
         self.kill()
@@ -188,11 +188,11 @@ class Supervisor:
         """A connection has ended. None if that is as it should be."""
         if self._killed or (self._closing and member.process is None):
             return None
-        if member.process is None:
+        process = member.process
+        if process is None or (process.ended(_CODE_SECONDS) and process.code is None):
             return _Trouble(self._error(member, None, "is gone: its connection broke"), silent=True)
-        try:
-            code = member.process.wait(2.0)
-        except subprocess.TimeoutExpired:
+        code = process.code
+        if code is None:
             return _Trouble(self._error(member, None, "broke its connection"), silent=True)
         if self._closing and code == 0:
             return None
@@ -240,16 +240,15 @@ class Supervisor:
     def _error(self, member: Member, code: int | None, what: str) -> RankError:
         place = self._describe(member.rank)
         where = f"rank {member.rank} of {len(self.members)}" + (f" ({place})" if place else "")
+        where += f" on node {member.node}" if member.node else ""
         return RankError(f"{where} {what} while {self._doing}; {_last_words(member)}", member.rank, code)
 
 
 def _last_words(member: Member) -> str:
-    if member.log is None:
+    if member.process is None:
         return "its log is where it was started."
     try:
-        with member.log.open("rb") as log:
-            log.seek(max(0, log.seek(0, 2) - _LAST_BYTES))
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
+        lines = [line.strip() for line in member.process.tail().decode(errors="replace").splitlines()]
     except OSError:
         return "its log cannot be read."
     # A fatal signal's stack is of little use in one line; what was said before it is.
