@@ -3,12 +3,14 @@
 #   make PYTHON=/path/to/python3.12 ...   another Python (3.11 or newer) for the virtual environment
 #   make serve ARGS="--port 9000"         arguments for flexmoe serve
 #   make test ARGS="-k scheduler -x"      arguments for pytest
+#   make test WORKERS=0                   one test after the other, in one process
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+WORKERS ?= 2
 
 USER_READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
@@ -27,7 +29,7 @@ smoke: $(USER_READY)  ## start the server, ask it a question, end it
 	$(BIN)/python tools/smoke.py
 
 test: $(TEST_READY) chromium  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 chromium:  # for the tests of the web page, which are skipped without it
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
