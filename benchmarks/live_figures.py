@@ -5,7 +5,8 @@
 Rounds with and without take turns: with, without, without, with. The server answers greedy prompts with exactly so many
 tokens; meanwhile one listener reads `rate` events a second, and while it does the server looks at its experts as often
 as it allows itself. The listener runs on the same cores. `idle_cpu_us`: processor time of the server for one event,
-while it does nothing else. The loss must be below 1 %. Leave the machine alone meanwhile.
+while it does nothing else. `cpu_us_per_token`: processor time of the server for one token, which other work on the
+machine disturbs less than it does the speed. The loss must be below 1 %. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -88,20 +89,23 @@ def complete(port: int, number: int, tokens: int) -> None:
 
 def idle_cost(server: ServerProcess, rate: float) -> tuple[float, float]:
     """Microseconds of processor time for one event, and events a second, while nothing else is done."""
-    process = psutil.Process(server.pid)
-    rest = _busy_seconds(process)
+    rest = _busy_seconds(server.pid)
     with listening(server.port, rate, True) as listener:
-        watched = _busy_seconds(process)
+        watched = _busy_seconds(server.pid)
         assert listener is not None
         events = listener.events
     return (watched - rest) / max(1, events) * 1e6, events / IDLE_SECONDS
 
 
-def _busy_seconds(process: psutil.Process) -> float:
-    before = process.cpu_times()
+def _busy_seconds(pid: int) -> float:
+    before = _cpu_seconds(pid)
     time.sleep(IDLE_SECONDS)
-    after = process.cpu_times()
-    return after.user + after.system - before.user - before.system
+    return _cpu_seconds(pid) - before
+
+
+def _cpu_seconds(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,19 +119,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="append a row to this file")
     given = parser.parse_args(arguments)
     speeds: dict[bool, list[float]] = {True: [], False: []}
+    costs: dict[bool, list[float]] = {True: [], False: []}
     with ServerProcess("--model", str(given.model)) as server:
         speed(server.port, given.streams, given.tokens)
         cost, rate = idle_cost(server, given.rate)
         for number in range(given.rounds):
             for watched in (True, False) if number % 2 else (False, True):
                 with listening(server.port, given.rate, watched):
+                    before = _cpu_seconds(server.pid)
                     speeds[watched].append(speed(server.port, given.streams, given.tokens))
+                    spent = _cpu_seconds(server.pid) - before
+                costs[watched].append(spent / (given.streams * given.tokens) * 1e6)
         server.stop()
     ratios = [watched / alone for watched, alone in zip(speeds[True], speeds[False], strict=True)]
+    cpu_ratios = [watched / alone for watched, alone in zip(costs[True], costs[False], strict=True)]
     result = {
         "alone_tokens_per_s": summary(speeds[False]),
         "watched_tokens_per_s": summary(speeds[True]),
         "ratio": summary(ratios),
+        "alone_cpu_us_per_token": summary(costs[False]),
+        "watched_cpu_us_per_token": summary(costs[True]),
+        "cpu_ratio": summary(cpu_ratios),
         "idle_cpu_us": round(cost, 1),
         "events_per_s": round(rate, 1),
     }

@@ -101,6 +101,8 @@ def test_figures_leave_out_experts_that_did_not_change(server: Running) -> None:
     events = list(_events(server, "/v1/flexmoe/events?interval=0.02&count=5&changes=true", None))
     assert "experts" in events[0]
     assert [event for event in events[1:] if "experts" in event] == []
+    assert any("latency" not in event for event in events)
+    assert all(event["requests"] == {"running": 0, "waiting": 0} for event in events)
     assert events[0]["memory"]["resident_bytes"] > 1e6
     assert (
         len(events[0]["latency"]["ttft"]) == len(server.get("/v1/flexmoe/about").json()["latency_bounds"]["ttft"]) + 1

@@ -25,6 +25,7 @@ from flexmoe.server.stream import EventStream, event_of
 MAX_LISTENERS = 32
 MIN_INTERVAL = 1 / 64  # seconds; a screen shows no more
 _MEMORY_SECONDS = 1.0
+_SLOW_SECONDS = 0.25
 _TICK = 0.1  # seconds within which the end of the server is noticed
 
 _DOCUMENTED: dict[int | str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ def routes(service: Service) -> APIRouter:
     ) -> Response:
         """Figures every `interval` seconds; `count` times, or until one of both sides ends it.
 
-        changes: leave out the experts where there was no new look at them.
+        changes: leave out the experts where there was no new look at them, and most sums unless a while has passed.
         """
         if len(listeners) >= MAX_LISTENERS:
             message = f"{MAX_LISTENERS} listeners are all that this server has room for."
@@ -70,14 +71,11 @@ def routes(service: Service) -> APIRouter:
 
 async def _events(service: Service, interval: float, count: int | None, changes: bool) -> AsyncIterator[bytes]:
     before = figures(service)
-    memory = _Memory(service.engine.engine.local_device)
-    sent, told = 0, -1
+    slow = _Slow(service, changes)
+    sent = 0
     while service.status == "ok" and (count is None or sent < count):
         now = figures(service)
-        looks = service.engine.experts.looks
-        seen = {} if changes and looks == told else {"experts": _experts(service)}
-        told = looks
-        yield event_of({**now, "rates": _rates(before, now), "memory": memory.now(), **seen}, name="figures")
+        yield event_of({**now, "rates": _rates(before, now), **slow.due(time.monotonic())}, name="figures")
         before, sent = now, sent + 1
         if sent != count:
             await _pause(service, interval)
@@ -91,22 +89,51 @@ async def _pause(service: Service, seconds: float) -> None:
 
 
 def figures(service: Service) -> dict[str, Any]:
-    """The state of now; docs/server.md says what each figure is."""
+    """What may change with every step; docs/server.md says what each figure is."""
     engine = service.engine.engine
     scheduler, metrics = engine.scheduler, engine.metrics
     blocks = scheduler.blocks
     return {
         "time": round(time.time(), 3),
-        "model": service.name,
         "requests": {"running": scheduler.num_running, "waiting": scheduler.num_waiting},
         "kv_cache": {"blocks": blocks.num_blocks, "used": blocks.num_blocks - blocks.num_free},
-        "prefix_cache": {"queried_tokens": blocks.stats.queried_tokens, "hit_tokens": blocks.stats.hit_tokens},
         "tokens": {"prompt": metrics.prompt_tokens, "generated": metrics.generated_tokens},
         "steps": metrics.steps,
-        "preemptions": metrics.preemptions,
-        "finished": dict(metrics.finished),
-        "latency": {"ttft": metrics.ttft.counts, "itl": metrics.itl.counts, "e2e": metrics.e2e.counts},
     }
+
+
+class _Slow:
+    """What is worth telling more seldom than many times a second, to one listener."""
+
+    def __init__(self, service: Service, changes: bool) -> None:
+        """changes: whether the listener does without what has not changed, or was told a moment ago."""
+        self._service, self._changes = service, changes
+        self._memory = _Memory(service.engine.engine.local_device)
+        self._looks, self._next = -1, -math.inf
+
+    def due(self, now: float) -> dict[str, Any]:
+        """What is to be told beside the figures."""
+        found: dict[str, Any] = {}
+        if not self._changes or now >= self._next:
+            self._next = now + _SLOW_SECONDS
+            found |= self._totals()
+        looks = self._service.engine.experts.looks
+        if not self._changes or looks != self._looks:
+            self._looks = looks
+            found["experts"] = _experts(self._service)
+        return found
+
+    def _totals(self) -> dict[str, Any]:
+        engine = self._service.engine.engine
+        stats, metrics = engine.scheduler.blocks.stats, engine.metrics
+        return {
+            "model": self._service.name,
+            "prefix_cache": {"queried_tokens": stats.queried_tokens, "hit_tokens": stats.hit_tokens},
+            "preemptions": metrics.preemptions,
+            "finished": dict(metrics.finished),
+            "latency": {"ttft": metrics.ttft.counts, "itl": metrics.itl.counts, "e2e": metrics.e2e.counts},
+            "memory": self._memory.now(),
+        }
 
 
 def _rates(before: dict[str, Any], now: dict[str, Any]) -> dict[str, float]:

@@ -57,12 +57,13 @@ class Live {
   async _follow(signal) {
     const response = await request(`v1/flexmoe/events?interval=${this._interval}&changes=true`, { signal });
     for await (const { data } of events(response)) {
-      const { experts, ...figures } = data;
+      const { experts, ...changed } = data;
       this.experts = experts ?? this.experts;
+      const figures = { ...this.history.at(-1), ...changed }; // what did not change may be left out
       this.history.push(figures);
       if (this.history.length > 900) this.history.splice(0, 300);
       this._become("ok");
-      for (const listener of this._listeners) listener(data);
+      for (const listener of this._listeners) listener({ ...figures, experts });
       if (document.hidden) this._stop.abort();
     }
   }
