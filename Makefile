@@ -14,19 +14,24 @@ WORKERS ?= 2
 
 USER_READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
+REPORT_READY := $(VENV)/.ready-report
 
 .DEFAULT_GOAL := help
-.PHONY: help serve smoke chromium test check check-style check-types check-imports check-size format cli-docs clean
+.PHONY: help serve smoke chromium poster test check check-style check-types check-imports check-size format \
+        performance-docs cli-docs clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: $(USER_READY)  ## serve the built-in model at http://127.0.0.1:8000
 	$(BIN)/flexmoe serve $(ARGS)
 
 smoke: $(USER_READY)  ## start the server, ask it a question, end it
 	$(BIN)/python tools/smoke.py
+
+poster: $(REPORT_READY)  ## make poster and report from the recorded measurements, in build/report
+	$(BIN)/flexmoe report --out build/report
 
 test: $(TEST_READY) chromium  ## run the tests
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
@@ -57,6 +62,9 @@ format: $(TEST_READY)  ## mend what the linter and the formatter can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+performance-docs: $(TEST_READY)  ## write docs/performance.md and its picture from the recorded measurements
+	$(BIN)/python tools/performance_page.py
+
 cli-docs: $(TEST_READY)  ## write docs/cli.md from the command line's own help
 	$(BIN)/python tools/cli_help.py
 
@@ -71,6 +79,11 @@ $(USER_READY): pyproject.toml constraints.txt | $(BIN)/pip
 $(TEST_READY): $(USER_READY)
 	@echo "Adding what the checks and tests need to $(VENV), once."
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(REPORT_READY): $(USER_READY)
+	@echo "Adding what poster and report need to $(VENV), once."
+	@$(PIP) -e '.[report]'
 	@touch $@
 
 $(BIN)/pip:

@@ -41,7 +41,7 @@ _WARMUPS, _WARMUPS_COMPILED = 1, 3
 class LatencyOptions:
     """Lengths in tokens. hf_seconds: for each batch, until when another configuration of hf-best may be tried.
 
-    llm: further options of `LLM`.
+    prompt: token ids that all rows are given, as long as prompt_len; None: random ones. llm: further options of `LLM`.
     """
 
     model: str | None = None
@@ -50,6 +50,7 @@ class LatencyOptions:
     engines: Sequence[str] = (OURS,)
     batches: Sequence[int] = (1, 8, 32, 128)
     prompt_len: int = 128
+    prompt: Sequence[int] | None = None
     output_len: int = 64
     dtype: str = "auto"
     device: str = "auto"
@@ -62,6 +63,8 @@ class LatencyOptions:
         for engine in self.engines:
             if engine not in ENGINES:
                 raise ConfigError(f"engine={engine!r} is not one of {', '.join(ENGINES)}.")
+        if self.prompt is not None and len(self.prompt) != self.prompt_len:
+            raise ConfigError(f"prompt_len={self.prompt_len} is not the prompt's length; use {len(self.prompt)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +105,16 @@ class _Bench:
         set_threads(options.threads)
         self.ceiling = read_bandwidth(self.device)  # before the weights: it needs memory of its own
         self.facts = facts(self.device)
-        self.prompts = {
-            batch: make_prompts(subject.config.vocab_size, batch, options.prompt_len, options.seed)
-            for batch in options.batches
-        }
+        self.prompts = {batch: self._prompts(batch) for batch in options.batches}
         self.touched: dict[int, Touched] = {}
         self.answers: dict[int, list[list[int]]] = {}  # of our engine
         self.dtype = ""
+
+    def _prompts(self, batch: int) -> list[list[int]]:
+        options = self.options
+        if options.prompt is not None:
+            return [list(options.prompt)] * batch
+        return make_prompts(self.subject.config.vocab_size, batch, options.prompt_len, options.seed)
 
     def rows(self) -> Iterator[Row]:
         options = self.options

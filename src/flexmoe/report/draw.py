@@ -1,0 +1,218 @@
+"""Figures on paper. Enters: a Figure of charts.py. Leaves: a matplotlib figure, which holds exactly its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flexmoe.report import style
+from flexmoe.report.charts import ENGINES, Figure, Panel, Point
+
+_CLIP = 1.28  # bars above the highest of ours, the floor and vLLM times this are cut, with their value written on them
+_LEAST_GROUPS = 3  # a single group of bars does not become as wide as the page
+_INCHES = {"latency": (15.4, 4.0), "experts": (6.2, 3.1), "cpu": (6.2, 3.1), "operations": (6.2, 3.1)}
+_INCHES |= {"strategies": (9.6, 2.7), "throughput": (6.2, 3.1), "served": (9.6, 2.7)}
+
+
+def draw(figure: Figure) -> Any:
+    """A new matplotlib figure; the caller saves and closes it."""
+    import matplotlib.pyplot as plt
+
+    columns = len(figure.panels)
+    canvas, axes = plt.subplots(1, columns, figsize=_INCHES[figure.name], squeeze=False, layout="constrained")
+    kinds: dict[str, Callable[[Any, Panel, int], None]] = {
+        "latency": _latency,
+        "experts": _experts,
+        "pairs": _pair,
+        "bars": _bars,
+        "stack": _stack,
+    }
+    for column, panel in enumerate(figure.panels):
+        _plain(axes[0][column])
+        axes[0][column].set_title(panel.title, loc="left", fontweight="semibold", fontsize=15, color=style.INK, pad=10)
+        kinds[figure.kind](axes[0][column], panel, column)
+    if figure.unit and figure.kind != "stack":
+        axes[0][0].set_ylabel(figure.unit)
+    if figure.kind == "latency":
+        _legend_below(canvas, axes[0])
+    return canvas
+
+
+def settings() -> dict[str, Any]:
+    """matplotlib's, for `rc_context`: type as outlines, so that a picture looks the same everywhere."""
+    return {
+        "font.family": style.FONT,
+        "font.size": 13,
+        "axes.labelcolor": style.MUTED,
+        "axes.edgecolor": style.RULE,
+        "xtick.color": style.MUTED,
+        "ytick.color": style.MUTED,
+        "svg.fonttype": "path",
+        "svg.hashsalt": "flexmoe",
+        "hatch.linewidth": 1.2,
+        "axes.unicode_minus": False,
+    }
+
+
+def short(number: float) -> str:
+    """Three figures that mean something: 0.860, 6.07, 24.6, 118, 182,255."""
+    if number >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+
+
+def _plain(axes: Any) -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0)
+    axes.yaxis.grid(visible=True, color=style.RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _colours(key: str) -> dict[str, Any]:
+    hatch = {"hatch": "///", "edgecolor": style.PAPER} if key in style.CITED else {}
+    return {"color": style.ENGINE_COLOURS.get(key, style.MUTED), **hatch}
+
+
+# ---------------------------------------------------------------------------------------------- kinds
+
+
+def _latency(axes: Any, panel: Panel, _: int) -> None:
+    """Groups of bars, one a batch size; the floor is a line across each group."""
+    batches = [point.x for point in panel.series[0].points]
+    engines = [series for series in panel.series if series.key != "floor"]
+    main = [point.value.number for one in panel.series if "hf" not in one.key for point in one.points]
+    top = _CLIP * max(main)
+    for place, batch in enumerate(batches):
+        present = [(one, point) for one in engines for point in one.points if point.x == batch]
+        width = min(0.32, 0.9 / max(1, len(present)))
+        for number, (one, point) in enumerate(present):
+            x = place + (number - (len(present) - 1) / 2) * width
+            height = point.value.number
+            axes.bar(x, height, width * 0.9, label=one.label, **_colours(one.key))
+            _tell(axes, x, min(height, top), point, top, ours=one.key == "flexmoe")
+        half = max(0.26, len(present) * width / 2)
+        level = next(point.value.number for point in panel.series[0].points if point.x == batch)
+        axes.plot([place - half, place + half], [level, level], color=style.INK, lw=3, solid_capstyle="butt")
+    axes.set_ylim(0, top)
+    axes.set_yticks([])
+    axes.set_xlim(-0.6, max(len(batches), _LEAST_GROUPS) - 0.4)
+    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches], color=style.INK)
+
+
+def _tell(axes: Any, x: float, height: float, point: Point, top: float, *, ours: bool) -> None:
+    """The value above a bar; inside ours the percentage of the floor; a cut bar's value at its head."""
+    text = short(point.value.number)
+    if point.value.number > top:
+        axes.text(x, top * 0.985, text, ha="center", va="top", rotation=90, fontsize=11, color=style.INK,
+                  bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 1.5})  # fmt: skip
+        return
+    weight = "bold" if ours else "normal"
+    axes.text(
+        x, height + top * 0.012, text, ha="center", va="bottom", fontsize=11.5, fontweight=weight, color=style.INK
+    )
+    if ours and point.note is not None:
+        words = f"{point.note.number:.0f}%"
+        inside = height > 0.16 * top
+        place = (height * 0.5, "center", style.PAPER) if inside else (height + top * 0.075, "bottom", style.OURS)
+        axes.text(
+            x, place[0], words, ha="center", va=place[1], fontsize=12, fontweight="bold", color=place[2],
+            rotation=90 if inside else 0,
+        )  # fmt: skip
+
+
+def _experts(axes: Any, panel: Panel, _: int) -> None:
+    """Lines from zero, so that flat looks flat."""
+    places = {x: float(x) for one in panel.series for x in (point.x for point in one.points)}
+    for one in panel.series:
+        values = [point.value.number for point in one.points]
+        colour = style.ENGINE_COLOURS.get(one.key, style.MUTED)
+        axes.plot([places[point.x] for point in one.points], values, "o-", lw=4, ms=9, color=colour, label=one.label)
+        for end, point in ((0, one.points[0]), (-1, one.points[-1])):
+            axes.annotate(
+                short(point.value.number), (places[point.x], values[end]), (0, 11), textcoords="offset points",
+                ha="center", fontweight="bold", color=style.INK,
+            )  # fmt: skip
+    axes.title.set_fontsize(13)
+    highest = max(point.value.number for one in panel.series for point in one.points)
+    axes.set_ylim(0, highest * 1.35)
+    axes.margins(x=0.1)
+    axes.set_xticks(sorted(set(places.values())), [str(int(x)) for x in sorted(set(places.values()))])
+    axes.set_xlabel("experts in a layer")
+    if len(panel.series) > 1:
+        axes.legend(frameon=False, fontsize=11)
+
+
+def _pair(axes: Any, panel: Panel, _: int) -> None:
+    """Two bars, ours first."""
+    for place, one in enumerate(panel.series):
+        value = one.points[0].value.number
+        axes.bar(place, value, 0.72, label=one.label, **_colours(one.key))
+        weight = "bold" if one.key == "flexmoe" else "normal"
+        axes.text(place, value, short(value), ha="center", va="bottom", fontweight=weight, fontsize=14, color=style.INK)
+    metric, unit = panel.title.rstrip(")").split(" (")
+    axes.set_title(f"{_wrapped(metric)}, {unit}", loc="left", fontsize=12, color=style.INK)
+    axes.set_ylim(0, 1.15 * max(one.points[0].value.number for one in panel.series))
+    axes.set_yticks([])
+    axes.set_xticks([0, 1], ["FlexMoE", "HF"], color=style.INK, fontsize=12)
+
+
+def _wrapped(text: str) -> str:
+    return text.replace(", ", ",\n").replace(" of 512", "\nof 512").replace(" to first", "\nto first")
+
+
+def _bars(axes: Any, panel: Panel, column: int) -> None:
+    """Horizontal bars of one series; names beside the first panel only."""
+    points = panel.series[0].points[::-1]
+    values = [point.value.number for point in points]
+    colours = [_bar_colour(point.x) for point in points]
+    axes.barh(range(len(points)), values, 0.66, color=colours, label=panel.series[0].label)
+    for place, value in enumerate(values):
+        axes.text(value, place, f" {short(value)}", va="center", fontweight="semibold", color=style.INK)
+    axes.set_xlim(0, max(values) * 1.3)
+    axes.set_xticks([])
+    axes.yaxis.grid(visible=False)
+    axes.set_yticks(range(len(points)), [point.x if column == 0 else "" for point in points], color=style.INK)
+    axes.title.set_fontsize(12.5)
+
+
+def _bar_colour(name: str) -> str:
+    """By strategy, or ours and others'."""
+    words = {"FlexMoE": style.OURS, "tensor": style.OURS, "expert": style.LINK, "hybrid": style.ROUTER}
+    return next((colour for word, colour in words.items() if name.startswith(word)), style.ENGINE_COLOURS["hf-best"])
+
+
+def _stack(axes: Any, panel: Panel, _: int) -> None:
+    """Horizontal bars piled of operations; those that are wide enough bear their value."""
+    names = list(dict.fromkeys(point.x for one in panel.series for point in one.points))[::-1]
+    ends = dict.fromkeys(names, 0.0)
+    total = max(
+        sum(point.value.number for one in panel.series for point in one.points if point.x == name) for name in names
+    )
+    for one in panel.series:
+        for point in one.points:
+            width, place = point.value.number, names.index(point.x)
+            label = one.label if point is one.points[0] else None
+            axes.barh(place, width, 0.62, left=ends[point.x], label=label, color=style.OPERATION_COLOURS[one.key],
+                      edgecolor=style.PAPER, linewidth=0.8)  # fmt: skip
+            if width > 0.055 * total:
+                middle = ends[point.x] + width / 2
+                axes.text(middle, place, short(width), ha="center", va="center", fontsize=11.5, color=style.PAPER)
+            ends[point.x] += width
+    axes.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names], color=style.INK)
+    axes.yaxis.grid(visible=False)
+    axes.set_xlim(0, total * 1.01)
+    axes.set_xlabel("µs a layer")
+    axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=11, handlelength=1.1)
+
+
+def _legend_below(canvas: Any, axes: Any) -> None:
+    """Each engine once, whichever panel has it; the floor first."""
+    import matplotlib.lines as lines
+
+    named: dict[str, Any] = {ENGINES["floor"]: lines.Line2D([], [], color=style.INK, lw=3)}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=11.5,
+                  handlelength=1.4, columnspacing=1.4)  # fmt: skip

@@ -1,0 +1,109 @@
+"""Which rows poster and report show, and what they say of each number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexmoe.errors import ConfigError
+from flexmoe.report.charts import cpu, experts, figures, latency, operations, strategies
+from flexmoe.report.headlines import headlines
+from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
+from flexmoe.report.tables import latency as latency_table
+from flexmoe.report.tables import markdown, three
+
+CPU = {"kind": "cpu", "name": "A Processor"}
+
+
+def row(line: int, *, batch: int = 1, ms: float = 2.0, engine: str = "flexmoe", **more: Any) -> Row:
+    result = {"ms": ms, "floor_ms": 1.0, "percent_of_floor": 100 / ms, "distinct_experts": 2.0}
+    data = {
+        "benchmark": "latency",
+        "engine": engine,
+        "model": {"name": "builtin", "label": "builtin", "parameters": 10, "experts": 8, "top_k": 2},
+        "params": {"batch": batch, "prompt_len": 64, "dtype": "float32"},
+        "result": result,
+        "time": "2026-11-20T00:00:00+00:00",
+        "device": CPU,
+    }
+    return Row("rows.jsonl", line, data | more)
+
+
+def test_a_newer_row_replaces_an_older_one_whatever_their_order() -> None:
+    rows = [row(1, ms=2.0, time="2026-11-22"), row(2, ms=9.0, time="2026-11-21"), row(3, batch=8, ms=4.0)]
+    figure = latency(rows)
+    assert figure is not None
+    floor, ours = figure.panels[0].series
+    assert [(point.x, point.value.number, point.value.cells[0].line) for point in ours.points] == [
+        ("1", 2.0, 1),
+        ("8", 4.0, 3),
+    ]
+    assert {point.value.cells[0].key for point in floor.points} == {"result.floor_ms"}
+
+
+def test_rows_of_a_changed_model_an_error_or_another_prompt_length_stay_out() -> None:
+    other = row(3).data["model"] | {"label": "builtin with 4 experts"}
+    long = {"batch": 8, "prompt_len": 4096}
+    rows = [row(1), row(2, batch=8), row(3, model=other), row(4, result={"error": "no"}), row(5, params=long)]
+    figure = latency(rows)
+    assert figure is not None
+    assert len(figure.panels) == 1
+    assert [point.value.cells[0].line for point in figure.panels[0].series[1].points] == [1, 2]
+
+
+def test_cited_rows_of_another_device_are_not_set_beside_ours() -> None:
+    cited = row(2, engine="vllm", ms=1.5, cited=True, device={"kind": "cuda", "name": "NVIDIA H200"})
+    near = row(3, engine="vllm", ms=3.0, cited=True)
+    assert [one.key for one in latency([row(1), cited]).panels[0].series] == ["floor", "flexmoe"]  # type: ignore[union-attr]
+    big = headlines([row(1), near])
+    assert [one.big for one in big] == ["50%", "1.50–1.50×"]
+    assert big[1].values[0].cells == (Cell("rows.jsonl", 3, "result.ms"), Cell("rows.jsonl", 1, "result.ms"))
+
+
+def test_without_rows_there_is_no_figure() -> None:
+    assert figures([]) == []
+    assert [make([row(1)]) for make in (experts, cpu, strategies, operations)] == [None] * 4
+    assert figures(read_rows([CITED])) == []
+
+
+def test_the_table_tells_a_goal_that_was_missed_and_no_other() -> None:
+    goals = [row(n, batch=b, ms=ms, benchmark="target", cited=True) for n, b, ms in ((3, 1, 1.9), (4, 8, 4.0))]
+    table = latency_table([row(1), row(2, batch=8, ms=4.0), *goals])
+    assert table is not None
+    assert [line[-1].text for line in table.rows] == ["1.90", ""]
+    assert "| builtin | 1 | 2.00 | 1.00 | 50 | 2.0 |  |  |  | 1.90 |" in markdown(table)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0.86, "0.860"), (6.066, "6.07"), (24.56, "24.6"), (182255.1, "182,255")])
+def test_three_figures_are_shown(number: float, text: str) -> None:
+    assert three(number) == text
+
+
+def test_values_know_their_cells_and_can_be_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n" + json.dumps(row(2).data) + "\n")
+    (read,) = read_rows([file], root=tmp_path)
+    value = read.value("result.ms")
+    assert value.cells == (Cell("rows.jsonl", 2, "result.ms"),)
+    assert cell_number(value.cells[0], tmp_path) == 2.0
+    assert value.over(read.value("result.floor_ms")).formula == "a / b"
+
+
+def test_files_that_are_no_rows_are_refused_with_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}\n[1]\n")
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2 is no JSON object"):
+        read_rows([file])
+    file.write_text("{}\n{\n")
+    with pytest.raises(ConfigError, match=r"rows.jsonl:2 is no JSON;"):
+        read_rows([file])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_rows([tmp_path / "none.jsonl"])
+
+
+def test_newest_keeps_the_order_of_first_appearance() -> None:
+    rows = [row(1, batch=8), row(2), row(3, batch=8, time="2027")]
+    assert [kept.line for kept in newest(rows, ("params.batch",))] == [3, 2]
