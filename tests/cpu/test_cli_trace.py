@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 import flexmoe
 from flexmoe import LLM, SamplingParams
+from flexmoe.bench.timeline import trace_step
 from flexmoe.cli.main import main
-from flexmoe.cli.timeline import trace_step
 from flexmoe.engine import model_runner
 
 OPTIONS = ["--dtype", "float32", "--kv-cache-memory", "64MiB", "--threads", "1"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexmoe.bench.subject import Subject
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError
 from flexmoe.llm import LLM
 
@@ -47,6 +48,11 @@ class FlexMoE:
 
     def about(self) -> dict[str, Any]:
         return self._about
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself, to be driven step by step."""
+        return self._llm.engine
 
     def generate(self, prompts: Prompts, count: int) -> list[list[int]]:
         outputs = self._llm.generate(list(prompts), _greedy(count))

@@ -32,6 +32,7 @@ _COMMANDS = (
     "models",
     "verify",
     "bench",
+    "profile",
     "report",
     "tune",
     "balance",

@@ -17,7 +17,7 @@ from flexmoe.config.sampling import SamplingParams
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flexmoe.cli.timeline import Mark, Timeline
+    from flexmoe.bench.timeline import Mark, Timeline
     from flexmoe.llm import LLM
 
 # The stages in the order of the way: mark in the timeline, name, what happens, file under flexmoe/.
@@ -93,7 +93,7 @@ class Result:
 
 
 def _run(llm: LLM, text: str) -> Result:
-    from flexmoe.cli.timeline import trace_step
+    from flexmoe.bench.timeline import trace_step
 
     engine = llm.engine
     start = time.perf_counter()
