@@ -159,9 +159,7 @@ def _make_pool(threads: int, isa: str) -> tuple[int, int]:
 class DecodeModel:
     """A whole model that computes rows of one query each in one call, with the caller and `threads` - 1 others."""
 
-    def __init__(
-        self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, isa: str = "auto"
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, isa: str = "auto") -> None:
         native = library.load(isa).library
         assert native is not None, "ask library.load() first"
         self._pool = _POINTER(_pool(threads, isa))
