@@ -3,19 +3,21 @@
 #   make PYTHON=/path/to/python3.12 ...   another Python (3.11 or newer) for the virtual environment
 #   make serve ARGS="--port 9000"         arguments for flexmoe serve
 #   make test ARGS="-k scheduler -x"      arguments for pytest
+#   make test WORKERS=0                   one test after the other, in one process
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
+WORKERS ?= 2
 
 USER_READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
 REPORT_READY := $(VENV)/.ready-report
 
 .DEFAULT_GOAL := help
-.PHONY: help serve smoke poster test check check-style check-types check-imports check-size format \
+.PHONY: help serve smoke chromium poster test check check-style check-types check-imports check-size format \
         performance-docs cli-docs clean
 .DELETE_ON_ERROR:
 
@@ -31,8 +33,15 @@ smoke: $(USER_READY)  ## start the server, ask it a question, end it
 poster: $(REPORT_READY)  ## make poster and report from the recorded measurements, in build/report
 	$(BIN)/flexmoe report --out build/report
 
-test: $(TEST_READY)  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(TEST_READY) chromium  ## run the tests
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+
+chromium:  # for the tests of the web page, which are skipped without it
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	  || { echo "Installing Chromium with apt-get, for the tests of the web page."; \
+	       if [ "$$(id -u)" = 0 ]; then as=; else as="sudo -n"; fi; \
+	       $$as apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$as apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "Chromium cannot be installed here, so those tests are skipped. On Debian: apt-get install chromium" >&2
 
 check: check-style check-types check-imports check-size  ## style, types, import directions, size budget
 

@@ -1,7 +1,8 @@
 """The C kernels against the torch layers: stage by stage, for every family and for sizes that fit no vector.
 
 The reference is fp32 torch on the same weights; with bf16 ones it rounds what it writes to the cache, like the kernels.
-So both dtypes must agree closely. In bf16 a key that rounds the other way costs a little.
+So both dtypes must agree closely. In bf16 a key that rounds the other way costs a little: half a unit of its last place
+is 2e-3.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from tests.cpu.tiny_decoders import (
 from tests.cpu.tiny_models import CASES, tiny
 
 pytestmark = NEEDS_COMPILER
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-4}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
 DTYPES = list(LIMITS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 MOE, DENSE = LayerConfig(is_moe=True), LayerConfig(is_moe=False)
@@ -59,8 +60,9 @@ def check(model: Decoder, lengths: Sequence[int], block_size: int, reference: De
     for key, expected in wanted.items():
         if key[0] == "topk_ids":
             assert torch.equal(found[key], expected), key
-        else:  # what a part adds is read off the residual stream, to its precision
-            stream = wanted.get(("layer", key[1]), expected).norm()
+        else:  # what a part adds is read off the residual stream, to its precision; the logits' own scale is 1
+            scale = torch.tensor(expected.numel() ** 0.5 if key[0] == "logits" else 0.0)
+            stream = wanted[("layer", key[1])].norm() if ("layer", key[1]) in wanted else scale
             off = float((found[key] - expected).norm() / torch.maximum(stream, expected.norm()))
             assert off <= LIMITS[dtype], f"{key} is off by {off:.1e}"
     new = [slot(r, r.num_tokens - 1, block_size) for r in requests]

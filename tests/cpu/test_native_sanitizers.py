@@ -16,10 +16,10 @@ pytestmark = NEEDS_COMPILER
 HERE = Path(__file__).parent
 RUN = """
 import sys, pytest
-from flexmoe.kernels.cpu import library
+from flexmoe.kernels.cpu import levels, library
 kind, chosen, *files = sys.argv[1:]
-flags = [flag for flag in library._FLAGS if flag != "-O3"]
-library._FLAGS = (*flags, "-O1", "-fno-omit-frame-pointer", f"-fsanitize={kind}", "-fno-sanitize-recover=all")
+flags = [flag for flag in levels._FLAGS if flag != "-O3"]
+levels._FLAGS = (*flags, "-O1", "-fno-omit-frame-pointer", f"-fsanitize={kind}", "-fno-sanitize-recover=all")
 assert library.load().library, library.load().reason
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, *files]))
 """

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe.kernels.cpu import library
+from flexmoe.kernels.cpu import levels, library
 from tests.cpu.nearness import assert_near
 from tests.cpu.tiny_decoders import NEEDS_COMPILER
 
@@ -22,14 +22,14 @@ CANARY = 12345.0
 Floats = npt.NDArray[np.float32]
 
 
-@pytest.fixture(scope="module")
-def c(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """native_vectors.c, compiled with the flags of the kernels."""
+@pytest.fixture(scope="module", params=levels.available(), ids=lambda level: level.name)
+def c(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """native_vectors.c, compiled as the kernels are for each instruction set of this processor."""
     compiler = library.find_compiler()
     assert compiler is not None
     target = tmp_path_factory.mktemp("vectors") / "vectors.so"
     source = Path(__file__).with_name("native_vectors.c")
-    library._run(compiler, *library._FLAGS, f"-I{library._FOLDER}", str(source), "-o", str(target), "-lm")
+    library._run(*levels.compile_command(compiler, request.param, source, target), f"-I{library._FOLDER}")
     return ctypes.CDLL(str(target))
 
 

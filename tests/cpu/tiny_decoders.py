@@ -53,8 +53,10 @@ def empty(config: ModelConfig, dtype: torch.dtype = torch.float32, plan: Paralle
     return Decoder(config, plan or ParallelPlan(), "cpu", config.max_position, dtype=dtype, device=CPU).eval()
 
 
-def decoder(config: ModelConfig, dtype: torch.dtype = torch.float32, threads: int | None = 1) -> Decoder:
-    """Random weights; threads: those of the C kernels, None for torch alone."""
+def decoder(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, threads: int | None = 1, isa: str = "auto"
+) -> Decoder:
+    """Random weights; threads: those of the C kernels for `isa`, None for torch alone."""
     made = empty(config, dtype)
     for name, parameter in made.named_parameters():
         values = torch.randn(parameter.shape)
@@ -63,7 +65,7 @@ def decoder(config: ModelConfig, dtype: torch.dtype = torch.float32, threads: in
         elif not name.startswith("embed_tokens"):
             values *= 0.3 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
         parameter.data.copy_(values)
-    made.pack(threads)
+    made.pack(threads, isa=isa)
     return made
 
 

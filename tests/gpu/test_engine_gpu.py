@@ -89,3 +89,18 @@ def test_closing_gives_the_memory_back() -> None:
         assert torch.cuda.memory_allocated() > before
     del llm
     assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+def test_experts_behind_tokens_are_those_of_the_cpu() -> None:
+    """Told of the first six tokens, whose steps run without graphs; the rest is decoded in graphs, and is the same."""
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, routing=6)
+    found = {}
+    for device in ("cpu", "cuda"):
+        with LLM(str(tiny("mixtral")), dtype="float32", device=device, num_blocks=64) as llm:
+            plain = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True))
+            told = llm.generate(PROMPTS, params)
+        assert [output.token_ids for output in told] == [output.token_ids for output in plain]
+        routings = [output.outputs[0].routing or () for output in told]
+        assert [len(routing) for routing in routings] == [6] * len(PROMPTS)
+        found[device] = [[token.experts for token in routing] for routing in routings]
+    assert found["cuda"] == found["cpu"]

@@ -19,7 +19,10 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
         {"block_size": 8, "kv_cache_memory": 2**20, "num_blocks": 7, "enable_prefix_caching": False},
     ),
     "scheduler": (SchedulerConfig, {"max_num_seqs": 3, "max_num_batched_tokens": 99, "max_model_len": 50}),
-    "device": (DeviceConfig, {"device": "cpu", "dtype": "float32", "threads": 1, "expert_backend": "reference"}),
+    "device": (
+        DeviceConfig,
+        {"device": "cpu", "dtype": "float32", "threads": 1, "expert_backend": "reference", "isa": "portable"},
+    ),
     "load": (
         LoadConfig,
         {
@@ -131,6 +134,7 @@ def test_a_launcher_of_ranks_needs_ranks(name: str) -> None:
         ("load_format", "auto, safetensors, dummy"),
         ("expert_backend", "auto, reference, cpu, triton"),
         ("launcher", "auto, spawn, torchrun, ray"),
+        ("isa", "auto, portable, avx2, avx512, neon"),
     ],
 )
 def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:

@@ -14,6 +14,7 @@ import click
 from flexmoe.config.engine import (
     DTYPES,
     EXPERT_BACKENDS,
+    ISAS,
     LAUNCHERS,
     LOAD_FORMATS,
     CacheConfig,
@@ -87,6 +88,11 @@ _MODEL_OPTIONS = (
         help=f"How experts are computed.  [default: {_default(DeviceConfig, 'expert_backend')}]",
     ),
     click.option(
+        "--isa",
+        type=click.Choice(ISAS),
+        help=f"Instruction set of the C kernels on a CPU.  [default: {_default(DeviceConfig, 'isa')}]",
+    ),
+    click.option(
         "--max-model-len", type=_positive, help="Prompt and answer together, in tokens.  [default: the model's]"
     ),
     click.option(
@@ -143,6 +149,7 @@ _MODEL_NAMES = (
     "device",
     "threads",
     "expert_backend",
+    "isa",
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",

@@ -79,10 +79,23 @@ _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
     help="Pieces of streams a second in all; where tokens come more quickly, a piece holds several.  "
     "[default: 1000 on a CPU, else 10000]",
 )
+@click.option(
+    "--compare",
+    metavar="hf|URL",
+    help="What the web page compares with: Hugging Face transformers, or an OpenAI endpoint such as http://host/v1.",
+)
+@click.option(
+    "--compare-key-file", type=click.Path(exists=True, dir_okay=False), help="The key of that endpoint, in a file."
+)
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")
 @model_options
 def serve(
-    name: str | None, api_keys: tuple[str, ...], api_key_file: str | None, llm_options: dict[str, Any], **limits: Any
+    name: str | None,
+    api_keys: tuple[str, ...],
+    api_key_file: str | None,
+    compare_key_file: str | None,
+    llm_options: dict[str, Any],
+    **limits: Any,
 ) -> None:
     """Serve MODEL over HTTP, as OpenAI's API does: the built-in one if none is named.
 
@@ -100,7 +113,8 @@ def serve(
             raise ConfigError(f"MODEL={name!r} and --model={llm_options['model']!r} differ; give one of them.")
         llm_options = {**llm_options, "model": name}
     keys = (*api_keys, *(_keys_in(api_key_file) if api_key_file else ()))
-    config = ServerConfig(api_keys=keys, **limits)
+    compare_key = _keys_in(compare_key_file)[0] if compare_key_file else None
+    config = ServerConfig(api_keys=keys, compare_key=compare_key, **limits)
     from flexmoe.server.run import serve as run
 
     sys.exit(run(llm_options, config, _announce))
@@ -110,7 +124,7 @@ def _keys_in(file: str) -> list[str]:
     lines = [line.partition("#")[0].strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
     keys = [line for line in lines if line]
     if not keys:
-        raise ConfigError(f"api_key_file={file!r} holds no key; write one a line.")
+        raise ConfigError(f"the file {file!r} holds no key; write one a line.")
     return keys
 
 

@@ -13,6 +13,7 @@ from flexmoe.errors import ConfigError, UnknownOptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+ISAS = ("auto", "portable", "avx2", "avx512", "neon")
 EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
 LAUNCHERS = ("auto", "spawn", "torchrun", "ray")
 
@@ -38,12 +39,16 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceConfig:
-    """Where and in which number format the model computes. threads: None means one a physical core."""
+    """Where and in which number format the model computes.
+
+    threads: None means one a physical core. isa: the instruction set of the C kernels on a CPU; "auto" is its best.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
     expert_backend: str = "auto"
+    isa: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +124,7 @@ class EngineConfig:
         _check_choice("load_format", self.load.load_format, LOAD_FORMATS)
         _check_choice("expert_backend", self.device.expert_backend, EXPERT_BACKENDS)
         _check_choice("launcher", self.launch.launcher, LAUNCHERS)
+        _check_choice("isa", self.device.isa, ISAS)
         self._check_names_and_flags()
         self._check_counts()
         self._check_parallel()

@@ -45,7 +45,8 @@ class SamplingParams:
     Of both, one or a list; None is an empty list.
     ignore_eos: go on after the end-of-sequence token. logprobs: log-probabilities of that many best tokens a step.
     logit_bias: added to the logits of the given token ids. json_schema: the text will be JSON of this schema; {} is any
-    JSON. Needs the package llguidance.
+    JSON. Needs the package llguidance. routing: of how many first tokens the output tells the experts; slows the steps
+    that compute them, see docs/routing.md.
     """
 
     n: int = 1
@@ -67,6 +68,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
     json_schema: Mapping[str, Any] | None = None
+    routing: int = 0
 
     def __new__(cls, **options: Any) -> SamplingParams:
         """Refuses unknown names with the nearest known one; __init__ would only say that it is unexpected."""
@@ -125,6 +127,7 @@ class SamplingParams:
         _check_integer("n", self.n, 1, 128)
         _check_integer("top_k", self.top_k, -1, None)
         _check_integer("min_tokens", self.min_tokens, 0, None)
+        _check_integer("routing", self.routing, 0, None)
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, None)
         if self.logprobs is not None:

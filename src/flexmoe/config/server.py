@@ -20,6 +20,7 @@ class ServerConfig:
     SIGTERM. expert_interval: seconds between looks at which experts are chosen; 0: never. max_chunk_rate: pieces of
     streams a second in all; where tokens come more quickly, a piece holds several of them. None: 1,000 for a model on a
     CPU, which needs the same cores, else 10,000.
+    compare: what the web page compares with: "hf", or the URL of an OpenAI endpoint, whose key is compare_key.
     """
 
     host: str = "127.0.0.1"
@@ -37,6 +38,8 @@ class ServerConfig:
     expert_interval: float = 1.0
     max_chunk_rate: float | None = None
     log_prompts: bool = False
+    compare: str | None = None
+    compare_key: str | None = None
 
     def __post_init__(self) -> None:
         if any(not key or not key.isascii() or key != key.strip() for key in self.api_keys):

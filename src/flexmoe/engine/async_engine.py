@@ -130,7 +130,9 @@ class AsyncEngine:
         self.experts = ExpertMetrics()
         self.error: EngineError | None = None
         self._expert_interval = expert_interval if engine.config.moe is not None else 0.0
+        self._usual_interval = self._expert_interval
         self._next_look = time.monotonic() + self._expert_interval
+        self._least_pause = 0.0  # seconds that must lie between looks, by what the last one cost
         self._on_death = on_death
         self._seconds_each, self._next_crossing = 1 / max_output_rate, 0.0
         self._streams: dict[str, Stream] = {}
@@ -147,6 +149,15 @@ class AsyncEngine:
     def num_samples(self) -> int:
         """Samples of these."""
         return sum(stream.num_samples for stream in self._streams.values())
+
+    def look_every(self, seconds: float | None) -> None:
+        """Look at the experts more often while somebody watches; None: as usual. An engine that never looks does not.
+
+        What looking costs keeps its bound.
+        """
+        usual = self._usual_interval
+        self._expert_interval = usual if seconds is None else min(usual, seconds)
+        self._next_look = min(self._next_look, time.monotonic() + self._least_pause)
 
     def start(self) -> None:
         """Begin to work for the event loop that runs now."""
@@ -282,7 +293,8 @@ class AsyncEngine:
         self.experts.add(engine.expert_loads())
         engine.count_experts(False)
         now = time.monotonic()
-        self._next_look = now + max(self._expert_interval, (now - start) / _EXPERT_SHARE)
+        self._least_pause = (now - start) / _EXPERT_SHARE
+        self._next_look = now + max(self._expert_interval, self._least_pause)
         return list(outputs.values())
 
     def _die(self, cause: BaseException) -> None:

@@ -20,7 +20,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.routing import LayerLoad
@@ -137,6 +140,8 @@ class Engine:
         """
         self._check_open()
         ids = self.admission.check(prompt_token_ids, sampling)
+        if sampling.routing:
+            self._check_routing()
         request_id = request_id or self.new_id()
         number = next(self._numbers)
         samples = [self.admission.sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
@@ -245,11 +250,29 @@ class Engine:
             raise ConfigError("this looks into a model of one process; use degrees of parallelism of 1.")
         return self.runner
 
+    @property
+    def model_folder(self) -> Path | None:
+        """Where the model's weights are; None for random ones."""
+        return self._started.source.folder if self.options.load.load_format != "dummy" else None
+
+    @property
+    def local_device(self) -> torch.device | None:
+        """The device of a model in this process; None if it is spread over several."""
+        return None if isinstance(self.runner, RankedRunner) else self.runner.device
+
     def check(self) -> None:
         """Raise the error that ended the engine's processes, if one did. Cheap."""
         self._check_open()
         if isinstance(self.runner, RankedRunner):
             self.runner.ranks.check()
+
+    def _check_routing(self) -> None:
+        if self.config.moe is None:
+            raise RequestError(f"{self.config.architecture} has no experts, so no routing to tell.")
+        if self.options.parallel.pipeline_parallel_size > 1:
+            raise RequestError(
+                "no rank sees the experts of all layers; use pipeline_parallel_size=1 to ask for routing."
+            )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -288,14 +311,14 @@ class Engine:
     def _advance(self, launched: _Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
         going = []
-        for (tracked, sample), token, logprobs in zip(
-            launched.samples, sampled.token_ids, sampled.logprobs, strict=True
+        for (tracked, sample), token, logprobs, routing in zip(
+            launched.samples, sampled.token_ids, sampled.logprobs, sampled.all_routing(), strict=True
         ):
             if sample.finished:
                 continue
             going.append((tracked, sample))
             try:
-                sample.take(token, logprobs)
+                sample.take(token, logprobs, routing)
             except Exception as error:  # noqa: BLE001 - it ends the request, and is told to its caller
                 self._fail(tracked, error)
         self.scheduler.update(launched.step, sampled.token_ids)

@@ -89,9 +89,11 @@ class ExpertMetrics:
     def __init__(self) -> None:
         self.loads: dict[int, LayerLoad] = {}
         self.latest: dict[int, LayerLoad] = {}
+        self.looks = 0
 
     def add(self, loads: Iterable[LayerLoad]) -> None:
         """The counts of a few more steps."""
+        self.looks += 1
         self.latest = {load.layer: load for load in loads if load.passes}
         self.loads = self.loads | {
             layer: self.loads[layer].plus(load) if layer in self.loads else load for layer, load in self.latest.items()

@@ -14,6 +14,7 @@ import torch
 
 from flexmoe.config.routing import LayerLoad
 from flexmoe.engine.batch import build_batch, build_paged_rows
+from flexmoe.engine.choices import ChoiceTap
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
@@ -42,6 +43,17 @@ class Landed:
 
     def wait(self) -> SampleOutput:
         return self.sampled
+
+
+@dataclass(frozen=True, slots=True)
+class TappedFlight:
+    """A flight whose choices of experts are wanted."""
+
+    flight: Flight
+    tap: ChoiceTap
+
+    def wait(self) -> SampleOutput:
+        return self.tap.annotate(self.flight.wait())
 
 
 class ModelRunner:
@@ -91,7 +103,8 @@ class ModelRunner:
         graphed = self._graphed
         if graphed is None or not decodes_only(step, graphed.max_rows):
             return False
-        return self.probe in (None, self._counter) and all(state.device_ready for state in states)
+        ready = all(state.device_ready and not state.wants_routing for state in states)
+        return ready and self.probe in (None, self._counter)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Begin to compute a step; see `run`. Steps take effect on the cache in the order of their launches.
@@ -115,8 +128,10 @@ class ModelRunner:
         """As `launch`; sources: instead of `after`, the row of it that each chunk continues. most_rows: see `run`."""
         if self._graphed is not None and decodes_only(step, self._graphed.max_rows):
             self._check_process()
+            tap = self._tap(step, states)
             with computing_on(self.device):
-                return self._graphed.launch(step, states, sources, self.probe)
+                flight = self._graphed.launch(step, states, sources, tap or self.probe)
+            return flight if tap is None else TappedFlight(flight, tap)
         assert sources is None, "can_run_ahead was false"
         with computing_on(self.device):
             return Landed(self.run(step, states, most_rows))
@@ -139,7 +154,7 @@ class ModelRunner:
         if decodes == len(step.chunks):
             return sampled
         others = self._run(Step(step.chunks[decodes:], 0, []), states[decodes:])
-        return SampleOutput(sampled.token_ids + others.token_ids, sampled.logprobs + others.logprobs)
+        return sampled.plus(others)
 
     def _check_process(self) -> None:
         """A fork has none of the threads, torch's or ours, and would wait for them for ever."""
@@ -150,18 +165,28 @@ class ModelRunner:
             )
 
     def _decode(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+        tap = self._tap(step, states)
+        probe = tap or self.probe
         if self._graphed is not None:
-            return self._graphed.launch(step, states, None, self.probe).wait()
-        assert self.model.native is not None
-        return self._decode_native(self.model.native, step, states)
+            sampled = self._graphed.launch(step, states, None, probe).wait()
+        else:
+            assert self.model.native is not None
+            sampled = self._decode_native(self.model.native, step, states, probe)
+        return sampled if tap is None else tap.annotate(sampled)
+
+    def _tap(self, step: Step, states: Sequence[SamplingState]) -> ChoiceTap | None:
+        """A look at the experts of this pass, if a row asks for it."""
+        return ChoiceTap(step, states, self.probe) if any(state.wants_routing for state in states) else None
 
     @torch.inference_mode()
-    def _decode_native(self, native: NativeDecoder, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def _decode_native(
+        self, native: NativeDecoder, step: Step, states: Sequence[SamplingState], probe: Probe | None
+    ) -> SampleOutput:
         # Torch's threads stay out: after any work they spin for a while on the cores that the C threads need.
         # Measured: 6 ms instead of 1 for a step of 8 rows, from one parallel argmax.
         _use_torch_threads(1)
         try:
-            logits = native(build_paged_rows(step, self.cache.block_size), self.cache, self.probe)
+            logits = native(build_paged_rows(step, self.cache.block_size), self.cache, probe)
             return self._sampler.sample(logits, states)
         finally:
             _use_torch_threads(self._threads)
@@ -169,14 +194,16 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         _use_torch_threads(self._threads)
-        batch = build_batch(step, self.cache.block_size, self._windows, self.device, self.probe, most_rows)
+        tap = self._tap(step, states)
+        batch = build_batch(step, self.cache.block_size, self._windows, self.device, tap or self.probe, most_rows)
         hidden = self.model(batch, self.cache)
         if not states:
             return SampleOutput([], [])
         logits = self.model.logits(hidden, batch)
         if not len(logits):  # another rank samples
             return SampleOutput([], [])
-        return self._sampler.sample(logits, states)
+        sampled = self._sampler.sample(logits, states)
+        return sampled if tap is None else tap.annotate(sampled)
 
 
 def decodes_only(step: Step, max_rows: int) -> bool:

@@ -22,13 +22,25 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRouting:
+    """Experts behind one chosen token: those of the row whose logits chose it. L MoE layers, K experts each.
+
+    layers [L]: their numbers. experts [L][K]: logical experts. weights [L][K]: their shares, as they were combined.
+    """
+
+    layers: tuple[int, ...]
+    experts: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """One sample of a request.
 
     finish_reason: None while it runs; "stop" (end-of-sequence token, stop token or stop string), "length"
     (max_tokens or the model's context is full), "abort", "error" (see RequestOutput.error). stop_reason: the stop
     string or stop token id that ended it; None for the model's own end-of-sequence token. logprobs: one entry a token,
-    or None if not asked for.
+    or None if not asked for. routing: the same of the first tokens, as many as asked for.
     """
 
     index: int
@@ -37,6 +49,7 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    routing: tuple[TokenRouting, ...] | None = None
 
     @property
     def finished(self) -> bool:

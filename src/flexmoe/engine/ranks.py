@@ -8,6 +8,7 @@ itself stands in parallel/supervisor.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -77,9 +78,7 @@ class _RemoteFlight:
         """The tokens of all data ranks, one after the other."""
         answers = self.ranks.wait(self.number)
         found: list[SampleOutput] = [answers[rank] for rank in self.samplers]
-        return SampleOutput(
-            [token for part in found for token in part.token_ids], [line for part in found for line in part.logprobs]
-        )
+        return functools.reduce(SampleOutput.plus, found)
 
 
 class RankedRunner:
@@ -98,7 +97,8 @@ class RankedRunner:
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
         """Whether the ranks can take the step behind this one before this one's tokens are known; see ModelRunner."""
-        return decodes_only(step, self._max_ahead) and all(state.device_ready for state in states)
+        ready = all(state.device_ready and not state.wants_routing for state in states)
+        return ready and decodes_only(step, self._max_ahead)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Send a step to all ranks. after: as ModelRunner has it. Raises RankError if a rank has failed."""

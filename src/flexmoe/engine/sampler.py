@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from flexmoe.engine.outputs import TokenLogprobs
+from flexmoe.engine.outputs import TokenLogprobs, TokenRouting
 from flexmoe.engine.sampling_state import SamplingState
 
 __all__ = ["NO_TOKEN", "SampleOutput", "Sampler", "SamplingState"]
@@ -35,10 +35,20 @@ _COLDEST = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
-    """One token a row, or NO_TOKEN; and its log-probability for the rows that asked."""
+    """One token a row, or NO_TOKEN; its log-probability for the rows that asked; its experts, if any row asked."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
+    routing: list[TokenRouting | None] = field(default_factory=list)
+
+    def plus(self, other: SampleOutput) -> SampleOutput:
+        """The rows of both, these first."""
+        routing = [*self.all_routing(), *other.all_routing()] if self.routing or other.routing else []
+        return SampleOutput(self.token_ids + other.token_ids, self.logprobs + other.logprobs, routing)
+
+    def all_routing(self) -> list[TokenRouting | None]:
+        """One entry a row."""
+        return self.routing or [None] * len(self.token_ids)
 
 
 class Sampler:

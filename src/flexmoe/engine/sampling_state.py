@@ -74,6 +74,11 @@ class SamplingState:
         return not (self._penalised or params.logit_bias or params.logprobs is not None or self.suppressed_ids)
 
     @property
+    def wants_routing(self) -> bool:
+        """Whether the experts behind the next token are to be told. Once false it stays false."""
+        return self.num_tokens < self.params.routing
+
+    @property
     def allowed(self) -> Bits | None:
         """A bit for each token that the grammar lets come next, see grammar.Matcher; None if there is no grammar."""
         return None if self._grammar is None else self._grammar.mask()

@@ -19,6 +19,7 @@ from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
+from flexmoe.kernels.cpu import library
 from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
@@ -52,7 +53,7 @@ class Started:
     dtype: torch.dtype
     threads: int
     backend: str
-    decode_kernels: str  # "C", "Triton", or why torch decodes
+    decode_kernels: str  # "C (avx2)", "Triton", or why torch decodes
     max_model_len: int
 
     @property
@@ -83,16 +84,17 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     backend = _choose_backend(options.device.expert_backend, device)
     threads = set_threads(options.device.threads)
     alone = mesh.world.size == 1
-    in_c = alone and not why_not_native(config, torch.bfloat16, device, backend)
+    isa = options.device.isa
+    in_c = alone and not why_not_native(config, torch.bfloat16, device, backend, isa)
     dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c)
     # The KV cache is checked before the weights are read: a refusal should not cost minutes.
     num_blocks = mesh.world.minimum(_num_blocks(options, mesh, config, max_model_len, dtype, device), device)
     tokenizer = load_tokenizer(options, source) if alone else None
-    native_reason = why_not_native(config, dtype, device, backend) if alone else "several ranks"
+    native_reason = why_not_native(config, dtype, device, backend, isa) if alone else "several ranks"
     model = _build(options, mesh, source, max_model_len, backend, dtype, device)
-    model.pack(None if native_reason else threads, in_place=device.type == "cuda")
+    model.pack(None if native_reason else threads, isa=isa, in_place=device.type == "cuda")
     cache = KVCache(mesh.shard(config).local, num_blocks, options.cache.block_size, dtype, device)
-    decode_kernels = f"torch ({native_reason})" if native_reason else "C"
+    decode_kernels = f"torch ({native_reason})" if native_reason else f"C ({library.choose(isa).name})"
     graphed = None
     if device.type == "cuda":
         graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)

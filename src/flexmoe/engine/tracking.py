@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.detokenizer import Detokenizer
-from flexmoe.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
+from flexmoe.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs, TokenRouting
 from flexmoe.engine.sampler import NO_TOKEN, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.scheduling.request import Request, RequestStatus
@@ -25,6 +25,7 @@ class Sample:
     state: SamplingState
     detokenizer: Detokenizer | None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    routing: list[TokenRouting] = field(default_factory=list)
     num_read: int = 0
     first_token: float | None = None
     last_token: float | None = None
@@ -33,13 +34,15 @@ class Sample:
     def finished(self) -> bool:
         return self.request.status is RequestStatus.FINISHED
 
-    def take(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+    def take(self, token_id: int, logprobs: TokenLogprobs | None, routing: TokenRouting | None) -> None:
         """Remember a token. Raises EngineError if it is none, because the row's logits were not numbers."""
         if token_id == NO_TOKEN:
             raise EngineError("the logits are not numbers; the weights may be damaged.")
         self.state.accept(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
+        if routing is not None:
+            self.routing.append(routing)
 
     def read(self) -> str | None:
         """Bring the text up to date. Returns the stop string that ends it, if one was found."""
@@ -67,6 +70,7 @@ class Sample:
             logprobs=None if sampling.logprobs is None else tuple(self.logprobs),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
+            routing=tuple(self.routing) if sampling.routing else None,
         )
 
 

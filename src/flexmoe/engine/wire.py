@@ -91,7 +91,7 @@ def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None 
         [chunk.request.contiguous for chunk in chunks],
         np.array(tokens, np.int32),
         np.array(blocks, np.int32),
-        [None if state.plain_greedy else state for state in states],
+        [None if state.plain_greedy and not state.wants_routing else state for state in states],
         sources,
     )
 

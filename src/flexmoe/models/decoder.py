@@ -119,11 +119,11 @@ class Decoder(nn.Module):
         self.native: NativeDecoder | None = None
         self.rotary = Rotary(config.attention.rope, max_position, dtype=dtype, device=device)
 
-    def pack(self, native_threads: int | None = None, *, in_place: bool = False) -> None:
+    def pack(self, native_threads: int | None = None, *, isa: str = "auto", in_place: bool = False) -> None:
         """Make the loaded weights ready for use; called once.
 
-        native_threads: decode in the C kernels with so many threads. in_place: other kernels read the weights. Both as
-        they were loaded; without either, each part may choose a layout of its own.
+        native_threads: decode in the C kernels with so many threads, in those for `isa`. in_place: other kernels read
+        the weights. Both as they were loaded; without either, each part may choose a layout of its own.
         """
         prepack = native_threads is None and not in_place
         for module in list(self.modules()):
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         if native_threads is not None:
             layers = [layer.native() for layer in self.decoder_layers]
             max_rows = most_rows(self.config, self.embed_tokens.weight.dtype)
-            self.native = NativeDecoder(layers, self._outer_weights(), native_threads, max_rows)
+            self.native = NativeDecoder(layers, self._outer_weights(), native_threads, max_rows, isa)
 
     def _outer_weights(self) -> OuterWeights:
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

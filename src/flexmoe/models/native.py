@@ -30,13 +30,15 @@ _LEAST_ROWS, _MOST_ROWS = 4, 64
 _QK_NORM = {"none": 0, "head": 1, "full": 2}
 
 
-def why_not_native(config: ModelConfig, dtype: torch.dtype, device: torch.device, backend: str) -> str:
-    """Why the C kernels cannot decode this model, or "" if they can."""
+def why_not_native(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, backend: str, isa: str = "auto"
+) -> str:
+    """Why the C kernels for this instruction set cannot decode this model, or "" if they can."""
     if device.type != "cpu" or backend != "cpu":
         return f"device {device.type} with expert backend {backend}"
     if not supports(dtype, config.attention.head_dim):
         return f"dtype {dtype} with head_dim {config.attention.head_dim}"
-    return library.load().reason
+    return library.load(isa).reason
 
 
 def most_rows(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -49,9 +51,11 @@ def most_rows(config: ModelConfig, dtype: torch.dtype) -> int:
 class NativeDecoder:
     """A whole decoder in C, from token ids to logits; its weights live as long as this does."""
 
-    def __init__(self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, max_rows: int) -> None:
+    def __init__(
+        self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, max_rows: int, isa: str = "auto"
+    ) -> None:
         self.max_rows = max_rows
-        self._model = DecodeModel(layers, outer, threads)
+        self._model = DecodeModel(layers, outer, threads, isa)
         self._moe_layers = ["router" in layer.tensors for layer in layers]
         self._cache: KVCache | None = None
 

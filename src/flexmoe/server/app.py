@@ -13,10 +13,11 @@ from starlette.types import ASGIApp
 
 from flexmoe import __version__
 from flexmoe.errors import FlexMoEError
-from flexmoe.server import basics, chat, completions, events, flexflow, responses
+from flexmoe.server import about, basics, chat, compare, completions, events, flexflow, responses
 from flexmoe.server.errors import APIError, on_error, on_http_error, on_validation
 from flexmoe.server.limits import Authorised, Bounded
 from flexmoe.server.logs import Logged
+from flexmoe.server.page import add_page
 from flexmoe.server.service import Service
 
 
@@ -45,12 +46,13 @@ def build_api(service: Service) -> FastAPI:
         description="OpenAI's API, and a few endpoints more. Every error is an OpenAI error object.",
         redoc_url=None,
     )
-    for module in (completions, chat, responses, basics, flexflow, events):
+    for module in (completions, chat, responses, basics, flexflow, events, about, compare):
         api.include_router(module.routes(service))
     api.add_exception_handler(RequestValidationError, on_validation)
     api.add_exception_handler(HTTPException, on_http_error)
     for kind in (APIError, FlexMoEError, Exception):
         api.add_exception_handler(kind, on_error)
+    add_page(api)
     _tell_truth(api)
     return api
 

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.errors import RequestError
 from flexmoe.server.deltas import Delta, Deltas
-from flexmoe.server.openai import ChatRequest
-from flexmoe.server.pieces import LogprobsWriter, ending, usage
+from flexmoe.server.openai import MAX_ROUTED_TOKENS, ChatRequest
+from flexmoe.server.pieces import LogprobsWriter, RoutingWriter, ending, timings, usage
 from flexmoe.server.replies import ChatCompletion, generated
 from flexmoe.server.service import Generation, Service
 from flexmoe.server.stream import Answer, EventStream, event_of
@@ -46,7 +46,8 @@ def _sampling(body: ChatRequest) -> SamplingParams:
     if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs=true.")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return body.sampling(max_tokens=next(iter(limits), None), logprobs=logprobs)
+    routing = MAX_ROUTED_TOKENS if body.return_routing else 0
+    return body.sampling(max_tokens=next(iter(limits), None), logprobs=logprobs, routing=routing)
 
 
 class _Chat:
@@ -55,6 +56,7 @@ class _Chat:
     def __init__(self, service: Service, body: ChatRequest, num_samples: int, generation: Generation) -> None:
         self._generation, self._n, self._tells_usage = generation, num_samples, body.tells_usage
         self._logprobs = LogprobsWriter(service.engine.engine.tokenizer)
+        self._routing = RoutingWriter(service.engine.engine.tokenizer)
         self._head = {"id": generation.id, "created": generation.created, "model": service.name}
 
     async def answer(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class _Chat:
                 "index": sample.index,
                 "message": {"role": "assistant", "content": sample.text, "refusal": None},
                 "logprobs": self._logprobs.chat(sample.logprobs),
+                **self._routing.of(sample, 0, sample.routing),
                 **ending(sample),
             }
             for sample in outputs[0].outputs
@@ -80,18 +83,26 @@ class _Chat:
                     yield self._event([{"index": delta.choice, "delta": {"role": "assistant", "content": ""}}])
                 yield self._event([self._choice(delta)])
         if self._tells_usage and output is not None:
-            yield self._event([], usage([output]))
+            yield self._event([], usage([output]), timings(output))
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         return {
             "index": delta.choice,
             "delta": {"content": delta.text} if delta.text else {},
             "logprobs": self._logprobs.chat(delta.logprobs),
+            **self._routing.of(delta.sample, delta.num_routed, delta.routing),
             **ending(delta.sample),
         }
 
-    def _event(self, choices: list[dict[str, Any]], tokens: dict[str, Any] | None = None) -> bytes:
+    def _event(
+        self,
+        choices: list[dict[str, Any]],
+        tokens: dict[str, Any] | None = None,
+        times: dict[str, Any] | None = None,
+    ) -> bytes:
         for choice in choices:
             choice.setdefault("finish_reason", None)
         chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
-        return event_of({**chunk, "usage": tokens} if self._tells_usage else chunk)
+        if self._tells_usage:
+            chunk |= {"usage": tokens} | ({"timings": times} if times else {})
+        return event_of(chunk)

@@ -1,6 +1,6 @@
 """What a request passes before it reaches its endpoint. Enters: an ASGI app. Leaves: one that refuses what it should.
 
-Authorised    asks for a key, unless none is set; health checks need none
+Authorised    asks for a key, unless none is set; health checks and the web page need none
 Bounded       refuses bodies that are too long, come too slowly, or are not JSON
 """
 
@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexmoe.server.errors import APIError
 
-OPEN_PATHS = ("/health", "/health/live", "/health/ready")
+OPEN_PATHS = ("/", "/health", "/health/live", "/health/ready")
+OPEN_FOLDER = "/static/"  # of the web page, which asks for a key itself
 
 
 class Authorised:
@@ -25,7 +26,7 @@ class Authorised:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(_header(scope, b"authorization")):
+        if scope["type"] != "http" or _is_open(scope["path"]) or self._knows(_header(scope, b"authorization")):
             await self._app(scope, receive, send)
             return
         error = APIError(
@@ -92,6 +93,10 @@ class Bounded:
             code="body_too_large",
             headers={"Connection": "close"},
         )
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 def _check_type(scope: Scope) -> None:

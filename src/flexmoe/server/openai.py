@@ -16,6 +16,7 @@ from flexmoe.config.sampling import SamplingParams
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+MAX_ROUTED_TOKENS = 1024  # of a choice: tokens whose experts are told, the first ones
 
 
 def _neutral(*values: object) -> Callable[[Any], Any]:
@@ -144,6 +145,7 @@ class ChatRequest(Common):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    return_routing: Annotated[bool | None, Field(description="Tell which experts are behind each token.")] = None
     tools: Neutral = None
     tool_choice: NeutralNone = None
     functions: Neutral = None

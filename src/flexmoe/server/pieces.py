@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flexmoe.engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from flexmoe.engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs, TokenRouting
 from flexmoe.engine.token_text import token_bytes
 from flexmoe.engine.tokenizer import Tokenizer
+
+_WEIGHT_DIGITS = 4
 
 
 def usage(outputs: Sequence[RequestOutput], num_generated: int | None = None) -> dict[str, Any]:
@@ -21,6 +23,12 @@ def usage(outputs: Sequence[RequestOutput], num_generated: int | None = None) ->
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
     }
+
+
+def timings(output: RequestOutput) -> dict[str, float | None]:
+    """Seconds to the first token and, of the first choice, a token after it; as the engine took them."""
+    metrics = output.metrics
+    return {"ttft": metrics.ttft, "tpot": metrics.tpot(len(output.token_ids))}
 
 
 def ending(sample: CompletionOutput) -> dict[str, Any]:
@@ -69,4 +77,29 @@ class LogprobsWriter:
         return self._bytes(token).decode(errors="replace")
 
     def _bytes(self, token: int) -> bytes:
-        return str(token).encode() if self._tokenizer is None else token_bytes(self._tokenizer, token)
+        return _token_bytes(self._tokenizer, token)
+
+
+class RoutingWriter:
+    """The experts behind tokens, beside the text of a choice."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def of(self, sample: CompletionOutput, start: int, routing: Sequence[TokenRouting] | None) -> dict[str, Any]:
+        """Of a sample's tokens from number `start` on. Nothing if it was not asked for."""
+        if not routing:
+            return {}
+        tokens = [
+            {
+                "token": _token_bytes(self._tokenizer, token).decode(errors="replace"),
+                "experts": entry.experts,
+                "weights": [[round(weight, _WEIGHT_DIGITS) for weight in layer] for layer in entry.weights],
+            }
+            for token, entry in zip(sample.token_ids[start : start + len(routing)], routing, strict=True)
+        ]
+        return {"routing": {"layers": routing[0].layers, "tokens": tokens}}
+
+
+def _token_bytes(tokenizer: Tokenizer | None, token: int) -> bytes:
+    return str(token).encode() if tokenizer is None else token_bytes(tokenizer, token)

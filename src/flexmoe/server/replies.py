@@ -76,6 +76,21 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class RoutedToken(BaseModel):
+    """A token, and by MoE layer the experts behind it with their shares."""
+
+    token: str
+    experts: list[list[int]]
+    weights: list[list[float]]
+
+
+class Routing(BaseModel):
+    """Of the first tokens of a choice; layers: numbers of the MoE layers."""
+
+    layers: list[int]
+    tokens: list[RoutedToken]
+
+
 class ChatMessage(BaseModel):
     """What the model said."""
 
@@ -90,6 +105,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
+    routing: Routing | None = None
     finish_reason: Finish
     stop_reason: int | str | None = None
 
@@ -162,6 +178,34 @@ class HealthReply(BaseModel):
     """status: ok, draining or dead."""
 
     status: str
+
+
+class ExpertsReply(BaseModel):
+    """placements: by MoE layer, the experts in the slots of each rank; null for one rank."""
+
+    layers: list[int]
+    num_experts: int
+    top_k: int
+    placements: list[list[list[int]]] | None
+
+
+class CompareReply(BaseModel):
+    """The engine that the page compares with. kind: hf, or url."""
+
+    kind: Literal["hf", "url"]
+    name: str
+
+
+class AboutReply(BaseModel):
+    """engine: what it runs with. kernels: by operation. latency_bounds: of the histograms in the live figures."""
+
+    version: str
+    model: str
+    engine: dict[str, Any]
+    kernels: dict[str, str]
+    experts: ExpertsReply | None
+    latency_bounds: dict[str, list[float]]
+    compare: CompareReply | None
 
 
 class VersionReply(BaseModel):

@@ -26,6 +26,7 @@ from flexmoe.errors import ConfigError, EngineError
 from flexmoe.server.app import build_app
 from flexmoe.server.connection import patient_protocol
 from flexmoe.server.logs import JSONFormatter
+from flexmoe.server.rivals import rival_of
 from flexmoe.server.service import Service
 
 _log = logging.getLogger("flexmoe.server")
@@ -66,6 +67,7 @@ class Server(uvicorn.Server):
             on_death=self._on_death,
         )
         self.service = Service(self._engine, config)
+        self.service.compare = rival_of(config, engine)
         self._drain_seconds, self._url, self._announce = config.drain_seconds, _url(listener), announce
         self._drain: asyncio.Task[None] | None = None
         self.died = False
@@ -99,6 +101,8 @@ class Server(uvicorn.Server):
             _log.info("draining", extra={"fields": {"in_flight": in_flight, "seconds": self._drain_seconds}})
             await self._engine.drain(self._drain_seconds)
         await super().shutdown(sockets)
+        if self.service.compare is not None:
+            await self.service.compare.close()
         await self._engine.close()
         _log.info("ended", extra={"fields": {"engine": "dead" if self.died else "closed"}})
 

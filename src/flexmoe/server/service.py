@@ -20,6 +20,7 @@ from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import RequestError
 from flexmoe.server.errors import APIError
+from flexmoe.server.rival import Rival
 
 # Shorter texts are encoded where they are; for longer ones a thread is cheaper than a loop that stands still.
 _ENCODE_HERE = 2000
@@ -81,6 +82,7 @@ class Service:
         self.created = int(time.time())
         self.http: Counter[tuple[str, int]] = Counter()  # requests by route and status
         self.draining = False
+        self.compare: Rival | None = None
         # Limits of a step are each data rank's own.
         self._most_samples = about["max_num_seqs"] * about.get("data_parallel_size", 1) + config.max_waiting
 

@@ -52,12 +52,16 @@ INLINE void fetch(const char *p, int64_t bytes) {
 /* Scores of `count` keys, `stride` bytes apart, for one query. */
 INLINE void score_block(const char *key, int64_t stride, const float *query, int64_t d, int count, int half, float scale,
                         float *scores) {
-    v16 sums[4] = {{0}};
-    for (int64_t i = 0; i < d; i += LANES) {
-        v16 q = load16(query, i, 0);
-        for (int c = 0; c < count; c++) sums[c] += load16(key + c * stride, i, half) * q;
-    }
-    v16 totals = sum_lanes4(sums) * scale;
+    reg sums[4][PARTS];
+    for (int i = 0; i < 4 * PARTS; i++) sums[i / PARTS][i % PARTS] = (reg){0};
+    for (int64_t i = 0; i < d; i += LANES)
+        for (int p = 0; p < PARTS; p++) {
+            reg q = load_reg(query, i + p * WIDTH, 0);
+            for (int c = 0; c < count; c++) sums[c][p] += load_reg(key + c * stride, i + p * WIDTH, half) * q;
+        }
+    v16 four[4];
+    memcpy(four, sums, sizeof four);
+    v16 totals = sum_lanes4(four) * scale;
     memcpy(scores, &totals, count * sizeof *scores);
 }
 
@@ -96,13 +100,13 @@ static float soften(float *scores, int64_t from, int64_t to) {
     return sum16(total);
 }
 
-/* out [16 * blocks] += weights times values of one run. */
+/* out [WIDTH * blocks] += weights times values of one run. */
 INLINE void sum_run(const char *value, int64_t stride, const float *weights, int64_t count, int blocks, int half,
                     float *out) {
-    v16 sums[8];
-    for (int i = 0; i < blocks; i++) sums[i] = load16(out, i * LANES, 0);
+    reg sums[4];
+    for (int i = 0; i < blocks; i++) sums[i] = load_reg(out, i * WIDTH, 0);
     for (int64_t j = 0; j < count; j++, value += stride)
-        for (int i = 0; i < blocks; i++) sums[i] += load16(value, i * LANES, half) * weights[j];
+        for (int i = 0; i < blocks; i++) sums[i] += load_reg(value, i * WIDTH, half) * weights[j];
     memcpy(out, sums, blocks * sizeof *sums);
 }
 
@@ -116,8 +120,8 @@ INLINE void sum_values(const Layer *l, const Step *s, int64_t t, int64_t g, cons
         const char *value = (const char *)l->cache + run.slot * stride + (l->num_kv_heads + g) * d * size;
         const float *w = weights + run.key;
         int64_t count = run.stop - run.key, i = 0;
-        for (; i + 64 <= d; i += 64) sum_run(value + i * size, stride, w, count, 4, half, out + i);
-        for (; i < d; i += LANES) sum_run(value + i * size, stride, w, count, 1, half, out + i);
+        for (; i + 4 * WIDTH <= d; i += 4 * WIDTH) sum_run(value + i * size, stride, w, count, 4, half, out + i);
+        for (; i < d; i += WIDTH) sum_run(value + i * size, stride, w, count, 1, half, out + i);
     }
     for (int64_t i = 0; i < d; i++) out[i] /= total;
 }

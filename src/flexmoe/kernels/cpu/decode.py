@@ -130,12 +130,12 @@ def supports(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and head_dim % _LANES == 0
 
 
-def _pool(threads: int) -> int:
-    """The address of a pool of threads, shared by all engines of this process that use as many.
+def _pool(threads: int, isa: str) -> int:
+    """The address of a pool of threads, shared by all engines of this process that use as many at this level.
 
     Raises EngineError in a fork of the process that made it: threads are not copied, so it would wait for ever.
     """
-    address, process = _make_pool(threads)
+    address, process = _make_pool(threads, isa)
     if process != os.getpid():
         raise EngineError(
             "this process was forked from one that already runs an engine, whose threads do not come along; "
@@ -145,9 +145,9 @@ def _pool(threads: int) -> int:
 
 
 @functools.cache
-def _make_pool(threads: int) -> tuple[int, int]:
+def _make_pool(threads: int, isa: str) -> tuple[int, int]:
     """The address of a new pool and the process that made it."""
-    native = library.load().library
+    native = library.load(isa).library
     assert native is not None
     native.fm_pool.restype = _POINTER
     pool = native.fm_pool(ctypes.c_int(threads))
@@ -159,10 +159,10 @@ def _make_pool(threads: int) -> tuple[int, int]:
 class DecodeModel:
     """A whole model that computes rows of one query each in one call, with the caller and `threads` - 1 others."""
 
-    def __init__(self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int) -> None:
-        native = library.load().library
+    def __init__(self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, isa: str = "auto") -> None:
+        native = library.load(isa).library
         assert native is not None, "ask library.load() first"
-        self._pool = _POINTER(_pool(threads))
+        self._pool = _POINTER(_pool(threads, isa))
         self._call = native.fm_step
         self._held = (list(layers), outer)
         half = int(outer.head.dtype is torch.bfloat16)

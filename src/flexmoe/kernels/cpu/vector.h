@@ -8,13 +8,41 @@
 #include "threads.h"
 
 #define LANES 16
-#define ROWS 4    /* weight rows that share the loads of one activation */
-#define TOKENS 8  /* activations that share the loads of weight rows, at most */
-#define PAIRS 16  /* weight rows x activations in one block: as many sums as fit into registers */
+#define ROWS 4   /* weight rows that share the loads of one activation */
+#define TOKENS 8 /* activations that share the loads of weight rows, at most */
+/* WIDTH: floats in a register. PAIRS: weight rows x activations in one block, as many sums as fit into registers. */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define PAIRS 16
+#elif defined(__AVX2__)
+#define WIDTH 8
+#define PAIRS 4
+#else
+#define WIDTH 4
+#define PAIRS 4
+#endif
+#define PARTS (LANES / WIDTH)
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
 typedef uint16_t v16h __attribute__((vector_size(32)));
+
+/* Inner loops keep 16 lanes in registers of the processor's own width: compilers put wider vectors into memory. */
+typedef float reg __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t regu __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t regh __attribute__((vector_size(2 * WIDTH)));
+INLINE reg load_reg(const void *p, int64_t i, int half) {
+    reg f;
+    if (half) {
+        regh h;
+        memcpy(&h, (const uint16_t *)p + i, sizeof h);
+        regu wide = __builtin_convertvector(h, regu) << 16;
+        memcpy(&f, &wide, sizeof f);
+    } else {
+        memcpy(&f, (const float *)p + i, sizeof f);
+    }
+    return f;
+}
 
 INLINE v16 load16(const void *p, int64_t i, int half) {
     v16 f;
@@ -92,18 +120,27 @@ INLINE float sum16(v16 v) {
 /* out[t * ROWS + r] = dot(row r of w, x[t]) for `rows` x `tokens` pairs, at most PAIRS. One chain of sums a pair: its
  * result does not depend on what else is computed beside it. */
 INLINE void dot_block(const void *w, int64_t k, const float *const *x, int rows, int tokens, int half, float *out) {
-    v16 sum[PAIRS];
-    for (int i = 0; i < PAIRS; i++) sum[i] = (v16){0};
+    reg sums[PAIRS][PARTS];
+    for (int i = 0; i < PAIRS * PARTS; i++) sums[i / PARTS][i % PARTS] = (reg){0};
     int64_t i = 0;
-    for (; i + LANES <= k; i += LANES) {
-        v16 wide[ROWS];
-        for (int r = 0; r < rows; r++) wide[r] = load16(w, r * k + i, half);
-        for (int t = 0; t < tokens; t++) {
-            v16 value = load16(x[t], i, 0);
-            for (int r = 0; r < rows; r++) sum[t * rows + r] += wide[r] * value;
+    for (; i + LANES <= k; i += LANES)
+        for (int c = 0; c < PARTS; c++) {
+            reg wide[ROWS];
+            for (int r = 0; r < rows; r++) wide[r] = load_reg(w, r * k + i + c * WIDTH, half);
+            for (int t = 0; t < tokens; t++) {
+                reg value = load_reg(x[t], i + c * WIDTH, 0);
+                for (int r = 0; r < rows; r++) sums[t * rows + r][c] += wide[r] * value;
+            }
         }
+    v16 sum[PAIRS], totals;
+    memcpy(sum, sums, sizeof sum);
+    if (rows * tokens <= 4) {
+        totals = sum_lanes4(sum);
+    } else {
+#if PAIRS > 4
+        totals = sum_lanes16(sum);
+#endif
     }
-    v16 totals = rows * tokens <= 4 ? sum_lanes4(sum) : sum_lanes16(sum);
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) out[t * ROWS + r] = totals[t * rows + r];
     if (__builtin_expect(i < k, 0))
@@ -112,28 +149,37 @@ INLINE void dot_block(const void *w, int64_t k, const float *const *x, int rows,
                 for (int64_t j = i; j < k; j++) out[t * ROWS + r] += load1(w, r * k + j, half) * x[t][j];
 }
 
-/* How many of the `left` activations to take next. In bf16 eight with two rows at a time widen fewer weights a product
- * than four with four rows, even if one of the eight is there for nothing; in fp32 there is nothing to widen. */
+/* How many of the `left` activations to take next. With many registers, in bf16 eight with two rows at a time widen
+ * fewer weights a product than four with four rows, even if one of the eight is there for nothing; in fp32 there is
+ * nothing to widen. */
 INLINE int take_tokens(int64_t left, int half) {
-    if (half && left >= TOKENS - 1) return left < TOKENS ? (int)left : TOKENS;
-    return left < 4 ? (int)left : 4;
+    int most = PAIRS == 4 ? 2 : half && left >= TOKENS - 1 ? TOKENS : 4;
+    return left < most ? (int)left : most;
 }
 
 /* The same with `rows` and `tokens` as constants, so that the sums stay in registers. x has room for TOKENS. */
 INLINE void dots(const void *w, int64_t k, const float **x, int rows, int tokens, int half, float *out) {
     const char *second = (const char *)w + 2 * k * (half ? 2 : 4);
-    if (rows == ROWS && tokens == 1) dot_block(w, k, x, ROWS, 1, half, out);
-    else if (rows == ROWS && tokens == 2) dot_block(w, k, x, ROWS, 2, half, out);
-    else if (rows == ROWS && tokens == 3) dot_block(w, k, x, ROWS, 3, half, out);
-    else if (rows == ROWS && tokens == 4) dot_block(w, k, x, ROWS, 4, half, out);
-    else if (rows == ROWS) {
-        for (int t = tokens; t < TOKENS; t++) x[t] = x[tokens - 1];
-        dot_block(w, k, x, 2, TOKENS, half, out);
-        dot_block(second, k, x, 2, TOKENS, half, out + 2);
-    } else
+    if (rows < ROWS)
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < tokens; t++)
                 dot_block((const char *)w + r * k * (half ? 2 : 4), k, x + t, 1, 1, half, out + t * ROWS + r);
+    else if (tokens == 1) dot_block(w, k, x, ROWS, 1, half, out);
+#if PAIRS == 4
+    else {
+        dot_block(w, k, x, 2, 2, half, out);
+        dot_block(second, k, x, 2, 2, half, out + 2);
+    }
+#else
+    else if (tokens == 2) dot_block(w, k, x, ROWS, 2, half, out);
+    else if (tokens == 3) dot_block(w, k, x, ROWS, 3, half, out);
+    else if (tokens == 4) dot_block(w, k, x, ROWS, 4, half, out);
+    else {
+        for (int t = tokens; t < TOKENS; t++) x[t] = x[tokens - 1];
+        dot_block(w, k, x, 2, TOKENS, half, out);
+        dot_block(second, k, x, 2, TOKENS, half, out + 2);
+    }
+#endif
 }
 
 /* For weight rows [from, to): y[t][n] = dot + bias, or y[t][n] += dot + bias. x, y: [T, k], [T, n]. */

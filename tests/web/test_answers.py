@@ -1,0 +1,76 @@
+"""Answers that are long, or hostile: the page stays responsive, and nothing that a model writes runs."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.web.browsing import PATIENCE, fake_answer, say, wait_for_answer
+
+_PARAGRAPH = "Some *words* of a `story` that goes on and on, with a [link](https://example.org) in it.\n\n"
+_LONG = [word + " " for word in (_PARAGRAPH * 300 + "```py\n" + "x = 1\n" * 2500 + "```\n").split(" ")]
+
+# Longest time between two ticks of a clock that ought to tick every 10 ms.
+_WATCH = """() => {
+  window.gaps = [];
+  let last = performance.now();
+  setInterval(() => { const now = performance.now(); window.gaps.push(now - last); last = now; }, 10);
+}"""
+
+HOSTILE = (
+    "<script>window.pwned = 1</script>",
+    "<img src=x onerror='window.pwned = 1'>",
+    "<svg><script>window.pwned = 1</script></svg>",
+    "[click](javascript:window.pwned=1)",
+    "![](https://evil.example/pixel.png)",
+    "<iframe srcdoc='<script>parent.pwned = 1</script>'></iframe>",
+    "<a href='data:text/html,<script>opener.pwned=1</script>'>x</a>",
+    "| a |\n|---|\n| <b onmouseover='window.pwned=1'>hover</b> |",
+    "```html\n</code></pre><script>window.pwned = 1</script>\n```",
+    "[x](https://ok.example \"' onmouseover='window.pwned=1\")",
+)
+
+
+def test_ten_thousand_tokens_keep_the_page_responsive(page: Page) -> None:
+    pieces = [*_LONG, *(" word" for _ in range(10_000 - len(_LONG)))]
+    assert len(pieces) >= 10_000
+    fake_answer(page, pieces[:10_000])
+    page.evaluate(_WATCH)
+    say(page, "Write a lot.")
+    page.fill("#prompt", "I can write meanwhile")
+    answer = wait_for_answer(page)
+    expect(page.locator("#prompt")).to_have_value("I can write meanwhile")
+    expect(answer.locator(".stats")).to_contain_text("10,000 tokens")
+    assert answer.locator("p").count() >= 300
+    gaps = sorted(page.evaluate("window.gaps"))
+    assert gaps[-1] < 1000, f"the page stood still for {gaps[-1]:.0f} ms"
+    assert gaps[int(0.95 * len(gaps))] < 200
+
+
+def test_finished_blocks_are_made_once(page: Page) -> None:
+    fake_answer(page, ["First.\n\n", *(f"Word {n} " for n in range(40))], delay=10)
+    say(page, "Go on")
+    expect(page.locator(".turn.assistant p")).to_have_count(2, timeout=PATIENCE)
+    page.evaluate("document.querySelector('.turn.assistant p').marked = true")
+    wait_for_answer(page)
+    assert page.evaluate("document.querySelector('.turn.assistant p').marked") is True
+
+
+@pytest.mark.parametrize("pieces", [["\n\n".join(HOSTILE)], list("\n\n".join(HOSTILE))], ids=["whole", "by letters"])
+def test_nothing_that_is_said_runs(page: Page, pieces: list[str]) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    fake_answer(page, pieces)
+    say(page, "\n".join(HOSTILE))
+    answer = wait_for_answer(page)
+    for place in answer.locator("a, b, td").all():
+        place.hover()
+    assert page.evaluate("window.pwned") is None
+    assert page.locator(".log :is(script, img, svg, iframe, style)").count() == 0
+    links = answer.locator("a[href]").evaluate_all(
+        "links => links.map(a => [a.protocol, a.rel, a.getAttribute('onmouseover')])"
+    )
+    assert links
+    assert all(link == ["https:", "noopener noreferrer nofollow", None] for link in links)
+    assert not [url for url in asked if "example" in url]
+    expect(page.locator(".turn.user .body")).to_have_text("\n".join(HOSTILE))
