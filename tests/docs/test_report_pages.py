@@ -15,8 +15,9 @@ from pypdf import PdfReader
 
 from flexmoe.errors import ConfigError
 from flexmoe.report.build import build, description
-from flexmoe.report.charts import Figure, figures, latency
+from flexmoe.report.charts import figures, latency
 from flexmoe.report.draw import draw
+from flexmoe.report.figure import Figure
 from flexmoe.report.rows import Cell, cell_number
 from tests.docs.snippets import ROOT
 from tools.performance_page import PICTURE, main, recorded

@@ -59,7 +59,7 @@ def test_cited_rows_of_another_device_are_not_set_beside_ours() -> None:
     near = row(3, engine="vllm", ms=3.0, cited=True)
     assert [one.key for one in latency([row(1), cited]).panels[0].series] == ["floor", "flexmoe"]  # type: ignore[union-attr]
     big = headlines([row(1), near])
-    assert [one.big for one in big] == ["50%", "1.50–1.50×"]
+    assert [one.big for one in big] == ["50%", "1.50×"]
     assert big[1].values[0].cells == (Cell("rows.jsonl", 3, "result.ms"), Cell("rows.jsonl", 1, "result.ms"))
 
 

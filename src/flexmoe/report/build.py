@@ -18,8 +18,9 @@ from typing import Any
 
 from flexmoe.errors import ConfigError, MissingDependencyError
 from flexmoe.report import style
-from flexmoe.report.charts import Figure, figures
+from flexmoe.report.charts import figures
 from flexmoe.report.draw import draw, settings
+from flexmoe.report.figure import Figure
 from flexmoe.report.headlines import Headline, headlines
 from flexmoe.report.rows import CITED, Row, Value, read_rows
 from flexmoe.report.tables import Table, tables, texts

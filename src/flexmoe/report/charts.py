@@ -7,20 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from flexmoe.report.rows import Row, Value, newest
+from flexmoe.report.figure import ENGINES, MODELS, Figure, Panel, Point, Series, measured, short_device
+from flexmoe.report.rows import Row, newest
 
-ENGINES = {
-    "floor": "roofline: memory's own time",
-    "flexmoe": "FlexMoE",
-    "vllm": "vLLM 0.24 (cited)",
-    "hf-best": "transformers, best setup",
-    "hf-default": "transformers, as it comes",
-    "hf-best cited": "transformers, best (cited)",
-    "hf-default cited": "transformers, default (cited)",
-    "flexflow-course": "FlexFlow Serve, course project (cited)",
-}
 _SHOWN_BATCHES = (1, 8, 32, 128)
 _MOST_PANELS = 3
 _COURSE_MODEL = "tinymistral-6x248m"
@@ -41,43 +31,6 @@ CPU_METRICS = {
     "prefill_512": "a prompt of 512 tokens (ms)",
     "start_to_first_token": "start to first token (s)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """x: a category or a number on the axis. note: written beside the value, also a Value (percent of the floor)."""
-
-    x: str
-    value: Value
-    note: Value | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """key: decides the colour; an engine or an operation."""
-
-    key: str
-    label: str
-    points: tuple[Point, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One pair of axes."""
-
-    title: str
-    series: tuple[Series, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """kind: which function of draw.py draws it. unit: of the values. about: device and dates, below the figure."""
-
-    name: str
-    kind: str
-    unit: str
-    panels: tuple[Panel, ...]
-    about: str
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
@@ -131,10 +84,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     about = (
         f"{first.get('device.name')}, {first.get('params.dtype')}, prompts of {first.get('params.prompt_len')} tokens"
     )
-    return Figure("latency", "latency", "ms a decode step", panels, f"{about}, greedy; {_measured(first)}")
-
-
-MODELS = {"mixtral-8x7b": "Mixtral-8x7B", "qwen3-30b-a3b": "Qwen3-30B-A3B", "olmoe-1b-7b": "OLMoE-1B-7B"}
+    return Figure("latency", "latency", "ms a decode step", panels, f"{about}, greedy; {measured(first)}")
 
 
 def engine_key(row: Row) -> str:
@@ -180,7 +130,7 @@ def experts(rows: Sequence[Row]) -> Figure | None:
         return None
     if cited:
         panels.insert(0, Panel("course project, L4 (cited)", _expert_series(cited)))
-    about = f"TinyMistral-6x248M's shape, two experts a token, one sequence; {_measured(found[-1])}"
+    about = f"TinyMistral-6x248M's shape, two experts a token, one sequence; {measured(found[-1])}"
     return Figure("experts", "experts", "ms a token", tuple(panels), about)
 
 
@@ -251,7 +201,7 @@ def cpu(rows: Sequence[Row]) -> Figure | None:
     )
     first = pairs[0][1]
     about = f"built-in model, {first.get('device.cores')} cores of {short_device(str(first.get('device.cpu')))}"
-    return Figure("cpu", "pairs", "", panels, f"{about}; {_measured(first)}")
+    return Figure("cpu", "pairs", "", panels, f"{about}; {measured(first)}")
 
 
 STRATEGIES = {
@@ -301,7 +251,7 @@ def strategies(rows: Sequence[Row]) -> Figure | None:
     about = (
         f"{first.get('model.label')}, batch {first.get('params.batch')}, {first.get('config.ranks')} ranks over gloo"
     )
-    about += f" on {first.get('device.cores')} shared CPU cores; {_measured(first)}"
+    about += f" on {first.get('device.cores')} shared CPU cores; {measured(first)}"
     return Figure("strategies", "bars", "", panels, about)
 
 
@@ -327,7 +277,7 @@ def operations(rows: Sequence[Row]) -> Figure | None:
         )
         for op, label in OPERATIONS.items()
     )
-    about = f"{found[0].get('device.name')}, bf16, {found[0].get('layers')} layers in a graph; {_measured(found[0])}"
+    about = f"{found[0].get('device.name')}, bf16, {found[0].get('layers')} layers in a graph; {measured(found[0])}"
     return Figure("operations", "stack", "µs a layer", (Panel("", series),), about)
 
 
@@ -350,7 +300,7 @@ def profiled(rows: Sequence[Row]) -> Figure | None:
         series.append(Series(name, name, points))
     last = found[-1]
     about = f"{last.get('model.label')}, {last.get('params.dtype')} on {short_device(str(last.get('device.name')))}"
-    return Figure("profiled", "stack", "µs a step", (Panel("", tuple(series)),), f"{about}; {_measured(last)}")
+    return Figure("profiled", "stack", "µs a step", (Panel("", tuple(series)),), f"{about}; {measured(last)}")
 
 
 def throughput(rows: Sequence[Row]) -> Figure | None:
@@ -364,7 +314,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
     about = f"{first.get('model.label')}, {first.get('params.requests')} requests of {first.get('params.prompt_len')}"
     about += f" + {first.get('params.output_len')} tokens on {short_device(str(first.get('device.name')))}"
     panel = Panel("output tokens a second", (Series("flexmoe", "tokens a second", points),))
-    return Figure("throughput", "bars", "", (panel,), f"{about}; {_measured(first)}")
+    return Figure("throughput", "bars", "", (panel,), f"{about}; {measured(first)}")
 
 
 def served(rows: Sequence[Row]) -> Figure | None:
@@ -396,7 +346,7 @@ def served(rows: Sequence[Row]) -> Figure | None:
         )
         for key, title in shown.items()
     )
-    return Figure("served", "bars", "", panels, f"through HTTP, medians; {_measured(found[-1])}")
+    return Figure("served", "bars", "", panels, f"through HTTP, medians; {measured(found[-1])}")
 
 
 def _like_the_last(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
@@ -406,13 +356,3 @@ def _like_the_last(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
 def _who(row: Row) -> str:
     engine = str(row.get("engine"))
     return ENGINES.get(engine, engine)
-
-
-def short_device(name: str) -> str:
-    """Without the signs that makers add."""
-    return name.replace("(R)", "").replace("(TM)", "").replace(" Processor", "").strip()
-
-
-def _measured(row: Row) -> str:
-    words = f"measured {str(row.get('time'))[:10]}"
-    return f"{words}, commit {str(row.get('commit'))[:7]}" if row.get("commit") else words

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flexmoe.report import style
-from flexmoe.report.charts import ENGINES, Figure, Panel, Point
+from flexmoe.report.figure import ENGINES, Figure, Panel, Point
 
 _CLIP = 1.28  # bars above the highest of ours, the floor and vLLM times this are cut, with their value written on them
 _LEAST_GROUPS = 3  # a single group of bars does not become as wide as the page

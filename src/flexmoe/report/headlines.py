@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flexmoe.report.charts import MODELS, cpu_pairs, experts, latency_groups, short_device
+from flexmoe.report.charts import cpu_pairs, experts, latency_groups
+from flexmoe.report.figure import MODELS, short_device
 from flexmoe.report.rows import Row, Value
 
 
@@ -38,19 +39,21 @@ def _floor(rows: Sequence[Row]) -> Headline | None:
 
 
 def _vllm(rows: Sequence[Row]) -> Headline | None:
-    ratios = []
-    for _, group in latency_groups(rows):
+    ratios: dict[tuple[str, int], Value] = {}
+    for model, group in latency_groups(rows):
         ours = {row.get("params.batch"): row for row in group if row.get("engine") == "flexmoe"}
-        ratios += [
-            row.value("result.ms").over(ours[row.get("params.batch")].value("result.ms"))
-            for row in group
-            if row.get("engine") == "vllm" and row.get("params.batch") in ours
-        ]
+        for row in group:
+            batch = row.get("params.batch")
+            if row.get("engine") == "vllm" and batch in ours:
+                ratios[model, batch] = row.value("result.ms").over(ours[batch].value("result.ms"))
     if not ratios:
         return None
-    least, most = min(ratios, key=_of), max(ratios, key=_of)
-    small = "as fast a decode step as vLLM 0.24 (cited), three models, batch 1 to 128"
-    return Headline(f"{least.number:.2f}–{most.number:.2f}×", small, (least, most))
+    least, most = min(ratios.values(), key=_of), max(ratios.values(), key=_of)
+    models, batches = {model for model, _ in ratios}, [batch for _, batch in ratios]
+    small = f"as fast a decode step as vLLM 0.24 (cited): {len(models)} model{'s' * (len(models) > 1)}"
+    small += f", batch {min(batches)} to {max(batches)}" if len(batches) > 1 else f", batch {batches[0]}"
+    big = f"{least.number:.2f}×" if least is most else f"{least.number:.2f}–{most.number:.2f}×"
+    return Headline(big, small, (least,) if least is most else (least, most))
 
 
 def _flat(rows: Sequence[Row]) -> Headline | None:

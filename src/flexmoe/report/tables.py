@@ -8,16 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flexmoe.report.charts import (
-    CPU_METRICS,
-    ENGINES,
-    MODELS,
-    course_rows,
-    cpu_pairs,
-    engine_key,
-    latency_groups,
-    short_device,
-)
+from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups
+from flexmoe.report.figure import ENGINES, MODELS, short_device
 from flexmoe.report.rows import Row, Value, newest
 
 _MISSING = "not recorded"
