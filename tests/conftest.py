@@ -27,6 +27,7 @@ settings.load_profile("house")
 IN_TURNS = ("multi", "server", "web")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with the name of its folder, and those for one worker; skip tests/gpu where CUDA is missing."""
     for item in items:
