@@ -3,7 +3,7 @@
 #   make PYTHON=/path/to/python3.12 ...   another Python (3.11 or newer) for the virtual environment
 #   make serve ARGS="--port 9000"         arguments for flexmoe serve
 #   make test ARGS="-k scheduler -x"      arguments for pytest
-#   make test WORKERS=0                   one test after the other, in one process
+#   make test WORKERS=0                   all tests one after the other
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +11,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 ARGS ?=
 WORKERS ?= 2
+# Tests that start processes, servers and a browser, and time them: one after the other, when the rest is done.
+IN_TURNS := multi or server or web
+OR_NONE := || [ $$? -eq 5 ]  # pytest's status when ARGS leave nothing to run
 
 USER_READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.ready-test
 REPORT_READY := $(VENV)/.ready-report
 
 .DEFAULT_GOAL := help
-.PHONY: help serve smoke chromium poster test check check-style check-types check-imports check-size format \
+.PHONY: help serve smoke chromium poster test test-beside test-in-turns check check-style check-types check-imports check-size format \
         performance-docs cli-docs clean
 .DELETE_ON_ERROR:
 
@@ -33,8 +36,13 @@ smoke: $(USER_READY)  ## start the server, ask it a question, end it
 poster: $(REPORT_READY)  ## make poster and report from the recorded measurements, in build/report
 	$(BIN)/flexmoe report --out build/report
 
-test: $(TEST_READY) chromium  ## run the tests
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+test: test-beside test-in-turns  ## run the tests
+
+test-beside: $(TEST_READY)
+	$(BIN)/python -m pytest -m "not ($(IN_TURNS))" --numprocesses $(WORKERS) --dist loadfile $(ARGS) $(OR_NONE)
+
+test-in-turns: $(TEST_READY) chromium
+	$(BIN)/python -m pytest -m "$(IN_TURNS)" $(ARGS) $(OR_NONE)
 
 chromium:  # for the tests of the web page, which are skipped without it
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \

@@ -22,20 +22,10 @@ settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 
 
-# Tests of several processes, of a server and of a browser share what they start, and time it: one worker takes them,
-# and begins with them, as they take longest.
-IN_TURNS = ("multi", "server", "web")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the name of its folder, and those for one worker; skip tests/gpu where CUDA is missing."""
+    """Mark each test with the name of its folder; skip those in tests/gpu where CUDA is missing."""
     for item in items:
-        folder = item.path.relative_to(HERE).parts[0]
-        item.add_marker(folder)
-        if folder in IN_TURNS:
-            item.add_marker(pytest.mark.xdist_group("in turns"))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+        item.add_marker(item.path.relative_to(HERE).parts[0])
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and not _cuda():
         for item in on_gpu:
