@@ -50,7 +50,7 @@ MOE, DENSE = LayerConfig(is_moe=True), LayerConfig(is_moe=False)
 
 def check(model: Decoder, lengths: Sequence[int], block_size: int, reference: Decoder | None = None) -> None:
     """One decode step of sequences of these lengths: all stages and logits agree, and only new slots are written."""
-    dtype = model.embed_tokens.weight.dtype
+    dtype = model.norm.weight.dtype
     requests, num_blocks = scattered(lengths, block_size, model.config.vocab_size)
     cache = filled_cache(model.config, requests, num_blocks, block_size, dtype)
     before, wide, again = copy_cache(cache, dtype), copy_cache(cache, torch.float32), copy_cache(cache, dtype)

@@ -21,7 +21,14 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
     "scheduler": (SchedulerConfig, {"max_num_seqs": 3, "max_num_batched_tokens": 99, "max_model_len": 50}),
     "device": (
         DeviceConfig,
-        {"device": "cpu", "dtype": "float32", "threads": 1, "expert_backend": "reference", "isa": "portable"},
+        {
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
+            "expert_backend": "reference",
+            "isa": "portable",
+            "quantization": "int8",
+        },
     ),
     "load": (
         LoadConfig,
@@ -129,6 +136,7 @@ def test_a_timeout_is_a_positive_number(value: object) -> None:
         ("load_format", "auto, safetensors, dummy"),
         ("expert_backend", "auto, reference, cpu, triton"),
         ("isa", "auto, portable, avx2, avx512, neon"),
+        ("quantization", "int8, int4"),
     ],
 )
 def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:

@@ -16,6 +16,7 @@ from flexmoe.config.engine import (
     EXPERT_BACKENDS,
     ISAS,
     LOAD_FORMATS,
+    QUANTIZATIONS,
     CacheConfig,
     DeviceConfig,
     LoadConfig,
@@ -78,6 +79,9 @@ _MODEL_OPTIONS = (
     click.option(
         "--dtype", type=click.Choice(DTYPES), help=f"Number format.  [default: {_default(DeviceConfig, 'dtype')}]"
     ),
+    click.option(
+        "--quantization", type=click.Choice(QUANTIZATIONS), help="Hold weights in few bits, on a CPU.  [default: none]"
+    ),
     click.option("--device", help=f"cpu, cuda or cuda:N.  [default: {_default(DeviceConfig, 'device')}]"),
     click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]"),
     click.option(
@@ -139,6 +143,7 @@ _MODEL_NAMES = (
     "revision",
     "load_format",
     "dtype",
+    "quantization",
     "device",
     "threads",
     "expert_backend",
