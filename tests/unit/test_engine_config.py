@@ -136,7 +136,6 @@ def test_a_timeout_is_a_positive_number(value: object) -> None:
         ("load_format", "auto, safetensors, dummy"),
         ("expert_backend", "auto, reference, cpu, triton"),
         ("isa", "auto, portable, avx2, avx512, neon"),
-        ("quantization", "int8, int4"),
     ],
 )
 def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:
@@ -144,6 +143,12 @@ def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:
         EngineConfig.from_options({name: value})
     assert refusal(**{name: "best"}) == f"{name}='best' is not one of {choices}."
     assert refusal(**{name: None}) == f"{name}=None is not one of {choices}."
+
+
+def test_weights_are_quantized_to_what_is_listed_or_not_at_all() -> None:
+    for value in ("int8", "int4", None):
+        assert EngineConfig.from_options({"quantization": value}).device.quantization == value
+    assert refusal(quantization="int3") == "quantization='int3' is not one of int8, int4."
 
 
 @pytest.mark.parametrize("name", FLAGS)
