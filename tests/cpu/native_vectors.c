@@ -37,9 +37,10 @@ void t_sums(const float *x, float *by_16, float *by_4, float *by_1) {
     for (int i = 0; i < 16; i++) by_1[i] = sum16(v[i]);
 }
 
-void t_linear(const void *weight, const void *bias, int64_t n, int64_t k, const float *x, float *y, int64_t rows, int add,
-              int half, int64_t from, int64_t to) {
-    linear_rows((Linear){weight, bias, n, k}, x, y, rows, add, half, from, to);
+void t_linear(const void *weight, const void *bias, const uint16_t *scales, int64_t n, int64_t k, int64_t format,
+              const float *x, float *y, int64_t rows, int add, int half, int64_t from, int64_t to) {
+    Linear l = {weight, bias, scales, n, k, format};
+    linear_rows(&l, x, y, rows, add, half, from, to);
 }
 
 void t_rms_norm(const float *x, const void *weight, int64_t size, float eps, int half, float *y) {

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexmoe.kernels.cpu import levels, library
+from flexmoe.kernels.quantize import QuantizedMatrix
 from tests.cpu.nearness import assert_near
 from tests.cpu.tiny_decoders import NEEDS_COMPILER
 
@@ -95,20 +96,25 @@ def test_every_sum_over_lanes_has_the_same_order(c: ctypes.CDLL) -> None:
 
 
 @given(
-    n=st.integers(1, 11), k=st.integers(1, 50), rows=st.integers(1, 10), half=st.booleans(), bias=st.booleans(),
+    n=st.integers(1, 11), k=st.integers(1, 100), rows=st.integers(1, 10), form=st.integers(0, 3), bias=st.booleans(),
     add=st.booleans(), ends=st.tuples(st.integers(0, 11), st.integers(0, 11)),
 )  # fmt: skip
 def test_products_of_any_size(
-    c: ctypes.CDLL, n: int, k: int, rows: int, half: bool, bias: bool, add: bool, ends: tuple[int, int]
+    c: ctypes.CDLL, n: int, k: int, rows: int, form: int, bias: bool, add: bool, ends: tuple[int, int]
 ) -> None:
     """Only columns [from, to) of y are written, and each product is the one its row has alone."""
     first, last = sorted(min(end, n) for end in ends)
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if form == 1 else torch.float32
     weight, offset = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    given, scales = weight, None
+    if form > 1:
+        matrix = QuantizedMatrix.empty(weight.shape, 8 if form == 2 else 4).copy_(weight)
+        given, scales, weight = matrix.codes, at(matrix.scales), matrix.dequantize(torch.float32)
     x, before = torch.randn(rows, k), torch.randn(rows, n)
-    tail = [int(add), int(half), long(first), long(last)]
+    head = [at(given), at(offset) if bias else None, scales, long(n), long(k), long(form)]
+    tail = [int(add), int(form == 1), long(first), long(last)]
     y = torch.cat((before.flatten(), torch.full((16,), CANARY)))
-    c.t_linear(at(weight), at(offset) if bias else None, long(n), long(k), at(x), at(y), long(rows), *tail)
+    c.t_linear(*head, at(x), at(y), long(rows), *tail)
     found = y[: rows * n].view(rows, n)
     wanted = x.double() @ weight.double().T + (offset.double() if bias else 0) + (before.double() if add else 0)
     if first < last:

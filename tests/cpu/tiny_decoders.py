@@ -19,6 +19,7 @@ from flexmoe.config.plan import ExpertPlacement, ParallelPlan
 from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.kernels.cpu import library
 from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan, paged_attention
+from flexmoe.kernels.quantize import QuantizedMatrix
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.scheduling.request import Request
@@ -54,17 +55,23 @@ def empty(config: ModelConfig, dtype: torch.dtype = torch.float32, plan: Paralle
 
 
 def decoder(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, threads: int | None = 1, isa: str = "auto"
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = 1,
+    isa: str = "auto",
+    quantization: str | None = None,
 ) -> Decoder:
     """Random weights; threads: those of the C kernels for `isa`, None for torch alone."""
     made = empty(config, dtype)
-    for name, parameter in made.named_parameters():
+    if quantization is not None:
+        made.quantize(quantization)
+    for name, parameter in made.weights().items():
         values = torch.randn(parameter.shape)
         if name.endswith("norm.weight"):
             values = 1 + 0.2 * values
         elif not name.startswith("embed_tokens"):
-            values *= 0.3 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
-        parameter.data.copy_(values)
+            values *= 0.3 if len(parameter.shape) == 1 else 1.5 * parameter.shape[-1] ** -0.5
+        parameter.copy_(values)
     made.pack(threads, isa=isa)
     return made
 
@@ -72,9 +79,10 @@ def decoder(
 def in_fp32(original: Decoder) -> Decoder:
     """The same weights, widened, for torch alone."""
     made = empty(original.config)
-    weights = {name: parameter.data for name, parameter in original.named_parameters()}
+    weights = original.weights()
     for name, parameter in made.named_parameters():
-        parameter.data.copy_(weights[name])
+        weight = weights[name]
+        parameter.data.copy_(weight.dequantize(torch.float32) if isinstance(weight, QuantizedMatrix) else weight)
     made.pack(None)
     return made
 

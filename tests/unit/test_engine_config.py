@@ -21,7 +21,14 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
     "scheduler": (SchedulerConfig, {"max_num_seqs": 3, "max_num_batched_tokens": 99, "max_model_len": 50}),
     "device": (
         DeviceConfig,
-        {"device": "cpu", "dtype": "float32", "threads": 1, "expert_backend": "reference", "isa": "portable"},
+        {
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
+            "expert_backend": "reference",
+            "isa": "portable",
+            "quantization": "int8",
+        },
     ),
     "load": (
         LoadConfig,
@@ -142,6 +149,12 @@ def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:
         EngineConfig.from_options({name: value, "tensor_parallel_size": 2})
     assert refusal(**{name: "best"}) == f"{name}='best' is not one of {choices}."
     assert refusal(**{name: None}) == f"{name}=None is not one of {choices}."
+
+
+def test_weights_are_quantized_to_what_is_listed_or_not_at_all() -> None:
+    for value in ("int8", "int4", None):
+        assert EngineConfig.from_options({"quantization": value}).device.quantization == value
+    assert refusal(quantization="int3") == "quantization='int3' is not one of int8, int4."
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -44,7 +44,7 @@ class FlexMoE:
         self._about = self._llm.describe() | {"model": subject.name}
         runner = self._llm.engine.local_runner
         self.device = runner.device
-        self.dtype: torch.dtype = runner.model.embed_tokens.weight.dtype
+        self.dtype: torch.dtype = runner.model.norm.weight.dtype
 
     def about(self) -> dict[str, Any]:
         return self._about

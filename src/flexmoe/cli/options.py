@@ -17,6 +17,7 @@ from flexmoe.config.engine import (
     ISAS,
     LAUNCHERS,
     LOAD_FORMATS,
+    QUANTIZATIONS,
     CacheConfig,
     DeviceConfig,
     LaunchConfig,
@@ -79,6 +80,9 @@ _MODEL_OPTIONS = (
     ),
     click.option(
         "--dtype", type=click.Choice(DTYPES), help=f"Number format.  [default: {_default(DeviceConfig, 'dtype')}]"
+    ),
+    click.option(
+        "--quantization", type=click.Choice(QUANTIZATIONS), help="Hold weights in few bits, on a CPU.  [default: none]"
     ),
     click.option("--device", help=f"cpu, cuda or cuda:N.  [default: {_default(DeviceConfig, 'device')}]"),
     click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]"),
@@ -146,6 +150,7 @@ _MODEL_NAMES = (
     "revision",
     "load_format",
     "dtype",
+    "quantization",
     "device",
     "threads",
     "expert_backend",

@@ -43,10 +43,11 @@ def note(text: str) -> None:
 def summary(about: Mapping[str, Any]) -> str:
     """Two lines of what `LLM.describe` tells: the model, and what computes it."""
     threads = f", {about['threads']} threads" if about["device"] == "cpu" else ""
+    weights = f" with {about['quantization']} weights" if about["quantization"] else ""
     return (
         f"{about['model']}: {about['architecture']}, {count(about['parameters'])} parameters "
         f"({count(about['active_parameters'])} active), context {about['max_model_len']} tokens\n"
-        f"{about['device']} {about['dtype']}{threads}, experts: {about['expert_backend']}, "
+        f"{about['device']} {about['dtype']}{weights}{threads}, experts: {about['expert_backend']}, "
         f"decode: {about['decode_kernels']}, KV cache {size(about['kv_cache_bytes'])}"
     )
 

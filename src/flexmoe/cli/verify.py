@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
-from flexmoe.config.engine import EXPERT_BACKENDS
+from flexmoe.config.engine import EXPERT_BACKENDS, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from flexmoe.verify.report import Report
@@ -39,6 +40,11 @@ _positive = click.IntRange(min=1)
     show_default=True,
     help="How experts are computed.",
 )
+@click.option(
+    "--quantization",
+    type=click.Choice(QUANTIZATIONS),
+    help="Compare weights of so few bits with full ones, on a CPU; without transformers.",
+)
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @debug_option
@@ -50,6 +56,7 @@ def verify(
     device: str,
     threads: int | None,
     expert_backend: str,
+    quantization: str | None,
     revision: str | None,
     as_json: bool,
 ) -> None:
@@ -59,9 +66,18 @@ def verify(
     then greedy tokens: alone, batched, with chunked prefill, after a prefix hit and after preemption.
     The exit status is 0 if all agree, and 1 if anything differs.
 
+    With --quantization nothing is judged: it prints the perplexity of both and how often they agree on the next token,
+    on a text that no model has learnt, or on that of --prompt.
+
     \b
     Needs transformers: pip install 'flexmoe[hf]'
     """
+    from flexmoe.verify.quality import TEXTS, measure
+
+    if quantization is not None:
+        found = measure(model, quantization, prompts or TEXTS, dtype=dtype, threads=threads, revision=revision)
+        click.echo(json.dumps(asdict(found), indent=2) if as_json else found.line(dtype))
+        return
     from flexmoe.verify.run import VerifyOptions
     from flexmoe.verify.run import verify as run
 

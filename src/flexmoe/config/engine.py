@@ -14,6 +14,7 @@ from flexmoe.errors import ConfigError, UnknownOptionError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ISAS = ("auto", "portable", "avx2", "avx512", "neon")
+QUANTIZATIONS = ("int8", "int4")
 EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
 LAUNCHERS = ("auto", "spawn", "torchrun", "ray")
 
@@ -42,6 +43,7 @@ class DeviceConfig:
     """Where and in which number format the model computes.
 
     threads: None means one a physical core. isa: the instruction set of the C kernels on a CPU; "auto" is its best.
+    quantization: hold weights in "int8" or "int4"; dtype is then that of all the rest. On a CPU only.
     """
 
     device: str = "auto"
@@ -49,6 +51,7 @@ class DeviceConfig:
     threads: int | None = None
     expert_backend: str = "auto"
     isa: str = "auto"
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,8 @@ class EngineConfig:
         _check_choice("expert_backend", self.device.expert_backend, EXPERT_BACKENDS)
         _check_choice("launcher", self.launch.launcher, LAUNCHERS)
         _check_choice("isa", self.device.isa, ISAS)
+        if self.device.quantization is not None:
+            _check_choice("quantization", self.device.quantization, QUANTIZATIONS)
         self._check_names_and_flags()
         self._check_counts()
         self._check_parallel()

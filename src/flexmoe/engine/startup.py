@@ -27,7 +27,7 @@ from flexmoe.models.device_rows import MAX_ROWS, why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
-from flexmoe.models.slices import num_parameters
+from flexmoe.models.quantized import weight_bytes
 from flexmoe.moe.experts import BACKENDS, default_backend
 from flexmoe.parallel.mesh import Mesh
 
@@ -83,6 +83,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     max_model_len = _max_model_len(options, config)
     backend = _choose_backend(options.device.expert_backend, device)
     threads = set_threads(options.device.threads)
+    _check_quantization(options, device, backend)
     alone = mesh.world.size == 1
     isa = options.device.isa
     in_c = alone and not why_not_native(config, torch.bfloat16, device, backend, isa)
@@ -94,6 +95,8 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     model = _build(options, mesh, source, max_model_len, backend, dtype, device)
     model.pack(None if native_reason else threads, isa=isa, in_place=device.type == "cuda")
     cache = KVCache(mesh.shard(config).local, num_blocks, options.cache.block_size, dtype, device)
+    if native_reason and options.device.quantization is not None:
+        _log.warning("torch decodes, and widens all quantized weights in each step: %s", native_reason)
     decode_kernels = f"torch ({native_reason})" if native_reason else f"C ({library.choose(isa).name})"
     graphed = None
     if device.type == "cuda":
@@ -151,7 +154,9 @@ def _build(
 ) -> Decoder:
     config = source.config
     model = Decoder(config, mesh.plan, backend, max_model_len, dtype=dtype, device=device, mesh=mesh).eval()
-    params = {name: param.data for name, param in model.named_parameters()}
+    if options.device.quantization is not None:
+        model.quantize(options.device.quantization)
+    params = model.weights()
     if options.load.load_format == "dummy":
         fill_dummy(params, options.seed, getattr(torch, config.checkpoint_dtype), mesh.shard(config))
     else:
@@ -175,6 +180,19 @@ def _choose_backend(name: str, device: torch.device) -> str:
     return backend
 
 
+def _check_quantization(options: EngineConfig, device: torch.device, backend: str) -> None:
+    """Quantized weights are read by the C kernels and by the torch of one process on a CPU, by nothing else."""
+    asked, ranks = options.device.quantization, options.parallel.num_ranks
+    if asked is None:
+        return
+    if device.type != "cpu":
+        raise ConfigError(f"quantization={asked!r} works on a CPU only, not on device={str(device)!r}; use device=cpu.")
+    if ranks > 1:
+        raise ConfigError(f"quantization={asked!r} needs one process, not {ranks} ranks; use one, or leave it out.")
+    if backend != "cpu":
+        raise ConfigError(f"quantization={asked!r} does not work with expert_backend={backend!r}; use cpu.")
+
+
 def _max_model_len(options: EngineConfig, config: ModelConfig) -> int:
     asked = options.scheduler.max_model_len
     if asked is not None and asked > config.max_position:
@@ -194,7 +212,7 @@ def _num_blocks(
     device: torch.device,
 ) -> int:
     """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
-    free = _free_beside_weights(mesh, config, dtype, device)
+    free = _free_beside_weights(mesh, config, dtype, device, options.device.quantization)
     per_context = -(-max_model_len // options.cache.block_size)
     size = block_bytes(mesh.shard(config).local, options.cache.block_size, dtype)
     blocks = _given_blocks(options.cache, size, per_context * size)
@@ -233,10 +251,12 @@ def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int
     return blocks
 
 
-def _free_beside_weights(mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+def _free_beside_weights(
+    mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
     free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(mesh, config, device)
-    weights = num_parameters(mesh.shard(config)) * dtype.itemsize
+    weights = weight_bytes(mesh.shard(config), dtype, quantization)
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
         raise ConfigError(

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmoe.kernels.quantize import QuantizedMatrix
+
 _log = logging.getLogger(__name__)
 
 _FEW_ROWS, _ROW_STEP = 16, 32
@@ -49,6 +51,18 @@ class PackedLinear:
         if self._op is None:
             return F.linear(x, self._weight, self._bias)
         return self._op(x, self._weight, self._bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class QuantizedLinear:
+    """A linear map whose weight is widened in each call: for many rows, beside which that costs little."""
+
+    __slots__ = ("_bias", "_weight")
+
+    def __init__(self, weight: QuantizedMatrix, bias: Tensor | None = None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return PackedLinear(self._weight.dequantize(x.dtype), self._bias, prepack=False)(x)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexmoe.kernels.quantize import QuantizedMatrix
 from flexmoe.parallel.comm import Group
 
 
@@ -26,9 +27,27 @@ class Embedding(nn.Module):
         self._vocab = vocab
         self._group = None if group is None or group.size == 1 else group
         weight = torch.empty(len(vocab), hidden_size, dtype=dtype, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
+        self.quantized: QuantizedMatrix | None = None
+        self._dtype = dtype
+
+    def quantize(self, bits: int) -> None:
+        """Hold the table in so many bits, before it is loaded."""
+        assert self.weight is not None
+        self.quantized = QuantizedMatrix.empty(self.weight.shape, bits)
+        self.weight = None
+
+    def table(self) -> Tensor:
+        """The rows that are here, [v, H], in the model's dtype."""
+        if self.quantized is not None:
+            return self.quantized.dequantize(self._dtype)
+        assert self.weight is not None
+        return self.weight.data
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        if self.quantized is not None:
+            return self.quantized[token_ids].dequantize(self._dtype)
+        assert self.weight is not None
         if self._group is None:
             return F.embedding(token_ids, self.weight)
         local = token_ids - self._vocab.start

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flexmoe.kernels.linear import PackedLinear
+from flexmoe.kernels.linear import PackedLinear, QuantizedLinear
+from flexmoe.kernels.quantize import QuantizedMatrix
 from flexmoe.parallel.comm import Group
 
 
@@ -32,15 +33,25 @@ class Linear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype, device=device), requires_grad=False)
-        self._packed: PackedLinear | None = None
+        self.quantized: QuantizedMatrix | None = None
+        self._packed: PackedLinear | QuantizedLinear | None = None
 
     @property
     def added(self) -> Tensor | None:
         """The bias that this rank adds: of several whose products are summed only the first one does."""
         return None if self.bias is None or (self._summed and self._summed.index > 0) else self.bias.data
 
+    def quantize(self, bits: int) -> None:
+        """Hold the weight in so many bits, before it is loaded."""
+        assert self.weight is not None
+        self.quantized = QuantizedMatrix.empty(self.weight.shape, bits)
+        self.weight = None
+
     def pack(self, *, prepack: bool) -> None:
         """Make the layer ready. prepack: hand the weight to a layout of its own and forget it here."""
+        if self.quantized is not None:
+            self._packed = QuantizedLinear(self.quantized, self.added)
+            return
         assert self.weight is not None
         self._packed = PackedLinear(self.weight.data, self.added, prepack=prepack)
         if prepack:

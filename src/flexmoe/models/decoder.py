@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.cpu.decode import LayerWeights, OuterWeights
+from flexmoe.kernels.quantize import Weights
 from flexmoe.layers.attention import Attention
 from flexmoe.layers.embedding import Embedding
 from flexmoe.layers.forward_batch import ForwardBatch
@@ -20,7 +21,8 @@ from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import Rotary, inverse_frequencies
-from flexmoe.models.native import NativeDecoder, layer_weights, most_rows
+from flexmoe.models.native import NativeDecoder, layer_weights, most_rows, weight_of
+from flexmoe.models.quantized import bits_of
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts.weights import ExpertWeights
 from flexmoe.parallel.mesh import Mesh
@@ -119,6 +121,25 @@ class Decoder(nn.Module):
         self.native: NativeDecoder | None = None
         self.rotary = Rotary(config.attention.rope, max_position, dtype=dtype, device=device)
 
+    def quantize(self, quantization: str) -> None:
+        """Hold the weights that models/quantized.py names in few bits; before loading, so no memory is touched."""
+        for name, module in list(self.named_modules()):
+            if isinstance(module, (Linear, Embedding, ExpertWeights)):
+                held = f"{name}.gate_up" if isinstance(module, ExpertWeights) else f"{name}.weight"
+                bits = bits_of(held, quantization)
+                if bits is not None:
+                    module.quantize(bits)
+
+    def weights(self) -> dict[str, Weights]:
+        """Everything to be loaded, by name: parameters and quantized matrices."""
+        found: dict[str, Weights] = {name: parameter.data for name, parameter in self.named_parameters()}
+        for name, module in self.named_modules():
+            if isinstance(module, ExpertWeights):
+                found |= {f"{name}.{stack}": matrix for stack, matrix in module.quantized.items()}
+            elif isinstance(module, (Linear, Embedding)) and module.quantized is not None:
+                found[f"{name}.weight"] = module.quantized
+        return found
+
     def pack(self, native_threads: int | None = None, *, isa: str = "auto", in_place: bool = False) -> None:
         """Make the loaded weights ready for use; called once.
 
@@ -131,15 +152,16 @@ class Decoder(nn.Module):
                 module.pack(prepack=prepack)
         if native_threads is not None:
             layers = [layer.native() for layer in self.decoder_layers]
-            max_rows = most_rows(self.config, self.embed_tokens.weight.dtype)
+            quantized = self.embed_tokens.quantized is not None
+            max_rows = most_rows(self.config, self.norm.weight.dtype, quantized=quantized)
             self.native = NativeDecoder(layers, self._outer_weights(), native_threads, max_rows, isa)
 
     def _outer_weights(self) -> OuterWeights:
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        assert head is not None
+        embedding = weight_of(self.embed_tokens)
+        head = embedding if self.lm_head is None else weight_of(self.lm_head)
         frequencies, scale = inverse_frequencies(self.config.attention.rope)
-        embedding, norm = self.embed_tokens.weight.data, self.norm.weight.data
-        return OuterWeights(embedding, head.data, norm, self.norm.eps, frequencies, scale)
+        norm = self.norm.weight.data
+        return OuterWeights(embedding, head, norm, self.norm.eps, frequencies, scale)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, H] after the final norm; writes the rows' keys and values into the cache.
@@ -171,7 +193,7 @@ class Decoder(nn.Module):
             return hidden.new_empty(0, self.config.vocab_size)
         if batch.sample_rows is not None:
             hidden = hidden.index_select(0, batch.sample_rows)
-        logits: Tensor = F.linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        logits: Tensor = F.linear(hidden, self.embed_tokens.table()) if self.lm_head is None else self.lm_head(hidden)
         if self.mesh.tp.size > 1:
             logits = self._whole_rows(logits)
         if batch.probe is not None:

@@ -289,7 +289,7 @@ class FusedDecoder:
         """table: measured tiles; None: those of the package and of the user for this GPU. max_rows: of a step."""
         mesh, self._norm = model.mesh, model.norm
         config = mesh.shard(model.config).local
-        embedding = model.embed_tokens.weight.data
+        embedding = model.embed_tokens.table()
         dtype = embedding.dtype
         self._head = embedding if model.lm_head is None else weight_of(model.lm_head)
         self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY

@@ -29,7 +29,7 @@ class Vocabulary:
     ) -> None:
         """sums: None for one rank."""
         mesh, size = model.mesh, model.config.vocab_size
-        self._table, self._sums, self._group, self._pdl = model.embed_tokens.weight.data, sums, mesh.tp, pdl
+        self._table, self._sums, self._group, self._pdl = model.embed_tokens.table(), sums, mesh.tp, pdl
         self._here = mesh.shard(model.config).vocab
         width = -(-size // mesh.tp.size)
         self.part = torch.empty(max_rows, width, dtype=torch.float32, device=device)

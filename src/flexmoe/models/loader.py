@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard
 from flexmoe.errors import CheckpointError
+from flexmoe.kernels.quantize import QuantizedMatrix, Weights
 from flexmoe.models import families
 from flexmoe.models.checkpoint import ITEM_SIZES, Match, open_checkpoint, validate
 from flexmoe.models.families.layout import Piece
@@ -57,7 +58,7 @@ class Copy:
     first: int = 0
     columns: range | None = None
 
-    def target(self, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def target(self, params: Mapping[str, Weights]) -> Weights:
         """The rows, as a view."""
         whole = params[self.param]
         return (whole if self.slot is None else whole[self.slot])[self.start : self.start + self.rows]
@@ -67,9 +68,9 @@ Work = tuple[Match, list[Copy]]
 
 
 def load_weights(
-    source: ModelSource, params: Mapping[str, torch.Tensor], shard: Shard | None = None, progress: bool = False
+    source: ModelSource, params: Mapping[str, Weights], shard: Shard | None = None, progress: bool = False
 ) -> LoadReport:
-    """Fill `params` (the decoder's, by name) from the checkpoint, converting to each one's dtype and device.
+    """Fill `params` (the decoder's, by name) from the checkpoint, converting to each one's dtype, bits and device.
 
     shard: what this rank holds; None: all of it. A parameter of the model that is not in `params` is not read.
     Errors: CheckpointError, for a file that cannot be read; `open_model` has checked the rest.
@@ -90,7 +91,7 @@ def load_weights(
 
 
 def fill_dummy(
-    params: Mapping[str, torch.Tensor],
+    params: Mapping[str, Weights],
     seed: int = 0,
     stored: torch.dtype | None = None,
     shard: Shard | None = None,
@@ -107,14 +108,14 @@ def fill_dummy(
     if shard is not None and shard.plan.num_ranks > 1:
         whole, held = families.parameters(shard.config), cuts(shard)
         for name, param in params.items():
-            if param.numel():
+            if isinstance(param, torch.Tensor) and param.numel():  # several ranks hold no quantized weights
                 full = torch.empty(whole[name].shape, dtype=param.dtype, device=param.device)
                 _fill_one(name, full, seed, stored or full.dtype)
                 param.copy_(_cut_out(full, held[name]))
         return
     # Each parameter has its own generator, so threads change the time only: a generator runs on one core.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda item: _fill_one(item[0], item[1], seed, stored or item[1].dtype), params.items()))
+        list(pool.map(lambda item: _fill_one(item[0], item[1], seed, stored), params.items()))
 
 
 def _cut_out(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
@@ -125,7 +126,13 @@ def _cut_out(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _fill_one(name: str, param: torch.Tensor, seed: int, stored: torch.dtype) -> None:
+def _fill_one(name: str, param: Weights, seed: int, stored: torch.dtype | None) -> None:
+    if isinstance(param, QuantizedMatrix):
+        whole = torch.empty(param.shape, dtype=stored or torch.float32)
+        _fill_one(name, whole, seed, whole.dtype)
+        param.copy_(whole)
+        return
+    stored = stored or param.dtype
     if name.endswith("norm.weight"):
         param.fill_(1.0)
     elif name.endswith(".bias"):
@@ -174,7 +181,7 @@ def _slots(piece: Piece, cut: Cut) -> list[tuple[int | None, int | None]]:
     return [(slot, None) for slot, expert in enumerate(cut.slots or ()) if expert == piece.expert]
 
 
-def _check_complete(work: list[Work], params: Mapping[str, torch.Tensor]) -> None:
+def _check_complete(work: list[Work], params: Mapping[str, Weights]) -> None:
     """Every element of every parameter is written exactly once: our own invariant, the checkpoint is valid by now."""
     copies = [copy for _, copies in work for copy in copies]
     filled = dict.fromkeys(params, 0)
@@ -196,7 +203,7 @@ def _bytes_to_read(match: Match, copies: list[Copy]) -> int:
 
 
 def _read_file(
-    file: Path, work: list[Work], params: Mapping[str, torch.Tensor], advance: Callable[[int, str], None]
+    file: Path, work: list[Work], params: Mapping[str, Weights], advance: Callable[[int, str], None]
 ) -> None:
     """Copy what one file holds. Its memory map goes when this returns, before the next file is opened."""
     try:
@@ -216,7 +223,7 @@ def _row_bytes(match: Match) -> int:
     return ITEM_SIZES[tensor.dtype] * math.prod(tensor.shape[2 if match.piece.fused else 1 :])
 
 
-def _copy_rows(rows: Any, copy: Copy, target: torch.Tensor, step: int) -> None:
+def _copy_rows(rows: Any, copy: Copy, target: Weights, step: int) -> None:
     """`step` rows at a time: slices of a memory map are views, so only the converted rows are ever a copy."""
     columns = () if copy.columns is None else (slice(copy.columns.start, copy.columns.stop),)
     for begin in range(0, copy.rows, step):

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.cpu import library
 from flexmoe.kernels.cpu.decode import Activations, DecodeModel, LayerWeights, OuterWeights, PagedRows, Part, supports
+from flexmoe.kernels.quantize import Weights
 from flexmoe.layers.attention import Attention
+from flexmoe.layers.embedding import Embedding
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.layers.linear import Linear
@@ -41,8 +43,10 @@ def why_not_native(
     return library.load(isa).reason
 
 
-def most_rows(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Rows of a step up to which the C kernels are the faster way."""
+def most_rows(config: ModelConfig, dtype: torch.dtype, *, quantized: bool = False) -> int:
+    """Rows of a step up to which the C kernels are the faster way; torch would first widen all quantized weights."""
+    if quantized:
+        return _MOST_ROWS
     weights = config.num_active_parameters() - config.vocab_size * config.hidden_size
     rows = _WORTH_TORCH[dtype] / (weights / config.num_layers)
     return int(min(max(rows, _LEAST_ROWS), _MOST_ROWS))
@@ -125,9 +129,9 @@ def _add_experts(weights: LayerWeights, moe: MoEBlock) -> None:
         num_experts=router.weight.shape[0], num_slots=experts.num_slots, top_k=router.top_k,
         renormalize=int(router.renormalize), expert_width=experts.width,
     )  # fmt: skip
-    weights.tensors.update(
-        router=router.weight.data, slot_of=dispatcher.slot_of, gate_up=experts.gate_up.data, down=experts.down.data
-    )
+    weights.tensors.update(router=router.weight.data, slot_of=dispatcher.slot_of)
+    for name in ("gate_up", "down"):
+        weights.linears[name] = (experts.quantized.get(name) or getattr(experts, name).data, None)
     if moe.shared is not None:
         _add_dense(weights, moe.shared)
     if moe.shared_gate is not None:
@@ -139,7 +143,14 @@ def _add_dense(weights: LayerWeights, mlp: GatedMLP) -> None:
     weights.numbers["dense_width"] = weights.linears["dense_down"][0].shape[1]
 
 
-def _linear(linear: Linear | nn.Module) -> tuple[Tensor, Tensor | None]:
+def _linear(linear: Linear | nn.Module) -> tuple[Weights, Tensor | None]:
     assert isinstance(linear, Linear)
-    assert linear.weight is not None
-    return linear.weight.data, None if linear.bias is None else linear.bias.data
+    return weight_of(linear), None if linear.bias is None else linear.bias.data
+
+
+def weight_of(module: Linear | Embedding) -> Weights:
+    """The weight as it was loaded."""
+    if module.quantized is not None:
+        return module.quantized
+    assert module.weight is not None
+    return module.weight.data

@@ -50,15 +50,15 @@ def at_a_stroke(llm: LLM, answer: Answer, tie: float) -> Pass:
     model = llm.engine.local_runner.model
     choices: dict[int, Tensor] = {}
     with _replayed(model, answer.recording, tie, choices):
-        recording, _ = _recorded(llm, answer.sequence, max_tokens=1)
-    logits = _all_logits(model, recording["layer", llm.config.num_layers - 1])
+        recording, _ = recorded(llm, answer.sequence, max_tokens=1)
+    logits = all_logits(model, recording["layer", llm.config.num_layers - 1])
     return Pass(answer, recording, choices, len(answer.sequence), logits, answer.recording["logits", -1])
 
 
 def step_by_step(llm: LLM, answer: Answer, tie: float) -> Pass:
     """The prompt as a prefill, then the engine's own tokens one at a time, up to the first that is another."""
     use_scheduler(llm, [answer.prompt], max_tokens=len(answer.tokens))
-    recording, output = _recorded(llm, answer.prompt, max_tokens=len(answer.tokens))
+    recording, output = recorded(llm, answer.prompt, max_tokens=len(answer.tokens))
     difference = first_difference(0, answer, output.token_ids)
     rows = len(answer.sequence) if difference is None else len(answer.prompt) + difference.position
     choices = {layer: recording["topk_ids", layer] for stage, layer in recording if stage == "topk_ids"}
@@ -85,7 +85,8 @@ def choice_gaps(ids: Tensor, reference: Recording, layer: int) -> Tensor:
     return torch.where((ours != theirs).any(1), (left_out - instead).clamp_min(1e-12), 0.0)
 
 
-def _recorded(llm: LLM, prompt: tuple[int, ...], max_tokens: int) -> tuple[Recording, RequestOutput]:
+def recorded(llm: LLM, prompt: tuple[int, ...], max_tokens: int) -> tuple[Recording, RequestOutput]:
+    """Every stage of one request's steps, and its output."""
     recording = Recording()
     llm.engine.local_runner.probe = recording
     try:
@@ -96,7 +97,7 @@ def _recorded(llm: LLM, prompt: tuple[int, ...], max_tokens: int) -> tuple[Recor
 
 
 @torch.inference_mode()
-def _all_logits(model: Decoder, hidden: Tensor) -> Tensor:
+def all_logits(model: Decoder, hidden: Tensor) -> Tensor:
     """[T, V] from the last layer's output [T, H]; the engine itself computes them for the last position alone."""
     weight = model.norm.weight
     none = torch.empty(0, dtype=torch.int64, device=weight.device)

@@ -152,7 +152,7 @@ static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *sea
     int64_t from, to, q = l->num_heads * l->head_dim, kv = l->num_kv_heads * l->head_dim;
     float *own = b->own + seat->id * b->own_size;
     norm_rows(l, s, l->input_norm, own);
-    linear(l->qkv, own, b->qkv, s->rows, 0, (int)l->half, seat);
+    linear(&l->qkv, own, b->qkv, s->rows, 0, l->half, seat);
     barrier(seat);
     if (l->qk_norm == 2) { /* over the whole projection, so before the heads are shared out */
         share(seat, s->rows, 1, &from, &to);
@@ -170,7 +170,7 @@ static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *sea
         else attend(l, s, b, t, g, 0, own);
     }
     barrier(seat);
-    linear(l->out, b->attended, s->x, s->rows, 1, (int)l->half, seat);
+    linear(&l->out, b->attended, s->x, s->rows, 1, l->half, seat);
     barrier(seat);
 }
 #endif

@@ -2,7 +2,7 @@
  *
  * Decoding is bound by reading weights, and in Python by the calls around the arithmetic. So one call runs the whole
  * step, or any part of it: every thread walks through the same phases and takes its share of each, with a barrier between phases
- * that read what others wrote. Activations are fp32 throughout; weights and KV cache are fp32 or bf16.
+ * that read what others wrote. Activations are fp32 throughout; weights are fp32, bf16, int8 or int4, the KV cache is fp32 or bf16.
  *
  * Every sum has one order that depends neither on the number of rows nor of threads: a row gives the same bits alone
  * and in a batch. Plain C with GCC's and clang's vector extension; libtorch is not involved.
@@ -20,6 +20,7 @@ typedef struct {
 /* Embeddings and angles of the rows. */
 static void start_rows(const Model *m, const Step *s, const Buffers *b, Seat *seat) {
     int64_t from, to, size = m->layers->rotary_dim / 2;
+    int format = (int)m->embedding.format;
     share(seat, s->rows, 1, &from, &to);
     for (int64_t t = from; t < to; t++) {
         float *angles = b->angles + t * 2 * size, position = (float)(s->lengths[t] - 1);
@@ -28,7 +29,7 @@ static void start_rows(const Model *m, const Step *s, const Buffers *b, Seat *se
             angles[size + i] = sinf(position * m->frequencies[i]) * m->rotary_scale;
         }
         for (int64_t i = 0; i < m->hidden && s->parts & EMBED; i++)
-            s->x[t * m->hidden + i] = load1(m->embedding, s->token_ids[t] * m->hidden + i, (int)m->half);
+            s->x[t * m->hidden + i] = load_weight(rows_at(&m->embedding, s->token_ids[t]), 0, m->hidden, i, format);
     }
     barrier(seat);
 }
@@ -47,7 +48,7 @@ static void run_step(void *argument, Seat *seat) {
         float *normed = b->own + seat->id * b->own_size;
         for (int64_t t = 0; t < s->rows; t++)
             rms_norm(s->x + t * m->hidden, m->norm, m->hidden, m->eps, (int)m->half, normed + t * m->hidden);
-        linear(m->head, normed, s->logits, s->rows, 0, (int)m->half, seat);
+        linear(&m->head, normed, s->logits, s->rows, 0, m->half, seat);
     }
 }
 

@@ -20,13 +20,18 @@ from torch import Tensor
 
 from flexmoe.errors import EngineError
 from flexmoe.kernels.cpu import library
+from flexmoe.kernels.quantize import QuantizedMatrix, Weights
 
 _I64, _F32, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_FORMATS: dict[torch.dtype | int, int] = {torch.float32: 0, torch.bfloat16: 1, 8: 2, 4: 3}  # as in model.h
 _LANES = 16  # head sizes must be a multiple of the vectors of vector.h
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("n", _I64), ("k", _I64))
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "bias", "scales")),
+        *((name, _I64) for name in ("n", "k", "format")),
+    )
 
 
 class _Layer(ctypes.Structure):
@@ -38,7 +43,8 @@ class _Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("input_norm", "q_norm", "k_norm", "mlp_norm")),
         ("qkv", _Linear),
         ("out", _Linear),
-        *((name, _POINTER) for name in ("router", "slot_of", "gate_up", "down")),
+        *((name, _POINTER) for name in ("router", "slot_of")),
+        *((name, _Linear) for name in ("gate_up", "down")),
         *((name, _Linear) for name in ("dense_gate_up", "dense_down", "dense_gate")),
         ("cache", _POINTER),
     )
@@ -47,7 +53,8 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, _I64) for name in ("half", "hidden", "num_layers")),
-        *((name, _POINTER) for name in ("embedding", "norm")),
+        ("embedding", _Linear),
+        ("norm", _POINTER),
         ("head", _Linear),
         ("frequencies", _POINTER),
         *((name, _F32) for name in ("rotary_scale", "eps")),
@@ -78,21 +85,21 @@ class Part(IntFlag):
 class LayerWeights:
     """One layer: plain numbers by the names of `_Layer`, tensors by the same, and its projections.
 
-    linears: name -> (weight [n, k], bias [n] or None). All tensors are contiguous; router and slot_of are fp32 and
-    int64, the rest share one dtype, fp32 or bf16.
+    linears: name -> (weight [n, k] or, of experts, [S, n, k]; bias [n] or None). All tensors are contiguous; router and
+    slot_of are fp32 and int64, the rest share one dtype, fp32 or bf16, unless they are quantized.
     """
 
     numbers: dict[str, float]
     tensors: dict[str, Tensor]
-    linears: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    linears: dict[str, tuple[Weights, Tensor | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class OuterWeights:
     """What stands around the layers: embedding and head [V, H], the last norm [H], rotary frequencies fp32 [R / 2]."""
 
-    embedding: Tensor
-    head: Tensor
+    embedding: Weights
+    head: Weights
     norm: Tensor
     eps: float
     frequencies: Tensor
@@ -165,13 +172,13 @@ class DecodeModel:
         self._pool = _POINTER(_pool(threads, isa))
         self._call = native.fm_step
         self._held = (list(layers), outer)
-        half = int(outer.head.dtype is torch.bfloat16)
+        half = int(outer.norm.dtype is torch.bfloat16)
         self._layers = (_Layer * len(layers))(*(_as_struct(layer, half) for layer in layers))
         self._vocab, self._hidden = outer.head.shape
         self._top_k = max((int(layer.numbers.get("top_k", 0)) for layer in layers), default=0)
         self._model = _Model(
-            half, self._hidden, len(layers), _address(outer.embedding), _address(outer.norm),
-            _Linear(_address(outer.head), None, self._vocab, self._hidden), _address(outer.frequencies),
+            half, self._hidden, len(layers), _as_linear(outer.embedding), _address(outer.norm),
+            _as_linear(outer.head), _address(outer.frequencies),
             outer.rotary_scale, outer.eps, self._layers,
         )  # fmt: skip
 
@@ -215,6 +222,13 @@ def _as_struct(layer: LayerWeights, half: int) -> _Layer:
     for name, tensor in layer.tensors.items():
         setattr(struct, name, _address(tensor))
     for name, (weight, bias) in layer.linears.items():
-        address = None if bias is None else _address(bias)
-        setattr(struct, name, _Linear(_address(weight), address, weight.shape[0], weight.shape[1]))
+        setattr(struct, name, _as_linear(weight, bias))
     return struct
+
+
+def _as_linear(weight: Weights, bias: Tensor | None = None) -> _Linear:
+    n, k = weight.shape[-2:]
+    added = None if bias is None else _address(bias)
+    if isinstance(weight, QuantizedMatrix):
+        return _Linear(_address(weight.codes), added, _address(weight.scales), n, k, _FORMATS[weight.bits])
+    return _Linear(_address(weight), added, None, n, k, _FORMATS[weight.dtype])

@@ -36,44 +36,43 @@ static void sort_assignments(const Layer *l, const Step *s, const Buffers *b) {
     b->first[0] = 0;
 }
 
-/* hidden[a] = silu(gate) * up for width columns [from, to) of each assignment of one expert. x: normed rows. */
-INLINE void expert_up(const char *gate_up, int64_t width, int64_t k, const float *x, const int32_t *assigned,
-                      int64_t count, int32_t top_k, float *hidden, int64_t from, int64_t to, int half) {
+/* hidden[a] = silu(gate) * up for width columns [from, to) of each assignment of expert e. x: normed rows. */
+static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *x, int64_t from, int64_t to) {
     float gate[ROWS * TOKENS], up[ROWS * TOKENS];
     const float *block[TOKENS];
-    int64_t row_bytes = k * (half ? 2 : 4);
+    const int32_t *assigned = b->assignment + b->first[e];
+    int64_t count = b->first[e + 1] - b->first[e], width = l->expert_width, k = l->hidden, format = l->gate_up.format;
     for (int64_t f = from; f < to; f += ROWS) {
         int rows = to - f < ROWS ? (int)(to - f) : ROWS;
+        Rows gate_rows = rows_at(&l->gate_up, e * 2 * width + f), up_rows = rows_at(&l->gate_up, (e * 2 + 1) * width + f);
         for (int64_t i = 0, tokens; i < count; i += tokens) {
-            tokens = take_tokens(count - i, half);
-            for (int j = 0; j < tokens; j++) block[j] = x + assigned[i + j] / top_k * k;
-            dots(gate_up + f * row_bytes, k, block, rows, (int)tokens, half, gate);
-            dots(gate_up + (width + f) * row_bytes, k, block, rows, (int)tokens, half, up);
+            tokens = take_tokens(count - i, format);
+            for (int j = 0; j < tokens; j++) block[j] = x + assigned[i + j] / l->top_k * k;
+            dots(gate_rows, k, block, rows, (int)tokens, format, gate);
+            dots(up_rows, k, block, rows, (int)tokens, format, up);
             for (int j = 0; j < tokens; j++)
                 for (int r = 0; r < rows; r++)
-                    hidden[assigned[i + j] * width + f + r] = silu(gate[j * ROWS + r]) * up[j * ROWS + r];
+                    b->hidden[assigned[i + j] * width + f + r] = silu(gate[j * ROWS + r]) * up[j * ROWS + r];
         }
     }
 }
 
 /* x[t] += weight * down(hidden) for hidden columns [from, to); experts in ascending slots. */
-INLINE void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t from, int64_t to, int half) {
+static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t from, int64_t to) {
     float out[ROWS * TOKENS];
     const float *block[TOKENS];
-    int64_t width = l->expert_width, row_bytes = width * (half ? 2 : 4);
-    int32_t top_k = (int32_t)l->top_k;
+    int64_t width = l->expert_width, format = l->down.format;
     for (int64_t e = 0; e < l->num_slots; e++) {
         const int32_t *assigned = b->assignment + b->first[e];
         int64_t count = b->first[e + 1] - b->first[e];
-        const char *down = (const char *)l->down + e * l->hidden * row_bytes;
         for (int64_t h = from; count && h < to; h += ROWS) {
             int rows = to - h < ROWS ? (int)(to - h) : ROWS;
             for (int64_t i = 0, tokens; i < count; i += tokens) {
-                tokens = take_tokens(count - i, half);
+                tokens = take_tokens(count - i, format);
                 for (int j = 0; j < tokens; j++) block[j] = b->hidden + assigned[i + j] * width;
-                dots(down + h * row_bytes, width, block, rows, (int)tokens, half, out);
+                dots(rows_at(&l->down, e * l->hidden + h), width, block, rows, (int)tokens, format, out);
                 for (int j = 0; j < tokens; j++) {
-                    float *x = s->x + assigned[i + j] / top_k * l->hidden + h, weight = b->weights[assigned[i + j]];
+                    float *x = s->x + assigned[i + j] / l->top_k * l->hidden + h, weight = b->weights[assigned[i + j]];
                     for (int r = 0; r < rows; r++) x[r] += weight * out[j * ROWS + r];
                 }
             }
@@ -84,8 +83,9 @@ INLINE void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t
 enum { SHARED_ROUTING = 512 }; /* probabilities from which sharing them out is worth a barrier */
 
 static void experts(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
-    int64_t from, to, width = l->expert_width, row_bytes = l->hidden * (l->half ? 2 : 4);
-    linear((Linear){l->router, NULL, l->num_experts, l->hidden}, normed, b->logits, s->rows, 0, 0, seat);
+    int64_t from, to, width = l->expert_width;
+    Linear router = {l->router, NULL, NULL, l->num_experts, l->hidden, F32};
+    linear(&router, normed, b->logits, s->rows, 0, 0, seat);
     barrier(seat);
     int together = s->rows * l->num_experts > SHARED_ROUTING;
     share(seat, s->rows, 1, &from, &to);
@@ -99,21 +99,14 @@ static void experts(const Layer *l, const Step *s, const Buffers *b, const float
     for (int64_t e = 0; e < l->num_slots; e++) active += b->first[e + 1] > b->first[e];
     share(seat, active * width, ROWS, &from, &to);
     for (int64_t e = 0; e < l->num_slots; e++) {
-        int64_t count = b->first[e + 1] - b->first[e];
-        if (!count) continue;
+        if (b->first[e + 1] == b->first[e]) continue;
         int64_t start = from > place ? from - place : 0, stop = to - place < width ? to - place : width;
-        const char *gate_up = (const char *)l->gate_up + e * 2 * width * row_bytes;
-        const int32_t *assigned = b->assignment + b->first[e];
-        if (start < stop && l->half)
-            expert_up(gate_up, width, l->hidden, normed, assigned, count, (int32_t)l->top_k, b->hidden, start, stop, 1);
-        else if (start < stop)
-            expert_up(gate_up, width, l->hidden, normed, assigned, count, (int32_t)l->top_k, b->hidden, start, stop, 0);
+        if (start < stop) expert_up(l, b, e, normed, start, stop);
         place += width;
     }
     barrier(seat);
     share(seat, l->hidden, ROWS, &from, &to);
-    if (l->half) expert_down(l, s, b, from, to, 1);
-    else expert_down(l, s, b, from, to, 0);
+    expert_down(l, s, b, from, to);
     barrier(seat);
 }
 
@@ -121,8 +114,8 @@ static void experts(const Layer *l, const Step *s, const Buffers *b, const float
 static void dense(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
     int64_t from, to, width = l->dense_width, half = l->half;
     float *both = b->dense_hidden; /* [T, 2F], then silu(gate) * up in its first half's place */
-    linear(l->dense_gate_up, normed, both, s->rows, 0, (int)half, seat);
-    if (l->dense_gate.weight && seat->id == 0) linear_rows(l->dense_gate, normed, b->gate, s->rows, 0, (int)half, 0, 1);
+    linear(&l->dense_gate_up, normed, both, s->rows, 0, half, seat);
+    if (l->dense_gate.weight && seat->id == 0) linear_rows(&l->dense_gate, normed, b->gate, s->rows, 0, (int)half, 0, 1);
     barrier(seat);
     float *hidden = both + s->rows * 2 * width; /* [T, F] */
     share(seat, s->rows * width, LANES, &from, &to);
@@ -132,7 +125,7 @@ static void dense(const Layer *l, const Step *s, const Buffers *b, const float *
         hidden[i] = silu(both[t * 2 * width + f]) * both[t * 2 * width + width + f] * scale;
     }
     barrier(seat);
-    linear(l->dense_down, hidden, s->x, s->rows, 1, (int)half, seat);
+    linear(&l->dense_down, hidden, s->x, s->rows, 1, half, seat);
     barrier(seat);
 }
 

@@ -3,13 +3,18 @@
 #define FLEXMOE_MODEL_H
 #include <stdint.h>
 
-/* One projection: weight [n, k] row by row, bias [n] or NULL. */
+/* Number formats of weights. INT8 and INT4 are codes times a bf16 scale for each GROUP of a row; kernels/quantize.py
+ * tells how they lie. */
+enum { F32, BF16, INT8, INT4 };
+
+/* One projection: weight [n, k] row by row, of a format; bias [n] or NULL; scales [n, k / GROUP, up] or NULL. */
 typedef struct {
     const void *weight, *bias;
-    int64_t n, k;
+    const uint16_t *scales;
+    int64_t n, k, format;
 } Linear;
 
-/* One layer. Pointers are NULL where the model lacks the part. `half`: weights and cache are bf16, else fp32. */
+/* One layer. Pointers are NULL where the model lacks the part. `half`: norms, biases and cache are bf16, else fp32. */
 typedef struct {
     int64_t half, hidden, num_heads, num_kv_heads, head_dim, rotary_dim, window, qk_norm;
     int64_t num_experts, num_slots, top_k, expert_width, renormalize, dense_width;
@@ -18,7 +23,7 @@ typedef struct {
     Linear qkv, out;
     const float *router;         /* [E, H] */
     const int64_t *slot_of;      /* [E] physical slot of each logical expert */
-    const void *gate_up, *down;  /* experts: [S, 2F, H], [S, H, F] */
+    Linear gate_up, down;        /* of all experts one after the other: [S, 2F, H], [S, H, F] */
     Linear dense_gate_up, dense_down, dense_gate; /* dense layer, or shared expert with its gate [1, H] */
     void *cache;                 /* [slots, 2, Hkv, D] */
 } Layer;
@@ -26,7 +31,7 @@ typedef struct {
 /* What stands around the layers. */
 typedef struct {
     int64_t half, hidden, num_layers;
-    const void *embedding;    /* [V, H] */
+    Linear embedding;         /* [V, H] */
     const void *norm;         /* [H] */
     Linear head;              /* [V, H] */
     const float *frequencies; /* [R / 2] radians a position */

@@ -1,6 +1,9 @@
-/* Sums of products on vectors of 16 floats, from weights in fp32 or bf16. */
+/* Sums of products on vectors of 16 floats, from weights in fp32, bf16, int8 or int4. */
 #ifndef FLEXMOE_VECTOR_H
 #define FLEXMOE_VECTOR_H
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <string.h>
 
@@ -117,21 +120,94 @@ INLINE float sum16(v16 v) {
     return sum_lanes4(four)[0];
 }
 
+/* Weight rows from some row on. */
+typedef struct {
+    const char *values;
+    const uint16_t *scales;
+} Rows;
+
+enum { GROUP = 32 }; /* weights of a row that share a scale */
+
+INLINE int64_t groups(int64_t k) { return (k + GROUP - 1) / GROUP; }
+
+INLINE int64_t row_bytes(int64_t k, int format) {
+    return format == F32 ? 4 * k : format == BF16 ? 2 * k : format == INT8 ? k : groups(k) * (GROUP / 2);
+}
+
+INLINE Rows skip(Rows w, int64_t rows, int64_t k, int format) {
+    w.values += rows * row_bytes(k, format);
+    if (format >= INT8) w.scales += rows * groups(k);
+    return w;
+}
+
+INLINE Rows rows_at(const Linear *l, int64_t n) {
+    return skip((Rows){l->weight, l->scales}, n, l->k, (int)l->format);
+}
+
+typedef int32_t regi __attribute__((vector_size(4 * WIDTH)));
+typedef int16_t regs __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t regc __attribute__((vector_size(WIDTH)));
+
+/* WIDTH signed bytes. Told what to use, or going by way of 16 bits: by itself GCC goes number by number. */
+INLINE regi widen(const char *from) {
+#if WIDTH == 16
+    return (regi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif WIDTH == 8
+    return (regi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    regc codes;
+    memcpy(&codes, from, sizeof codes);
+    return __builtin_convertvector(__builtin_convertvector(codes, regs), regi);
+#endif
+}
+
+/* WIDTH weights of row r from i + at on. Of integers i is a group's start and `scale` what theirs counts. Of INT4, 16
+ * bytes hold a group's first half in their low bits and its second half in their high ones. */
+INLINE reg load_weights(Rows w, int64_t r, int64_t k, int64_t i, int at, int format, float scale) {
+    if (format <= BF16) return load_reg(w.values, r * k + i + at, format);
+    const char *from = w.values + r * row_bytes(k, format);
+    regi wide;
+    if (format == INT8) {
+        wide = widen(from + i + at);
+    } else {
+        wide = widen(from + i / 2 + at % (GROUP / 2));
+        wide = (at < GROUP / 2 ? wide & 15 : (wide >> 4) & 15) - 8;
+    }
+    return __builtin_convertvector(wide, reg) * scale;
+}
+
+INLINE float load_weight(Rows w, int64_t r, int64_t k, int64_t i, int format) {
+    if (format <= BF16) return load1(w.values, r * k + i, format);
+    const int8_t *from = (const int8_t *)w.values + r * row_bytes(k, format);
+    int code = format == INT8 ? from[i] : from[i / GROUP * (GROUP / 2) + i % (GROUP / 2)];
+    if (format == INT4) code = (i % GROUP < GROUP / 2 ? code & 15 : (code >> 4) & 15) - 8;
+    return (float)code * load1(w.scales, r * groups(k) + i / GROUP, 1);
+}
+
+/* Add the products of `count` weights from i on, LANES or GROUP of them, to the sums. */
+INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, int count, int rows, int tokens,
+                         int format, reg (*sums)[PARTS]) {
+    float scales[ROWS];
+    for (int r = 0; r < rows; r++)
+        scales[r] = format >= INT8 ? load1(w.scales, r * groups(k) + i / GROUP, 1) : 1.0f;
+    for (int at = 0; at < count; at += WIDTH) {
+        reg wide[ROWS];
+        for (int r = 0; r < rows; r++) wide[r] = load_weights(w, r, k, i, at, format, scales[r]);
+        for (int t = 0; t < tokens; t++) {
+            reg value = load_reg(x[t], i + at, 0);
+            for (int r = 0; r < rows; r++) sums[t * rows + r][at / WIDTH % PARTS] += wide[r] * value;
+        }
+    }
+}
+
 /* out[t * ROWS + r] = dot(row r of w, x[t]) for `rows` x `tokens` pairs, at most PAIRS. One chain of sums a pair: its
  * result does not depend on what else is computed beside it. */
-INLINE void dot_block(const void *w, int64_t k, const float *const *x, int rows, int tokens, int half, float *out) {
+INLINE void dot_block(Rows w, int64_t k, const float *const *x, int rows, int tokens, int format, float *out) {
     reg sums[PAIRS][PARTS];
     for (int i = 0; i < PAIRS * PARTS; i++) sums[i / PARTS][i % PARTS] = (reg){0};
     int64_t i = 0;
-    for (; i + LANES <= k; i += LANES)
-        for (int c = 0; c < PARTS; c++) {
-            reg wide[ROWS];
-            for (int r = 0; r < rows; r++) wide[r] = load_reg(w, r * k + i + c * WIDTH, half);
-            for (int t = 0; t < tokens; t++) {
-                reg value = load_reg(x[t], i + c * WIDTH, 0);
-                for (int r = 0; r < rows; r++) sums[t * rows + r][c] += wide[r] * value;
-            }
-        }
+    for (; format >= INT8 && i + GROUP <= k; i += GROUP) add_products(w, k, x, i, GROUP, rows, tokens, format, sums);
+    for (; i + LANES <= k; i += LANES) add_products(w, k, x, i, LANES, rows, tokens, format, sums);
     v16 sum[PAIRS], totals;
     memcpy(sum, sums, sizeof sum);
     if (rows * tokens <= 4) {
@@ -146,69 +222,82 @@ INLINE void dot_block(const void *w, int64_t k, const float *const *x, int rows,
     if (__builtin_expect(i < k, 0))
         for (int t = 0; t < tokens; t++)
             for (int r = 0; r < rows; r++)
-                for (int64_t j = i; j < k; j++) out[t * ROWS + r] += load1(w, r * k + j, half) * x[t][j];
+                for (int64_t j = i; j < k; j++) out[t * ROWS + r] += load_weight(w, r, k, j, format) * x[t][j];
 }
 
-/* How many of the `left` activations to take next. With many registers, in bf16 eight with two rows at a time widen
- * fewer weights a product than four with four rows, even if one of the eight is there for nothing; in fp32 there is
- * nothing to widen. */
-INLINE int take_tokens(int64_t left, int half) {
-    int most = PAIRS == 4 ? 2 : half && left >= TOKENS - 1 ? TOKENS : 4;
+/* How many of the `left` activations to take next. With many registers, where weights must be widened, eight with two
+ * rows at a time widen fewer a product than four with four rows, even if one of the eight is there for nothing. */
+INLINE int take_tokens(int64_t left, int64_t format) {
+    int most = PAIRS == 4 ? 2 : format != F32 && left >= TOKENS - 1 ? TOKENS : 4;
     return left < most ? (int)left : most;
 }
 
 /* The same with `rows` and `tokens` as constants, so that the sums stay in registers. x has room for TOKENS. */
-INLINE void dots(const void *w, int64_t k, const float **x, int rows, int tokens, int half, float *out) {
-    const char *second = (const char *)w + 2 * k * (half ? 2 : 4);
+INLINE void dots_of(Rows w, int64_t k, const float **x, int rows, int tokens, int format, float *out) {
     if (rows < ROWS)
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < tokens; t++)
-                dot_block((const char *)w + r * k * (half ? 2 : 4), k, x + t, 1, 1, half, out + t * ROWS + r);
-    else if (tokens == 1) dot_block(w, k, x, ROWS, 1, half, out);
+                dot_block(skip(w, r, k, format), k, x + t, 1, 1, format, out + t * ROWS + r);
+    else if (tokens == 1) dot_block(w, k, x, ROWS, 1, format, out);
 #if PAIRS == 4
     else {
-        dot_block(w, k, x, 2, 2, half, out);
-        dot_block(second, k, x, 2, 2, half, out + 2);
+        dot_block(w, k, x, 2, 2, format, out);
+        dot_block(skip(w, 2, k, format), k, x, 2, 2, format, out + 2);
     }
 #else
-    else if (tokens == 2) dot_block(w, k, x, ROWS, 2, half, out);
-    else if (tokens == 3) dot_block(w, k, x, ROWS, 3, half, out);
-    else if (tokens == 4) dot_block(w, k, x, ROWS, 4, half, out);
+    else if (tokens == 2) dot_block(w, k, x, ROWS, 2, format, out);
+    else if (tokens == 3) dot_block(w, k, x, ROWS, 3, format, out);
+    else if (tokens == 4) dot_block(w, k, x, ROWS, 4, format, out);
     else {
         for (int t = tokens; t < TOKENS; t++) x[t] = x[tokens - 1];
-        dot_block(w, k, x, 2, TOKENS, half, out);
-        dot_block(second, k, x, 2, TOKENS, half, out + 2);
+        dot_block(w, k, x, 2, TOKENS, format, out);
+        dot_block(skip(w, 2, k, format), k, x, 2, TOKENS, format, out + 2);
     }
 #endif
 }
 
-/* For weight rows [from, to): y[t][n] = dot + bias, or y[t][n] += dot + bias. x, y: [T, k], [T, n]. */
-INLINE void linear_rows(Linear l, const float *x, float *y, int64_t rows, int add, int half, int64_t from,
+#define DOTS(name, format) \
+    static __attribute__((noinline)) void name(Rows w, int64_t k, const float **x, int rows, int tokens, float *out) { \
+        dots_of(w, k, x, rows, tokens, format, out); \
+    }
+DOTS(dots_f32, F32)
+DOTS(dots_bf16, BF16)
+DOTS(dots_int8, INT8)
+DOTS(dots_int4, INT4)
+#undef DOTS
+
+INLINE void dots(Rows w, int64_t k, const float **x, int rows, int tokens, int64_t format, float *out) {
+    if (format == F32) dots_f32(w, k, x, rows, tokens, out);
+    else if (format == BF16) dots_bf16(w, k, x, rows, tokens, out);
+    else if (format == INT8) dots_int8(w, k, x, rows, tokens, out);
+    else dots_int4(w, k, x, rows, tokens, out);
+}
+
+/* For weight rows [from, to): y[t][n] = dot + bias, or y[t][n] += dot + bias. x, y: [T, k], [T, n]. half: of the bias. */
+static void linear_rows(const Linear *l, const float *x, float *y, int64_t rows, int add, int half, int64_t from,
                         int64_t to) {
     float out[ROWS * TOKENS];
     const float *block[TOKENS];
     for (int64_t n = from; n < to; n += ROWS) {
         int count = to - n < ROWS ? (int)(to - n) : ROWS;
-        const char *w = (const char *)l.weight + n * l.k * (half ? 2 : 4);
         for (int64_t t = 0, tokens; t < rows; t += tokens) {
-            tokens = take_tokens(rows - t, half);
-            for (int i = 0; i < tokens; i++) block[i] = x + (t + i) * l.k;
-            dots(w, l.k, block, count, (int)tokens, half, out);
+            tokens = take_tokens(rows - t, l->format);
+            for (int i = 0; i < tokens; i++) block[i] = x + (t + i) * l->k;
+            dots(rows_at(l, n), l->k, block, count, (int)tokens, l->format, out);
             for (int i = 0; i < tokens; i++)
                 for (int r = 0; r < count; r++) {
-                    float value = out[i * ROWS + r] + (l.bias ? load1(l.bias, n + r, half) : 0.0f);
-                    float *target = y + (t + i) * l.n + n + r;
+                    float value = out[i * ROWS + r] + (l->bias ? load1(l->bias, n + r, half) : 0.0f);
+                    float *target = y + (t + i) * l->n + n + r;
                     *target = add ? *target + value : value;
                 }
         }
     }
 }
 
-static void linear(Linear l, const float *x, float *y, int64_t rows, int add, int half, Seat *seat) {
+static void linear(const Linear *l, const float *x, float *y, int64_t rows, int add, int64_t half, Seat *seat) {
     int64_t from, to;
-    share(seat, l.n, ROWS, &from, &to);
-    if (half) linear_rows(l, x, y, rows, add, 1, from, to);
-    else linear_rows(l, x, y, rows, add, 0, from, to);
+    share(seat, l->n, ROWS, &from, &to);
+    linear_rows(l, x, y, rows, add, (int)half, from, to);
 }
 
 static void rms_norm(const float *x, const void *weight, int64_t size, float eps, int half, float *y) {

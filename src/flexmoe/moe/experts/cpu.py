@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from flexmoe.kernels.linear import PackedLinear
+from flexmoe.kernels.linear import PackedLinear, QuantizedLinear
 from flexmoe.kernels.swiglu import swiglu
 from flexmoe.moe.experts.weights import ExpertWeights
 from flexmoe.moe.permute import permute
@@ -20,7 +22,15 @@ _ROW_BY_ROW = 2  # rows up to which sorting costs more than it saves
 class CPUExperts(ExpertWeights):
     """Packed experts; see the module's text for the two paths."""
 
+    _gate_up: Sequence[PackedLinear | QuantizedLinear]
+    _down: Sequence[PackedLinear | QuantizedLinear]
+
     def pack(self, *, prepack: bool) -> None:
+        if self.quantized:
+            slots = range(self.num_slots)
+            self._gate_up = [QuantizedLinear(self.quantized["gate_up"][slot]) for slot in slots]
+            self._down = [QuantizedLinear(self.quantized["down"][slot]) for slot in slots]
+            return
         self._gate_up = [PackedLinear(w, prepack=prepack) for w in self.gate_up.data]
         self._down = [PackedLinear(w, prepack=prepack) for w in self.down.data]
         if prepack:
