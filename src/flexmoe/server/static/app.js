@@ -66,5 +66,5 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
   document.dispatchEvent(new Event("themechange")),
 );
 addEventListener("hashchange", show);
-show();
-live.run();
+// Only a page whose view has come may say that it is connected: until then nothing hears what is typed.
+show().finally(() => live.run());
