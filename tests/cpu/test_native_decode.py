@@ -1,13 +1,12 @@
 """The C kernels against the torch layers: stage by stage, for every family and for sizes that fit no vector.
 
 The reference is fp32 torch on the same weights; with bf16 ones it rounds what it writes to the cache, like the kernels.
-So both dtypes must agree closely. In bf16 a key that rounds the other way costs a little: half a unit of its last place
-is 2e-3, and a model of a few numbers may make several of that. fp32 holds the arithmetic to 1e-5.
+So both dtypes must agree closely. In bf16 a key that rounds the other way costs a little.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -42,13 +41,21 @@ from tests.cpu.tiny_decoders import (
 from tests.cpu.tiny_models import CASES, tiny
 
 pytestmark = NEEDS_COMPILER
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-4}
+# Of models of any few numbers: half a unit of a rounded key's last place is 2e-3, and they may make several of that.
+ODD_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = list(LIMITS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 MOE, DENSE = LayerConfig(is_moe=True), LayerConfig(is_moe=False)
 
 
-def check(model: Decoder, lengths: Sequence[int], block_size: int, reference: Decoder | None = None) -> None:
+def check(
+    model: Decoder,
+    lengths: Sequence[int],
+    block_size: int,
+    reference: Decoder | None = None,
+    limits: Mapping[torch.dtype, float] = LIMITS,
+) -> None:
     """One decode step of sequences of these lengths: all stages and logits agree, and only new slots are written."""
     dtype = model.norm.weight.dtype
     requests, num_blocks = scattered(lengths, block_size, model.config.vocab_size)
@@ -64,7 +71,7 @@ def check(model: Decoder, lengths: Sequence[int], block_size: int, reference: De
             scale = torch.tensor(expected.numel() ** 0.5 if key[0] == "logits" else 0.0)
             stream = wanted[("layer", key[1])].norm() if ("layer", key[1]) in wanted else scale
             off = float((found[key] - expected).norm() / torch.maximum(stream, expected.norm()))
-            assert off <= LIMITS[dtype], f"{key} is off by {off:.1e}"
+            assert off <= limits[dtype], f"{key} is off by {off:.1e}"
     new = [slot(r, r.num_tokens - 1, block_size) for r in requests]
     for ours, exact, old in zip(cache.layers, wide.layers, before.layers, strict=True):
         assert_near(ours[new], exact[new], 1e-5 if dtype is torch.float32 else 4e-3)
@@ -126,7 +133,7 @@ def test_odd_sizes(
     config: ModelConfig, dtype: torch.dtype, threads: int, seed: int, lengths: list[int], block_size: int
 ) -> None:
     torch.manual_seed(seed)
-    check(decoder(config, dtype, threads), lengths, block_size)
+    check(decoder(config, dtype, threads), lengths, block_size, limits=ODD_LIMITS)
 
 
 @dtypes
