@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from flexmoe.config.routing import LayerLoad
 from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.engine.choices import ChoiceTap
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
+from flexmoe.engine.prompt_rows import lay_out
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import DevicePrompts
 from flexmoe.models.native import NativeDecoder
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.scheduler import Step
@@ -64,11 +67,16 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, device: torch.device, graphed: GraphedDecoder | None = None
+        self,
+        model: Decoder,
+        cache: KVCache,
+        device: torch.device,
+        graphed: GraphedDecoder | None = None,
+        prompts: DevicePrompts | None = None,
     ) -> None:
-        """graphed: the model's decode steps as CUDA graphs on this cache."""
+        """graphed: the model's decode steps as CUDA graphs on this cache. prompts: its prompts in Triton kernels."""
         self.model, self.cache, self.device = model, cache, device
-        self._graphed = graphed
+        self._graphed, self._prompts = graphed, prompts
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
         self._counter: ExpertCounter | None = None  # once made it stays: graphs count into its memory
         self._sampler = Sampler()
@@ -195,15 +203,19 @@ class ModelRunner:
     def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         _use_torch_threads(self._threads)
         tap = self._tap(step, states)
-        batch = build_batch(step, self.cache.block_size, self._windows, self.device, tap or self.probe, most_rows)
-        hidden = self.model(batch, self.cache)
-        if not states:
-            return SampleOutput([], [])
-        logits = self.model.logits(hidden, batch)
-        if not len(logits):  # another rank samples
+        logits = self._logits(step, tap or self.probe, most_rows)
+        if not states or not len(logits):  # nobody samples, or another rank does
             return SampleOutput([], [])
         sampled = self._sampler.sample(logits, states)
         return sampled if tap is None else tap.annotate(sampled)
+
+    def _logits(self, step: Step, probe: Probe | None, most_rows: int | None) -> Tensor:
+        """Logits of the chunks that sample, [N, V]; [0, V] on ranks that do not."""
+        if self._prompts is not None:
+            rows = lay_out(step.chunks, self.cache.block_size, self._prompts.block_rows, self.device)
+            return self._prompts.logits(rows, self.cache, probe)
+        batch = build_batch(step, self.cache.block_size, self._windows, self.device, probe, most_rows)
+        return self.model.logits(self.model(batch, self.cache), batch)
 
 
 def decodes_only(step: Step, max_rows: int) -> bool:
