@@ -305,10 +305,10 @@ class Engine:
     def _launch(self, step: Step, after: _Launched | None = None) -> _Launched | None:
         if not step.chunks:
             return None
-        owners = (self._owner[chunk.request.request_id][0] for chunk in step.chunks)
+        owners = [self._owner[chunk.request.request_id] for chunk in step.chunks]
         now = time.monotonic()
         self.metrics.launched(owners, len(step.preempted), now)
-        samples = [self._owner[chunk.request.request_id] for chunk in step.chunks if chunk.samples]
+        samples = [owner for owner, chunk in zip(owners, step.chunks, strict=True) if chunk.samples]
         states = [sample.state for _, sample in samples]
         flight = self.runner.launch(step, states, after=None if after is None else after.flight)
         return _Launched(step, samples, now, flight)
@@ -347,21 +347,23 @@ class Engine:
     def _read(self, samples: Sequence[tuple[Tracked, Sample]], report: bool) -> list[RequestOutput]:
         """Bring the texts of these up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
+        touched: dict[str, Tracked] = {}  # those of which more than a token is to be kept, each once
         for tracked, sample in samples:
             if tracked.error is None:
                 self.metrics.token(tracked, sample, now)
-                if sample.finished or tracked.sampling.stop or tracked.is_due(report):
+            if sample.finished or tracked.wanted(report) or tracked.sampling.stop:
+                touched[tracked.request_id] = tracked
+                if tracked.error is None:
                     self._read_text(tracked, sample)
-        outputs = []
-        # Each once, though several of its samples may be in the step.
-        for tracked in {tracked.request_id: tracked for tracked, _ in samples}.values():
-            if tracked.finished:
-                tracked.end = time.monotonic()
-                self._forget(tracked)
-            if tracked.is_due(report):
-                tracked.reported = True
-                outputs.append(tracked.output())
-        return outputs
+        return [tracked.report() for tracked in touched.values() if self._is_due(tracked, report)]
+
+    def _is_due(self, tracked: Tracked, report: bool) -> bool:
+        """Whether its caller wants an output now; a request that is over is forgotten."""
+        if not tracked.finished:
+            return tracked.wanted(report)
+        tracked.end = time.monotonic()
+        self._forget(tracked)
+        return True
 
     def _read_text(self, tracked: Tracked, sample: Sample) -> None:
         try:
