@@ -51,13 +51,15 @@ class KnownFlight:
 class HostRunner:
     """Lays steps out and computes nothing."""
 
+    mixes_ahead = True
+
     def __init__(self, most_blocks: int) -> None:
         self._most_blocks = most_blocks
         self._packed: dict[int, PackedRows] = {}
         self.device = _CPU
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
-        return step.num_decodes == len(step.chunks) and all(s.device_ready and not s.wants_routing for s in states)
+        return all(state.device_ready and not state.wants_routing for state in states)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: KnownFlight | None = None) -> KnownFlight:
         decodes = step.num_decodes
@@ -66,7 +68,7 @@ class HostRunner:
             bucket = bucket_of(decodes)
             if bucket not in self._packed:
                 self._packed[bucket] = PackedRows(bucket, self._most_blocks, _CPU)
-            self._packed[bucket].load(step.chunks[:decodes], sources, states[:decodes], int(after is not None))
+            self._packed[bucket].load(step.chunks[:decodes], sources, states[:decodes])
         if decodes < len(step.chunks):
             build_batch(Step(step.chunks[decodes:], 0, []), _BLOCK, [None], _CPU)
         return KnownFlight(step)

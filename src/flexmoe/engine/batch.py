@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexmoe.engine.device import to_device
 from flexmoe.kernels.cpu.decode import PagedRows
 from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan
 from flexmoe.layers.forward_batch import ForwardBatch, Probe
@@ -54,25 +55,17 @@ def build_batch(
         start = stop
         if chunk.samples:
             sample_rows.append(stop - 1)
-    token_ids, positions, slots = to_device(index, device).unbind(0)
+    token_ids, positions, slots = to_device(torch.from_numpy(index), device).unbind(0)
     every_row = len(sample_rows) == rows
     return ForwardBatch(
         token_ids=token_ids,
         positions=positions,
         slot_mapping=slots,
         attention={window: _groups(step, block_size, window, device) for window in windows},
-        sample_rows=None if every_row else to_device(np.array(sample_rows, dtype=np.int64), device),
+        sample_rows=None if every_row else to_device(torch.tensor(sample_rows, dtype=torch.int64), device),
         probe=probe,
         most_rows=rows if most_rows is None else most_rows,
     )
-
-
-def to_device(array: Array, device: torch.device) -> Tensor:
-    """The array there. To a GPU it travels without the host waiting for what runs there; from pinned memory, whose
-    owner, torch, uses it again only once the copy is over.
-    """
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def build_paged_rows(step: Step, block_size: int) -> PagedRows:
@@ -150,9 +143,9 @@ def _gathered_group(keys: list[Array], end_row: int, device: torch.device) -> De
     mask: Tensor | None = None
     if (lengths != longest).any():
         seen = np.arange(longest) < lengths[:, None]
-        mask = to_device(seen, device)[:, None, None]
+        mask = to_device(torch.from_numpy(seen), device)[:, None, None]
     rows = slice(end_row - len(keys), end_row)
-    return DecodeGroup(rows, to_device(table, device), mask)
+    return DecodeGroup(rows, to_device(torch.from_numpy(table), device), mask)
 
 
 def _prefill_span(
@@ -165,7 +158,7 @@ def _prefill_span(
     if chunk.request.contiguous:
         keys = slice(int(slots[0]), int(slots[-1]) + 1)
     else:
-        keys = to_device(slots, device)
+        keys = to_device(torch.from_numpy(slots), device)
     mask = None
     if first < chunk.start or (window is not None and stop > window):
         query = torch.arange(chunk.start, stop, device=device)[:, None]

@@ -64,6 +64,13 @@ def tokens_on(device: torch.device, config: ModelConfig, dtype: torch.dtype, *, 
     return step_tokens(config, flops_per_byte(device.type, card), dtype.itemsize)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host there. To a GPU it travels without the host waiting for what runs there: from pinned memory,
+    which torch, whose it is, gives to nobody else before the copy is over.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def set_threads(threads: int | None) -> int:
     """Set torch's threads: as given, else one for each physical core this process may use.
 

@@ -18,7 +18,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -32,8 +31,9 @@ from flexmoe.engine.admission import Admission
 from flexmoe.engine.chat_template import ChatTemplate
 from flexmoe.engine.device import tokens_on
 from flexmoe.engine.grammar import Grammars
+from flexmoe.engine.launched import Launched
 from flexmoe.engine.metrics import EngineMetrics
-from flexmoe.engine.model_runner import Flight, ModelRunner
+from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.ranks import RankedRunner, StartedRanks, start_ranks
 from flexmoe.engine.sampler import SampleOutput
@@ -43,31 +43,12 @@ from flexmoe.errors import ConfigError, EngineError, FlexMoEError, RequestError
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks
-from flexmoe.scheduling.request import RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
 _log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step that is being computed, and whom its tokens are for: one entry for each chunk that samples.
-
-    since: when its launch began, in seconds of `time.monotonic()`.
-    """
-
-    step: Step
-    samples: list[tuple[Tracked, Sample]]
-    since: float
-    flight: Flight
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a request of it still goes on."""
-        return any(chunk.request.status is RequestStatus.RUNNING for chunk in self.step.chunks)
 
 
 class Engine:
@@ -103,7 +84,7 @@ class Engine:
         self.scheduler = Scheduler(limits, blocks[0], tokens) if one else DataRanks(limits, blocks, tokens)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
-        self._ahead: _Launched | None = None  # the next step, if it is being computed already
+        self._ahead: Launched | None = None  # the next step, if it is being computed already
         self._landed = 0.0  # when the latest step was over
 
     @property
@@ -302,7 +283,7 @@ class Engine:
             self._owner[sample.request.request_id] = (tracked, sample)
         self._tracked[tracked.request_id] = tracked
 
-    def _launch(self, step: Step, after: _Launched | None = None) -> _Launched | None:
+    def _launch(self, step: Step, after: Launched | None = None) -> Launched | None:
         if not step.chunks:
             return None
         owners = [self._owner[chunk.request.request_id] for chunk in step.chunks]
@@ -311,16 +292,21 @@ class Engine:
         samples = [owner for owner, chunk in zip(owners, step.chunks, strict=True) if chunk.samples]
         states = [sample.state for _, sample in samples]
         flight = self.runner.launch(step, states, after=None if after is None else after.flight)
-        return _Launched(step, samples, now, flight)
+        return Launched(step, samples, now, flight)
 
-    def _launch_behind(self, current: _Launched) -> _Launched | None:
+    def _launch_behind(self, current: Launched) -> Launched | None:
         """The step behind the current one, launched already, if runner and scheduler see a way."""
-        if not self.runner.can_run_ahead(current.step, [sample.state for _, sample in current.samples]):
+        runner = self.runner
+        if not runner.can_run_ahead(current.step, current.states):
             return None
-        step = self._whole(self.scheduler.schedule_ahead, current.step)
-        return None if step is None else self._launch(step, current)
+        step = self._whole(self.scheduler.schedule_ahead, current.step, prompts=runner.mixes_ahead)
+        if step is None:
+            return None
+        # A newcomer may need the host. Then the step is given up, and chosen anew when its time has come.
+        states = [self._owner[chunk.request.request_id][1].state for chunk in step.chunks if chunk.samples]
+        return self._launch(step, current) if runner.can_run_ahead(step, states) else None
 
-    def _land(self, launched: _Launched) -> SampleOutput:
+    def _land(self, launched: Launched) -> SampleOutput:
         """Wait for a step's tokens, and tell the scheduler how long the device was at it."""
         sampled = launched.flight.wait()
         now = time.monotonic()
@@ -328,7 +314,7 @@ class Engine:
         self._landed = now
         return sampled
 
-    def _advance(self, launched: _Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
+    def _advance(self, launched: Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
         going = []
         for (tracked, sample), token, logprobs, routing in zip(

@@ -55,20 +55,18 @@ class PackedRows:
         self.rows = DeviceRows(**{name: on_device[name] for name in DeviceRows.__slots__})
         self.sampling = SampleParams(**{name: on_device[name] for name in SampleParams.__slots__})
 
-    def load(
-        self, chunks: Sequence[ScheduledChunk], sources: Sequence[int], states: Sequence[SamplingState], ahead: int
-    ) -> None:
+    def load(self, chunks: Sequence[ScheduledChunk], sources: Sequence[int], states: Sequence[SamplingState]) -> None:
         """Send the rows of a step to the device, behind what runs there.
 
-        sources: for each row its place among the last step's tokens, which the host does not know yet, or -1.
-        ahead: how many tokens of each state are not known yet.
+        sources: for each row the place of its token among those of the last step, which the host does not know yet; or
+        -1, and the host knows it.
         """
         self._turn = (self._turn + 1) % _BUFFERS
         host = self._host[self._turn]
         if self._sent:
             self._sent[self._turn].synchronize()
         _write_tokens(host, chunks, sources)
-        _write_sampling(host, states, ahead)
+        _write_sampling(host, states)
         width = self._tables[self._turn].write(chunks)
         size = self._head + 4 * self.bucket * width
         self._device[:size].copy_(self._pinned[self._turn][:size], non_blocking=True)
@@ -105,8 +103,8 @@ def _write_tokens(host: Fields, chunks: Sequence[ScheduledChunk], sources: Seque
     host["lengths"][count:] = 0
 
 
-def _write_sampling(host: Fields, states: Sequence[SamplingState], ahead: int) -> None:
-    """Rows without a state, and padded ones, are greedy: that is the cheapest."""
+def _write_sampling(host: Fields, states: Sequence[SamplingState]) -> None:
+    """Behind the sources. Rows without a state, and padded ones, are greedy: that is the cheapest."""
     count = len(states)
     temperatures = [state.params.temperature for state in states]
     host["temperature"][:count] = [t and max(t, COLDEST) for t in temperatures]  # fp32 would make a colder one 0
@@ -116,7 +114,7 @@ def _write_sampling(host: Fields, states: Sequence[SamplingState], ahead: int) -
     host["top_k"][:count] = [min(state.params.top_k, _ALL) for state in states]
     host["top_p"][:count] = [state.params.top_p for state in states]
     host["min_p"][:count] = [state.params.min_p for state in states]
-    host["uniform"][:count] = uniforms(states, ahead)
+    host["uniform"][:count] = uniforms(states, host["sources"][:count] >= 0)
 
 
 class _Tables:

@@ -107,10 +107,10 @@ class SamplingState:
         return self.__dict__ if bits is None else self.__dict__ | {"_grammar": FixedMask(bits)}
 
 
-def uniforms(states: Sequence[SamplingState], ahead: int) -> npt.NDArray[np.float64]:
-    """SamplingState.uniform of many at once."""
+def uniforms(states: Sequence[SamplingState], ahead: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """SamplingState.uniform of many at once. ahead: of each whether a token is still to be accepted before that one."""
     starts = np.array([state.start for state in states], np.uint64)
-    numbers = np.array([state.num_tokens for state in states], np.uint64) + np.uint64(ahead + 1)
+    numbers = np.array([state.num_tokens for state in states], np.uint64) + ahead.astype(np.uint64) + np.uint64(1)
     word = starts + numbers * np.uint64(_GOLDEN)  # uint64 wraps, as the generator wants it
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

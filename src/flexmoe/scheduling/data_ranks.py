@@ -111,9 +111,10 @@ class DataRanks:
         """The next step of every data rank; without chunks when nothing can run on any."""
         return JointStep.of([scheduler.schedule() for scheduler in self.schedulers])
 
-    def schedule_ahead(self, step: Step) -> JointStep | None:
+    def schedule_ahead(self, step: Step, *, prompts: bool = False) -> JointStep | None:
         """See Scheduler.schedule_ahead. None if a data rank that has requests must wait for this step's tokens."""
         assert isinstance(step, JointStep)
+        assert not prompts, "data ranks agree on their passes, which takes the host"
         parts: list[Step] = []
         for scheduler, part in zip(self.schedulers, step.parts, strict=True):
             idle = not (scheduler.num_running or scheduler.num_waiting)

@@ -173,32 +173,40 @@ class Scheduler:
             self._admit(budget, decodes, prefills)
         return Step(decodes + prefills, len(decodes), preempted)
 
-    def schedule_ahead(self, step: Step) -> Step | None:
+    def schedule_ahead(self, step: Step, *, prompts: bool = False) -> Step | None:
         """The step behind one of which the tokens are not known yet: the next token of all that are sure to go on.
 
         step: being computed; update() was called for all steps before it, and schedule() not since it was chosen.
-        Requests that ended meanwhile are left out, and those that the pending token ends by their length.
+        prompts: whether the step may also compute prompts. Requests that ended meanwhile are left out, and those that
+        the pending token ends by their length.
 
-        None if the next step has to wait for these tokens: a prompt is not complete; a request waits that schedule()
-        might admit then, by what is known now; there are too few blocks (nobody is preempted here); or nobody goes
-        on. So what makes room unforeseen (a stop, an abort, a prefix to share) may let a waiting request in one step
-        later than without; in that step older requests may need the blocks themselves.
+        None if the next step has to wait for these tokens: there are too few blocks (nobody is preempted here); nobody
+        goes on; or, without `prompts`, a prompt is not complete, or a request waits that schedule() might admit then,
+        by what is known now. So what makes room unforeseen (a stop, an abort, a prefix to share), and with `prompts`
+        also what an end by length makes, may let a waiting request in one step later than without; in that step older
+        requests may need the blocks themselves.
 
-        Each chunk is one token: the pending one, so that its start is the number of tokens that are known.
+        A decode's chunk is the pending token, so that its start is the number of tokens that are known.
         """
         chunks = [chunk for chunk in step.chunks if chunk.request.status is _RUNNING]
-        if len(chunks) < len(self._running) or not all(chunk.samples for chunk in chunks):
-            return None
-        ahead, gain = [], 0
+        decodes: list[ScheduledChunk] = []
+        goes_on: dict[Request, int] = {}  # where an incomplete prompt does
+        gain = 0
         for chunk in chunks:
             request, end = chunk.request, chunk.start + chunk.num_tokens
-            if end + 1 < request.token_limit:
-                ahead.append(ScheduledChunk(request, end, 1, True))
+            if not chunk.samples:
+                goes_on[request] = end
+            elif end + 1 < request.token_limit:
+                decodes.append(ScheduledChunk(request, end, 1, True))
             else:
                 gain += self.blocks.gain_of(request)
-        if not ahead or self._might_admit(len(ahead), gain) or not self._grow_ahead(ahead):
+        whole = not goes_on and len(chunks) == len(self._running)
+        if not prompts and not (whole and decodes and not self._might_admit(len(decodes), gain)):
             return None
-        return Step(ahead, len(ahead), [])
+        if not self._grow_ahead(decodes):
+            return None
+        prefills = self._prompts_ahead(chunks, goes_on, decodes) if prompts else []
+        return Step(decodes + prefills, len(decodes), []) if decodes or prefills else None
 
     def update(self, step: Step, sampled: Sequence[int]) -> list[Request]:
         """Record that a step was computed.
@@ -308,6 +316,24 @@ class Scheduler:
         seats = min(self.config.max_num_seqs, self.max_tokens) - num_running
         return bool(self._waiting) and seats > 0 and self.blocks.num_gained + gain >= self._retry_at
 
+    def _prompts_ahead(
+        self, coming: Sequence[ScheduledChunk], goes_on: dict[Request, int], decodes: list[ScheduledChunk]
+    ) -> list[ScheduledChunk]:
+        """What schedule() would compute of prompts beside these decodes, once the step with `coming` is over.
+
+        goes_on: from where on, of prompts in it. Of a prompt that lacks one token, it is a decode like any other.
+        """
+        prefills: list[ScheduledChunk] = []
+        sampled = {chunk.request for chunk in coming if chunk.samples}
+        budget = self._budget_beside(decodes) - (len(sampled) - len(decodes))  # those that end still have their seats
+        for request in self._running if len(sampled) < len(self._running) else ():
+            if request not in sampled:
+                start = goes_on.get(request, request.num_computed_tokens)
+                one_left = start == request.num_tokens - 1
+                budget -= self._schedule_prefill(request, budget, decodes if one_left else prefills, start)
+        self._admit(budget, decodes, prefills)
+        return prefills
+
     def _grow_ahead(self, chunks: Sequence[ScheduledChunk]) -> bool:
         """Give each request a block for its chunk if it lacks one. False, and nothing has changed, if too few are free.
 
@@ -321,14 +347,19 @@ class Scheduler:
             self.blocks.grow(request)
         return True
 
-    def _schedule_prefill(self, request: Request, budget: int, chunks: list[ScheduledChunk]) -> int:
-        """Append as much of a request's uncomputed tokens as the budget allows. Returns how many."""
-        start = request.num_computed_tokens
+    def _schedule_prefill(
+        self, request: Request, budget: int, chunks: list[ScheduledChunk], start: int | None = None
+    ) -> int:
+        """Append as much of a request's tokens from `start` on as the budget allows. Returns how many.
+
+        start: None for the first that is not computed.
+        """
+        start = request.num_computed_tokens if start is None else start
         missing = request.num_tokens - start
         num_tokens = min(missing, budget)
-        if num_tokens:
+        if num_tokens > 0:
             chunks.append(ScheduledChunk(request, start, num_tokens, num_tokens == missing))
-        return num_tokens
+        return max(0, num_tokens)
 
     def _record_computed(self, request: Request, chunk: ScheduledChunk) -> None:
         computed = request.num_computed_tokens = chunk.start + chunk.num_tokens
