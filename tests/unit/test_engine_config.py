@@ -60,6 +60,11 @@ def refusal(**options: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("value", [1, 0.5, -2.0, True, "2", None])
+def test_a_slowdown_that_is_none_is_refused(value: object) -> None:
+    assert f"max_decode_slowdown={value!r} is not a number above 1" in refusal(max_decode_slowdown=value)
+
+
 def test_no_options_give_the_defaults() -> None:
     assert EngineConfig.from_options({}) == EngineConfig()
 
