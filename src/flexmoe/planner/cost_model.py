@@ -22,7 +22,7 @@ from flexmoe.planner.operations import BITS, Operation
 from flexmoe.planner.routing import ExpertLoads, Load, Routing
 
 TERMS = (
-    "attention projections", "attention", "router", "experts", "dense", "combine", "head", "all-reduce", "all-to-all",
+    "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
     "host", "pipeline",
 )  # fmt: skip
 _FUSED_ROWS = {"cuda": 256, "cpu": 64}  # of decodes that the fused kernels take
@@ -197,14 +197,12 @@ class CostModel:
         moe, hidden, everyone = shard.local.moe, self.model.hidden_size, rows * self.plan.data_parallel_size
         assert moe is not None
         load = self._load(placement, everyone)
-        here = everyone if self.plan.uses_all_to_all is False else max(1, round(load.pairs / moe.top_k))
         cost = self._price(path, "router", Operation("router", rows, (moe.num_experts, hidden, moe.top_k)))
         if load.active:
             pairs, active = max(1, round(load.pairs)), max(1, round(load.active))
             cost = cost.plus(
                 self._price(path, "experts", Operation("experts", pairs, (active, hidden, moe.expert_width)))
             )
-        cost = cost.plus(self._price(path, "combine", Operation("combine", here, (moe.top_k, hidden))))
         return cost.plus(self._dense(path, moe.shared_width, rows)) if moe.shared_width else cost
 
     def _load(self, placement: ExpertPlacement, rows: int) -> Load:
