@@ -31,8 +31,9 @@ class DeviceSpec:
     """What computes. A GPU is a rank's own; a CPU is shared by the ranks of its machine, and this is all of it.
 
     read_bandwidth: bytes a second of a plain stream. peak_flops: of matrix products, by dtype. launch_s: what an
-    operation takes that has next to nothing to do. host_s: what a step takes beside its layers. torch_layer_s: what
-    the host takes to launch a layer in torch, while a GPU computes what was launched before. cores: of a CPU.
+    operation takes that has next to nothing to do. host_s and host_row_s: what a step, and each of its rows,
+    takes beside operations. torch_layer_s: what the host takes to launch a layer in torch, while a GPU computes what
+    was launched before. cores: of a CPU.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class DeviceSpec:
     peak_flops: Mapping[str, float]
     launch_s: float
     host_s: float
+    host_row_s: float = 0.0
     torch_layer_s: float = 0.0
     cores: int = 0
 
@@ -188,6 +190,7 @@ def _text(machine: Machine) -> str:
             "read_gb_s": _digits(device.read_bandwidth / 1e9),
             "tflops": {dtype: _digits(flops / 1e12) for dtype, flops in device.peak_flops.items()},
             "launch_us": _digits(device.launch_s * 1e6), "host_us": _digits(device.host_s * 1e6),
+            "host_row_us": _digits(device.host_row_s * 1e6),
             "torch_layer_us": _digits(device.torch_layer_s * 1e6), "cores": device.cores,
         },
         "reserve_gib": _digits(machine.reserve_bytes / _GIB),
@@ -262,6 +265,7 @@ def _device(data: Any) -> DeviceSpec:
         peak_flops={dtype: _positive(flops, dtype) * 1e12 for dtype in flops},
         launch_s=_number(data, "launch_us") / 1e6,
         host_s=_number(data, "host_us", 0) / 1e6,
+        host_row_s=_number(data, "host_row_us", 0) / 1e6,
         torch_layer_s=_number(data, "torch_layer_us", 0) / 1e6,
         cores=round(_number(data, "cores", 0)),
     )
