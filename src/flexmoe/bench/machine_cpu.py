@@ -51,8 +51,10 @@ def measure_cpu(name: str, ranks: int, seconds: float, notify: Callable[[str], N
         launch_s=_launch_seconds(), host_s=0.0, cores=cores,
     )  # fmt: skip
     notify("what a step takes beside its operations")
-    spec = replace(spec, **_host_seconds(cores))
-    links, samples = (_LINK,), [sample for job in _jobs(cores, end, notify) for sample in job()]
+    step, row = _host_seconds(cores)
+    spec = replace(spec, host_s=step, host_row_s=row)
+    links: tuple[Link, ...] = (_LINK,)
+    samples = [sample for job in _jobs(cores, end, notify) for sample in job()]
     if ranks > 1:
         links = measured_links(ranks, "cpu", notify)
         for count in rank_counts(ranks):
@@ -91,7 +93,7 @@ def _shape_samples(shape: Shape, dtype: torch.dtype, cores: int) -> list[Sample]
     return [*found, *prompt_samples(layers, 256, 1024)]
 
 
-def _host_seconds(cores: int) -> dict[str, float]:
+def _host_seconds(cores: int) -> tuple[float, float]:
     """Of a step and of each of its rows: what the built-in model's steps take beside the C kernels."""
     prompts = [[1 + row] * 16 for row in range(8)]
     took = {}
@@ -103,7 +105,7 @@ def _host_seconds(cores: int) -> dict[str, float]:
         layers = NativeLayers(builtin_shape().config, torch.float32, cores)
         took = {rows: seconds - layers.whole(rows, 16 + _STEPS // 2) for rows, seconds in took.items()}
     each = max(0.0, (took[8] - took[1]) / 7)
-    return {"host_s": max(0.0, took[1] - each), "host_row_s": each}
+    return max(0.0, took[1] - each), each
 
 
 def _generate(llm: LLM, prompts: list[list[int]], tokens: int) -> float:

@@ -58,8 +58,8 @@ class NativeLayers:
     def _seconds(self, part: Part, rows: int, context: int) -> float:
         blocks = -(-context // _BLOCK)
         cache = KVCache(self.config, rows * blocks, _BLOCK, self.dtype, torch.device("cpu"))
-        for layer in cache.layers:
-            layer.normal_()
+        for kept in cache.layers:
+            kept.normal_()
         tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
         tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, rows)
         paged = PagedRows(tokens.astype(np.int64), tables, np.full(rows, context, dtype=np.int32), _BLOCK)

@@ -7,8 +7,9 @@ layers of a model run as in the engine, with random weights. Enters: a ModelConf
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from flexmoe.bench.kernel_timer import Launch, Timing, time_launches
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.kernels.triton import norm_linear
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models import fused
 from flexmoe.models.decoder import Decoder
@@ -85,8 +87,7 @@ class Steps:
     @contextmanager
     def without(self, *ops: str) -> Iterator[set[str]]:
         """models/fused.py with some operations gone. Leaves a set of those that were called."""
-        originals = {name: getattr(fused, name) for name in ops if name not in _PROJECTIONS}
-        linear, met = fused.norm_linear.norm_linear, set()
+        linear, met = norm_linear.norm_linear, set[str]()
         shapes = {self._shape(name): name for name in ops if name in _PROJECTIONS}
 
         def project(*args: Any, **options: Any) -> None:
@@ -96,15 +97,15 @@ class Steps:
             else:
                 met.add(name)
 
-        fused.norm_linear.norm_linear = project
-        for name in originals:
-            setattr(fused, name, lambda *_, name=name, **__: met.add(name))
+        stubs: dict[tuple[ModuleType, str], Any] = {(norm_linear, "norm_linear"): project}
+        for name in set(ops) - set(_PROJECTIONS):
+            stubs[fused, name] = lambda *_, name=name, **__: met.add(name)
+        originals = {(module, name): getattr(module, name) for module, name in stubs}
+        _set(stubs)
         try:
             yield met
         finally:
-            fused.norm_linear.norm_linear = linear
-            for name, original in originals.items():
-                setattr(fused, name, original)
+            _set(originals)
 
     def _shape(self, projection: str) -> tuple[int, int]:
         c, a = self.config, self.config.attention
@@ -113,3 +114,8 @@ class Steps:
             "o": (c.hidden_size, a.num_heads * a.head_dim),
             "head": (c.vocab_size, c.hidden_size),
         }[projection]
+
+
+def _set(functions: Mapping[tuple[ModuleType, str], Any]) -> None:
+    for (module, name), function in functions.items():
+        setattr(module, name, function)

@@ -15,6 +15,7 @@ from flexmoe.config.machine import Machine
 from flexmoe.config.model import LayerConfig, ModelConfig
 from flexmoe.config.plan import ExpertPlacement, ParallelPlan
 from flexmoe.config.shard import Shard, check
+from flexmoe.errors import ConfigError
 from flexmoe.planner.collectives import exchange_seconds
 from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.memory import MemoryUse, memory_use
@@ -110,6 +111,11 @@ class CostModel:
     ) -> None:
         """dtype: of all that is not quantized. routing: how rows choose experts; None: all are as likely."""
         check(plan, model)
+        if plan.num_ranks > machine.num_devices and not machine.is_shared:
+            raise ConfigError(
+                f"the plan has {plan.num_ranks} ranks, but the machine {machine.name} has {machine.num_devices} "
+                "devices; use a smaller plan or a larger machine."
+            )
         self.machine, self.model, self.plan, self.dtype = machine, model, plan, dtype
         self._quantization = quantization
         per_node = min(plan.num_ranks, machine.devices_per_node) if machine.nodes > 1 else plan.num_ranks
@@ -241,10 +247,11 @@ class CostModel:
         numbers = 8 * rows / (BITS[self.dtype] / 8) if path == "fused" else sampled * words
         group = self._layout.group("tp", last)
         gathered = self._collective(path, "all_gather", group, numbers * len(group))
-        sends = (plan.pipeline_parallel_size - 1) * self._collective(
-            path, "send", (0, plan.stage_size), rows * hidden
-        )  # fmt: skip
-        return cost.plus(StepCost({"all-reduce": gathered} | ({"pipeline": sends} if sends else {})))
+        cost = cost.plus(StepCost({"all-reduce": gathered} if len(group) > 1 else {}))
+        if plan.pipeline_parallel_size == 1:
+            return cost
+        sends = (plan.pipeline_parallel_size - 1) * self._collective(path, "send", (0, plan.stage_size), rows * hidden)
+        return cost.plus(StepCost({"pipeline": sends}))
 
     # ------------------------------------------------------------------------------------------------ exchanges
 
