@@ -52,7 +52,7 @@ def torch_decode_samples(layers: TorchLayers, rows: int, context: int, ranks: in
 
 
 def torch_samples(
-    layers: TorchLayers, took: dict[str, float], name: str, rows: int, attention: tuple[int, ...], ranks: int
+    layers: TorchLayers, took: dict[str, float], name: str, rows: int, attention: tuple[float, ...], ranks: int
 ) -> list[Sample]:
     """What TorchLayers measured, as samples."""
     config, dtype = layers.config, str(layers.dtype).removeprefix("torch.")
@@ -95,7 +95,7 @@ def native_attention(layers: NativeLayers, rows: int, context: int) -> list[Samp
     return [Sample("fused.attention", dtype, rows, shape, layers.attention(rows, context))]
 
 
-def _experts_shape(config: ModelConfig, rows: int) -> tuple[int, int, int]:
+def _experts_shape(config: ModelConfig, rows: int) -> tuple[float, float, float]:
     """Experts that rows are expected to choose, hidden size, width."""
     assert config.moe is not None
-    return max(1, round(config.moe.expected_experts(rows))), config.hidden_size, config.moe.expert_width
+    return round(config.moe.expected_experts(rows), 2), config.hidden_size, config.moe.expert_width

@@ -91,7 +91,7 @@ class Sample:
     op: str
     dtype: str
     rows: int
-    shape: tuple[int, ...]
+    shape: tuple[float, ...]
     seconds: float
     ranks: int = 1
 
@@ -214,12 +214,23 @@ def _link_json(link: Link) -> dict[str, Any]:
 
 
 def _sample_json(sample: Sample) -> list[Any]:
-    return [sample.op, sample.dtype, sample.ranks, sample.rows, list(sample.shape), _digits(sample.seconds * 1e6)]
+    return [
+        sample.op,
+        sample.dtype,
+        sample.ranks,
+        sample.rows,
+        [_plain(size) for size in sample.shape],
+        _digits(sample.seconds * 1e6),
+    ]
 
 
 def _digits(value: float) -> float:
     """Six of them: more were never measured."""
     return float(f"{value:.6g}")
+
+
+def _plain(size: float) -> float:
+    return int(size) if size == int(size) else round(size, 2)
 
 
 def _read(text: str, where: str) -> Machine:
@@ -294,7 +305,7 @@ def _exchange(row: Any) -> Exchange:
 def _sample(row: Any) -> Sample:
     match row:
         case [str(op), str(dtype), int(ranks), int(rows), list(shape), (int() | float()) as us] if us > 0:
-            return Sample(op, dtype, rows, tuple(int(size) for size in shape), us / 1e6, ranks)
+            return Sample(op, dtype, rows, tuple(float(size) for size in shape), us / 1e6, ranks)
     raise ConfigError(
         f"{row!r} is no measured operation; one is [operation, dtype, ranks, rows, [sizes], microseconds]."
     )
