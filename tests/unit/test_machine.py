@@ -121,7 +121,7 @@ def test_what_is_wrong_is_said_in_one_line(text: str, words: str, tmp_path: Path
 
 
 def test_an_unknown_machine_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="neither a file that can be read .* nor one of cpu2, .*h200x1"):
+    with pytest.raises(ConfigError, match=r"neither a file that can be read .* nor one of cpu2, .*h200x1"):
         Machine.load("h300x1")
 
 
