@@ -24,7 +24,7 @@ from flexmoe.bench.machine_shapes import builtin_shape, cpu_shapes
 from flexmoe.bench.native_operations import NativeLayers
 from flexmoe.bench.record import facts
 from flexmoe.bench.torch_operations import TorchLayers
-from flexmoe.config.machine import DeviceSpec, Link, Machine
+from flexmoe.config.machine import DeviceSpec, Link, Machine, Sample
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.device import set_threads
 from flexmoe.kernels.cpu import library
