@@ -30,6 +30,7 @@ from flexmoe.config.routing import LayerLoad
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import Admission
 from flexmoe.engine.chat_template import ChatTemplate
+from flexmoe.engine.device import tokens_on
 from flexmoe.engine.grammar import Grammars
 from flexmoe.engine.metrics import EngineMetrics
 from flexmoe.engine.model_runner import Flight, ModelRunner
@@ -53,10 +54,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step that is being computed, and whom its tokens are for: one entry for each chunk that samples."""
+    """A step that is being computed, and whom its tokens are for: one entry for each chunk that samples.
+
+    since: when its launch began, in seconds of `time.monotonic()`.
+    """
 
     step: Step
     samples: list[tuple[Tracked, Sample]]
+    since: float
     flight: Flight
 
     @property
@@ -92,11 +97,14 @@ class Engine:
             BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
             for _ in range(self.options.parallel.data_parallel_size)
         ]
-        limits = self.options.scheduler
-        self.scheduler = Scheduler(limits, blocks[0]) if len(blocks) == 1 else DataRanks(limits, blocks)
+        s, limits = self._started, self.options.scheduler
+        tokens = tokens_on(s.device, s.config, s.dtype, local=self.local_device is not None)
+        one = len(blocks) == 1
+        self.scheduler = Scheduler(limits, blocks[0], tokens) if one else DataRanks(limits, blocks, tokens)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
         self._ahead: _Launched | None = None  # the next step, if it is being computed already
+        self._landed = 0.0  # when the latest step was over
 
     @property
     def has_unfinished(self) -> bool:
@@ -146,6 +154,7 @@ class Engine:
         number = next(self._numbers)
         samples = [self.admission.sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
         for sample in samples:
+            sample.request.watched = stream
             if sample.request.request_id in self._owner:
                 raise RequestError(f"request_id={sample.request.request_id!r} is still being served; use another id.")
         self._whole(self._queue, Tracked(request_id, prompt, ids, sampling, stream, samples))
@@ -169,7 +178,7 @@ class Engine:
         if current is None:
             return []
         following = self._launch_behind(current)
-        sampled = current.flight.wait()
+        sampled = self._land(current)
         outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None
         return outputs
@@ -222,7 +231,7 @@ class Engine:
             "decode_kernels": s.decode_kernels,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.options.scheduler.max_num_seqs,
-            "max_num_batched_tokens": self.options.scheduler.max_num_batched_tokens,
+            "max_num_batched_tokens": self.scheduler.max_tokens,
             "kv_cache_blocks": s.num_blocks,
             "block_size": self.options.cache.block_size,
             "kv_cache_bytes": s.cache.num_bytes,
@@ -296,11 +305,13 @@ class Engine:
     def _launch(self, step: Step, after: _Launched | None = None) -> _Launched | None:
         if not step.chunks:
             return None
-        owners = (self._owner[chunk.request.request_id][0] for chunk in step.chunks)
-        self.metrics.launched(owners, len(step.preempted), time.monotonic())
-        samples = [self._owner[chunk.request.request_id] for chunk in step.chunks if chunk.samples]
+        owners = [self._owner[chunk.request.request_id] for chunk in step.chunks]
+        now = time.monotonic()
+        self.metrics.launched(owners, len(step.preempted), now)
+        samples = [owner for owner, chunk in zip(owners, step.chunks, strict=True) if chunk.samples]
         states = [sample.state for _, sample in samples]
-        return _Launched(step, samples, self.runner.launch(step, states, after=None if after is None else after.flight))
+        flight = self.runner.launch(step, states, after=None if after is None else after.flight)
+        return _Launched(step, samples, now, flight)
 
     def _launch_behind(self, current: _Launched) -> _Launched | None:
         """The step behind the current one, launched already, if runner and scheduler see a way."""
@@ -308,6 +319,14 @@ class Engine:
             return None
         step = self._whole(self.scheduler.schedule_ahead, current.step)
         return None if step is None else self._launch(step, current)
+
+    def _land(self, launched: _Launched) -> SampleOutput:
+        """Wait for a step's tokens, and tell the scheduler how long the device was at it."""
+        sampled = launched.flight.wait()
+        now = time.monotonic()
+        self.scheduler.observe(launched.step, now - max(launched.since, self._landed))
+        self._landed = now
+        return sampled
 
     def _advance(self, launched: _Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
@@ -328,21 +347,23 @@ class Engine:
     def _read(self, samples: Sequence[tuple[Tracked, Sample]], report: bool) -> list[RequestOutput]:
         """Bring the texts of these up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
+        touched: dict[str, Tracked] = {}  # those of which more than a token is to be kept, each once
         for tracked, sample in samples:
             if tracked.error is None:
                 self.metrics.token(tracked, sample, now)
-                if sample.finished or tracked.sampling.stop or tracked.is_due(report):
+            if sample.finished or tracked.wanted(report) or tracked.sampling.stop:
+                touched[tracked.request_id] = tracked
+                if tracked.error is None:
                     self._read_text(tracked, sample)
-        outputs = []
-        # Each once, though several of its samples may be in the step.
-        for tracked in {tracked.request_id: tracked for tracked, _ in samples}.values():
-            if tracked.finished:
-                tracked.end = time.monotonic()
-                self._forget(tracked)
-            if tracked.is_due(report):
-                tracked.reported = True
-                outputs.append(tracked.output())
-        return outputs
+        return [tracked.report() for tracked in touched.values() if self._is_due(tracked, report)]
+
+    def _is_due(self, tracked: Tracked, report: bool) -> bool:
+        """Whether its caller wants an output now; a request that is over is forgotten."""
+        if not tracked.finished:
+            return tracked.wanted(report)
+        tracked.end = time.monotonic()
+        self._forget(tracked)
+        return True
 
     def _read_text(self, tracked: Tracked, sample: Sample) -> None:
         try:

@@ -1,8 +1,12 @@
 """Scheduler: what the next step computes. Enters: requests, sampled tokens. Leaves: steps, finished requests.
 
 Continuous batching: every step takes the next token of each decoding request, then chunks of prompts in order of
-arrival, up to a budget of tokens. First come, first served, without exception: requests start in order of
-arrival, and when blocks run out the latest goes back to waiting, to be recomputed (its tokens are kept). Hence
+arrival, up to a budget of tokens. As long as nobody watches, throughput is what counts, and the budget is as large as
+pays (see roofline). Beside a decoding request that is watched, whose tokens somebody reads as they come, prompts get
+what keeps the step within `max_decode_slowdown` times its decodes alone, by what steps of this run took (see pace).
+
+First come, first served, without exception: requests start in order of arrival, and when blocks run out the latest
+goes back to waiting, to be recomputed (its tokens are kept). Hence
 
     arrivals of the running  <  arrivals of the waiting
 
@@ -36,7 +40,9 @@ from itertools import count
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.errors import RequestError
 from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.pace import Pace
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
+from flexmoe.scheduling.roofline import StepTokens
 
 _RUNNING = RequestStatus.RUNNING  # looked up once a token: an Enum member costs more than a global
 
@@ -79,9 +85,14 @@ class Step:
 class Scheduler:
     """Decides which tokens of which requests are computed together."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, tokens: StepTokens | None = None) -> None:
+        """tokens: what pays on the device; None: a small model's on a CPU. A budget that the config has comes first."""
         self.config = config
         self.blocks = blocks
+        tokens = tokens or StepTokens()
+        self._budget = tokens.most
+        most = self.max_tokens
+        self._pace = Pace(StepTokens(most, min(tokens.least, most)), config.max_decode_slowdown)
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -99,6 +110,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def max_tokens(self) -> int:
+        """The budget of a step."""
+        return self.config.max_num_batched_tokens or self._budget
 
     @property
     def num_tokens(self) -> int:
@@ -150,7 +166,7 @@ class Scheduler:
         prefills: list[ScheduledChunk] = []
         preempted: list[Request] = []
         partial = self._schedule_decodes(decodes, preempted)
-        budget = self.config.max_num_batched_tokens - len(decodes)
+        budget = self._budget_beside(decodes)
         for request in partial:
             budget -= self._schedule_prefill(request, budget, prefills)
         if not preempted:  # with a prefix to share one of them might fit again at once: not in the same step
@@ -209,6 +225,10 @@ class Scheduler:
             self._remove(finished)
         return finished
 
+    def observe(self, step: Step, seconds: float) -> None:
+        """Learn how long a step took, from which later ones are cut to size."""
+        self._pace.observe(step.num_decodes, step.num_tokens - step.num_decodes, seconds)
+
     def check_integrity(self) -> None:
         """Raise AssertionError if the queues or the blocks contradict each other."""
         self.blocks.check_integrity()
@@ -220,7 +240,7 @@ class Scheduler:
         _require(not bad, f"requests run without blocks, or with nothing left to compute: {bad}")
         bad = [r for r in waiting if r.status is not RequestStatus.WAITING or r.blocks or r.num_computed_tokens]
         _require(not bad, f"requests wait with blocks, or with another status: {bad}")
-        limit = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        limit = min(self.config.max_num_seqs, self.max_tokens)
         _require(len(running) <= limit, f"{len(running)} requests run, at most {limit} may")
 
     def _schedule_decodes(self, decodes: list[ScheduledChunk], preempted: list[Request]) -> list[Request]:
@@ -238,6 +258,13 @@ class Scheduler:
             elif total <= len(request.blocks) * size or self._make_room(request, preempted):
                 decodes.append(ScheduledChunk(request, computed, 1, True))
         return partial
+
+    def _budget_beside(self, decodes: Sequence[ScheduledChunk]) -> int:
+        """Tokens that prompts may have beside these decodes."""
+        left = self.max_tokens - len(decodes)
+        if any(chunk.request.watched for chunk in decodes):
+            left = min(left, self._pace.limit(len(decodes)))
+        return left
 
     def _make_room(self, request: Request, preempted: list[Request]) -> bool:
         """Give a request its next block, preempting the latest ones if need be. False if it is the latest itself.
@@ -278,7 +305,7 @@ class Scheduler:
 
     def _might_admit(self, num_running: int, gain: int) -> bool:
         """Whether somebody waits who may fit once so many requests run and blocks.num_gained has grown by `gain`."""
-        seats = min(self.config.max_num_seqs, self.config.max_num_batched_tokens) - num_running
+        seats = min(self.config.max_num_seqs, self.max_tokens) - num_running
         return bool(self._waiting) and seats > 0 and self.blocks.num_gained + gain >= self._retry_at
 
     def _grow_ahead(self, chunks: Sequence[ScheduledChunk]) -> bool:
