@@ -1,6 +1,6 @@
 """`flexmoe bench`: measure speed. Leaves: a table on stdout and, with --out, a JSON row for each figure's line.
 
-`latency` is here; `serve`, `suite` and `throughput` are in files of their own.
+`latency` is here; `machine`, `serve`, `suite` and `throughput` are in files of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.bench_machine import machine
 from flexmoe.cli.bench_serve import serve
 from flexmoe.cli.bench_suite import suite
 from flexmoe.cli.bench_throughput import throughput
@@ -37,6 +38,7 @@ def bench() -> None:
     """Measure speed, beside what memory allows and beside other engines."""
 
 
+bench.add_command(machine)
 bench.add_command(serve)
 bench.add_command(suite)
 bench.add_command(throughput)

@@ -64,7 +64,7 @@ class Engine:
             self._started, self.runner = start_ranks(options, ranks)
         else:
             self._started = started = start(options)
-            self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed)
+            self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed, started.prompts)
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self.metrics = EngineMetrics()

@@ -18,11 +18,13 @@ from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.engine.choices import ChoiceTap
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
+from flexmoe.engine.prompt_rows import lay_out
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import DevicePrompts
 from flexmoe.models.native import NativeDecoder
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.scheduler import Step
@@ -65,11 +67,16 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, device: torch.device, graphed: GraphedDecoder | None = None
+        self,
+        model: Decoder,
+        cache: KVCache,
+        device: torch.device,
+        graphed: GraphedDecoder | None = None,
+        prompts: DevicePrompts | None = None,
     ) -> None:
-        """graphed: the model's decode steps as CUDA graphs on this cache."""
+        """graphed: the model's decode steps as CUDA graphs on this cache. prompts: its prompts in Triton kernels."""
         self.model, self.cache, self.device = model, cache, device
-        self._graphed = graphed
+        self._graphed, self._prompts = graphed, prompts
         self.mixes_ahead = graphed is not None and model.mesh.world.size == 1  # other ranks do not know prompts' tokens
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
         self._counter: ExpertCounter | None = None  # once made it stays: graphs count into its memory
@@ -209,26 +216,26 @@ class ModelRunner:
     def _choose_of_prompts(self, step: Step, states: Sequence[SamplingState]) -> Tensor | None:
         """Launch what stands behind the decodes. Its tokens [n], on the device; None if no prompt is complete."""
         decodes = step.num_decodes
-        logits = self._logits(Step(step.chunks[decodes:], 0, []), states[decodes:], None, None)
-        return None if logits is None else self._sampler.choose(logits, states[decodes:])
+        logits = self._logits(Step(step.chunks[decodes:], 0, []), None, None)
+        return self._sampler.choose(logits, states[decodes:]) if len(logits) else None
 
     @torch.inference_mode()
     def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         tap = self._tap(step, states)
-        logits = self._logits(step, states, tap or self.probe, most_rows)
-        if logits is None or not len(logits):  # another rank samples
+        logits = self._logits(step, tap or self.probe, most_rows)
+        if not states or not len(logits):  # nobody samples, or another rank does
             return SampleOutput([], [])
         sampled = self._sampler.sample(logits, states)
         return sampled if tap is None else tap.annotate(sampled)
 
-    def _logits(
-        self, step: Step, states: Sequence[SamplingState], probe: Probe | None, most_rows: int | None
-    ) -> Tensor | None:
-        """Compute the rows in torch. Logits [N, V] of the chunks that sample; None if there are none."""
+    def _logits(self, step: Step, probe: Probe | None, most_rows: int | None) -> Tensor:
+        """Logits of the chunks that sample, [N, V]; [0, V] on ranks that do not."""
+        if self._prompts is not None:
+            rows = lay_out(step.chunks, self.cache.block_size, self._prompts.block_rows, self.device)
+            return self._prompts.logits(rows, self.cache, probe)
         _use_torch_threads(self._threads)
         batch = build_batch(step, self.cache.block_size, self._windows, self.device, probe, most_rows)
-        hidden = self.model(batch, self.cache)
-        return self.model.logits(hidden, batch) if states else None
+        return self.model.logits(self.model(batch, self.cache), batch)
 
 
 def decodes_only(step: Step, max_rows: int) -> bool:

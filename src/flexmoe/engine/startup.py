@@ -23,7 +23,7 @@ from flexmoe.kernels.cpu import library
 from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import MAX_ROWS, why_not_fused
+from flexmoe.models.device_rows import MAX_ROWS, DevicePrompts, why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
@@ -47,6 +47,7 @@ class Started:
     model: Decoder
     cache: KVCache
     graphed: GraphedDecoder | None  # on a GPU, unless the Triton kernels cannot decode this model
+    prompts: DevicePrompts | None  # there, too
     num_blocks: int
     tokenizer: Tokenizer | None
     device: torch.device
@@ -98,11 +99,15 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     if native_reason and options.device.quantization is not None:
         _log.warning("torch decodes, and widens all quantized weights in each step: %s", native_reason)
     decode_kernels = f"torch ({native_reason})" if native_reason else f"C ({library.choose(isa).name})"
-    graphed = None
+    graphed, prompts = None, None
     if device.type == "cuda":
         graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
+    if graphed is not None:
+        from flexmoe.models.fused_prompts import PromptDecoder  # as for FusedDecoder
+
+        prompts = PromptDecoder(model, max_model_len, device)
     return Started(
-        source, model, cache, graphed, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
+        source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
         max_model_len,
     )  # fmt: skip
 
@@ -122,7 +127,7 @@ def _graphed(
 
     most_blocks = -(-max_model_len // cache.block_size)
     fused = FusedDecoder(model, max_model_len, device)
-    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), "Triton"
+    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), fused.kernels
 
 
 def _why_no_graphs(plan: ParallelPlan) -> str:
