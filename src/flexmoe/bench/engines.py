@@ -55,7 +55,7 @@ class FlexMoE:
         return self._llm.engine
 
     def generate(self, prompts: Prompts, count: int) -> list[list[int]]:
-        outputs = self._llm.generate(list(prompts), _greedy(count))
+        outputs = self._llm.generate(list(prompts), greedy(count))
         return [list(output.token_ids) for output in outputs]
 
     def step_seconds(self, prompts: Prompts, count: int) -> list[float]:
@@ -106,7 +106,7 @@ class FlexMoE:
         engine = self._llm.engine
         # The last prompt's first token is the last of all first tokens; a stream shows when it comes.
         last = len(prompts) - 1
-        ids = [engine.add_request(ids, _greedy(count), stream=i == last) for i, ids in enumerate(prompts)]
+        ids = [engine.add_request(ids, greedy(count), stream=i == last) for i, ids in enumerate(prompts)]
         all_run = True
         while engine.has_unfinished:
             outputs = engine.step()
@@ -132,5 +132,6 @@ class ExpertCounter:
         return [sum(counts) / len(counts) for _, counts in sorted(self._counts.items())]
 
 
-def _greedy(count: int) -> SamplingParams:
+def greedy(count: int) -> SamplingParams:
+    """Exactly `count` tokens, whatever they are."""
     return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)

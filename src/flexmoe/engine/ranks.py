@@ -84,6 +84,8 @@ class _RemoteFlight:
 class RankedRunner:
     """A ModelRunner's interface on top of the ranks."""
 
+    mixes_ahead = False  # see ModelRunner
+
     def __init__(
         self, ranks: Supervisor, plan: ParallelPlan, device: torch.device, max_ahead: int, *, keep: bool
     ) -> None:

@@ -16,7 +16,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder
-from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads
+from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tokens_on
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
 from flexmoe.kernels.cpu import library
@@ -218,6 +218,9 @@ def _num_blocks(
 ) -> int:
     """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
     free = _free_beside_weights(mesh, config, dtype, device, options.device.quantization)
+    if device.type == "cuda":
+        tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).most
+        free = max(0, free - _activation_bytes(config, tokens, dtype))
     per_context = -(-max_model_len // options.cache.block_size)
     size = block_bytes(mesh.shard(config).local, options.cache.block_size, dtype)
     blocks = _given_blocks(options.cache, size, per_context * size)
@@ -236,6 +239,13 @@ def _num_blocks(
             f"{_gib(int(free * share))} of memory are free for it; lower max_model_len, or block_size if it is larger."
         )
     return blocks
+
+
+def _activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """What a step of so many tokens needs for the widest part of a layer, roughly: rows of experts, projections."""
+    moe, hidden = config.moe, config.hidden_size
+    experts = moe.top_k * (2 * hidden + 3 * moe.expert_width) if moe else 3 * config.dense_width
+    return tokens * dtype.itemsize * (experts + 4 * (config.qkv_size + hidden))
 
 
 def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int | None:
@@ -273,7 +283,7 @@ def _free_beside_weights(
 
 
 def _free_on_gpu(mesh: Mesh, config: ModelConfig, device: torch.device) -> int:
-    """Bytes free on a GPU, less what steps need beside weights and cache: buffers, graphs, a prompt's activations."""
+    """Bytes free on a GPU, less what steps need beside weights and cache, but for activations: buffers, graphs."""
     gc.collect()
     torch.cuda.empty_cache()  # what earlier engines of this process held counts as taken until then
     logits = 4 * MAX_ROWS * config.vocab_size * (1 if mesh.tp.size == 1 else 3)  # own, of all ranks, and in order
