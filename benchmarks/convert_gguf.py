@@ -1,4 +1,6 @@
-"""A Mixtral checkpoint as a GGUF file for llama.cpp: `python benchmarks/convert_gguf.py FOLDER OUT [--type q8_0]`.
+"""A Mixtral checkpoint as GGUF files for llama.cpp: `python benchmarks/convert_gguf.py FOLDER OUT.bf16.gguf ...`.
+
+The end of a file's name says its number format: .f32.gguf, .bf16.gguf or .q8_0.gguf.
 
 Only what the comparison needs: no tokenizer, plain rotary positions, no window. It needs `pip install gguf`. As in
 files of llama.cpp's own converter norms and routers are fp32 whatever the type, and the rows of the query and key
@@ -8,17 +10,18 @@ projections lie in another order, since it rotates neighbours where the checkpoi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gguf
 import torch
+from torch import Tensor
+
 from flexmoe.config.engine import LoadConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.models import families
 from flexmoe.models.hub import open_model
 from flexmoe.models.loader import load_weights
-from torch import Tensor
 
 TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -27,14 +30,19 @@ TYPES = {
 }
 
 
-def convert(folder: Path, out: Path, kind: str) -> None:
-    """Write `out`, with matrices in a number format of TYPES. Raises ValueError for a model that is no plain Mixtral."""
+def convert(folder: Path, files: Sequence[Path]) -> None:
+    """Write each file in the format that its name ends with. Raises ValueError for a model that is no plain Mixtral."""
     source = open_model(LoadConfig(model=str(folder)))
     config = source.config
     _check(config)
     whole = {name: torch.empty(p.shape, dtype=torch.float32) for name, p in families.parameters(config).items()}
     load_weights(source, whole)
-    matrix_type, file_type = TYPES[kind]
+    for file in files:
+        _write(file, config, whole)
+
+
+def _write(out: Path, config: ModelConfig, whole: dict[str, Tensor]) -> None:
+    matrix_type, file_type = TYPES[out.suffixes[-2].removeprefix(".")]
     writer = gguf.GGUFWriter(out, "llama")
     _describe(writer, config, file_type)
     for name, tensor in _tensors(config, whole):
@@ -50,7 +58,9 @@ def convert(folder: Path, out: Path, kind: str) -> None:
 def _check(config: ModelConfig) -> None:
     plain = config.family == "mixtral" and config.attention.rope.kind == "default" and not config.tie_embeddings
     if not plain or any(layer.window for layer in config.layers):
-        raise ValueError("only a Mixtral model with plain rotary positions, no window and a head of its own is converted.")
+        raise ValueError(
+            "only a Mixtral model with plain rotary positions, no window and a head of its own is converted."
+        )
 
 
 def _describe(writer: gguf.GGUFWriter, config: ModelConfig, file_type: gguf.LlamaFileType) -> None:
@@ -105,10 +115,9 @@ def main() -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the checkpoint")
-    parser.add_argument("out", type=Path, help="file to write")
-    parser.add_argument("--type", choices=TYPES, default="bf16", help="number format of matrices (default: bf16)")
+    parser.add_argument("files", type=Path, nargs="+", help="files to write, e.g. model.q8_0.gguf")
     args = parser.parse_args()
-    convert(args.folder, args.out, args.type)
+    convert(args.folder, args.files)
 
 
 if __name__ == "__main__":

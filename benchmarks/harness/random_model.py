@@ -1,4 +1,4 @@
-"""A model of random weights as a folder that every engine opens. Enters: the name of a shape. Leaves: the folder.
+"""A model of random weights as a folder that every engine opens: `python random_model.py SHAPE FOLDER`.
 
 Weights are `load_format="dummy"`'s, fan-in normal with unit embeddings, in bf16: with the usual initialisation of 0.02
 greedy decoding soon repeats one token, and all rows of a batch choose the same experts.
@@ -7,32 +7,29 @@ greedy decoding soon repeats one token, and all rows of a batch choose the same 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
 from flexmoe.models import families
 from flexmoe.models.loader import fill_dummy
-from safetensors.torch import save_file
 
-SHAPES: dict[str, dict[str, int]] = {
-    "60M": {
-        "hidden_size": 384,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "intermediate_size": 1024,
-        "vocab_size": 16384,
-    },
-    "400M": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "intermediate_size": 2048,
-        "vocab_size": 32000,
-    },
-}
+# hidden size, layers, query and KV heads of 64, width of an expert, vocabulary. Labels: they hold 91 M and 521 M.
+_SIZES = {"60M": (384, 8, 6, 2, 1024, 16384), "400M": (768, 12, 12, 4, 2048, 32000), "tiny": (64, 2, 2, 1, 64, 320)}
+_NAMES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+SHAPES = {name: dict(zip(_NAMES, sizes, strict=True)) for name, sizes in _SIZES.items()}
 _COMMON: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -51,10 +48,10 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def make_model(shape: dict[str, int], folder: Path, seed: int = 0) -> Path:
+def make_model(shape: str, folder: Path, seed: int = 0) -> None:
     """Write config.json and model.safetensors into `folder`, which is made."""
     folder.mkdir(parents=True)
-    hf_config = _COMMON | shape
+    hf_config = _COMMON | SHAPES[shape]
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2), encoding="utf-8")
     config = families.read_config(hf_config)
     whole = {name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in families.parameters(config).items()}
@@ -64,5 +61,10 @@ def make_model(shape: dict[str, int], folder: Path, seed: int = 0) -> Path:
         if ".mlp." not in name:  # other names of the same experts
             rows = whole[piece.param] if piece.expert is None else whole[piece.param][piece.expert]
             stored[name] = rows[piece.start : piece.start + piece.shape[0]].clone()
+    words = {f"w{i}": i for i in range(config.vocab_size)}  # nobody reads them, but ours wants a tokenizer
+    Tokenizer(WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+
+
+if __name__ == "__main__":
+    make_model(sys.argv[1], Path(sys.argv[2]))

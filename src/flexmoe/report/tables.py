@@ -107,9 +107,7 @@ def experts(rows: Sequence[Row]) -> Table | None:
             Shown(short_device(str(row.get("device.name")))),
             Shown(str(row.get("model.experts")), row.value("model.experts")),
             _number(row.value("result.ms"), "{:g}" if row.is_cited else None),
-            _number(row.value("result.percent_of_floor"), "{:.0f}")
-            if row.get("result.percent_of_floor") is not None
-            else Shown(_MISSING),
+            _percent(row, "result.percent_of_floor"),
             Shown(str(row.get("result.remark") or "")),
         )
         for row in (*cited, *found)
@@ -136,7 +134,7 @@ def cpu(rows: Sequence[Row]) -> Table | None:
                 _number(other),
                 Shown(", ".join(str(part) for part in config if part) + compiled),
                 _number(other.over(mine), "{:.2f}×"),
-                Shown(_MISSING),
+                _percent(ours, "percent_of_floor"),
             )
         )
     first = pairs[0][1]
@@ -193,6 +191,10 @@ def three(number: float) -> str:
 
 def _number(value: Value, form: str | None = None) -> Shown:
     return Shown(form.format(value.number) if form else three(value.number), value)
+
+
+def _percent(row: Row, path: str) -> Shown:
+    return Shown(_MISSING) if row.get(path) is None else _number(row.value(path), "{:.0f}")
 
 
 def _line(texts: Sequence[str]) -> str:

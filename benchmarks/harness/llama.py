@@ -11,12 +11,13 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from harness.engines import Timed
 from numpy.typing import NDArray
+
+from harness.engines import Timed
 
 _BATCH = 2048  # tokens a call at most
 _CONTEXT_UNIT = 256  # llama.cpp rounds the context of a sequence up to so many tokens
-_QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
+_QUIET = llama_cpp.llama_log_callback(lambda *_: None)
 
 
 class LlamaCppEngine:
