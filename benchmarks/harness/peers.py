@@ -12,6 +12,7 @@ from rich.table import Table
 from harness.setups import Setup
 
 _PRECISION = {"bfloat16": "bf16", "bf16": "bf16", "int8": "8 bits", "q8_0": "8 bits"}
+_WIDTH = 110  # a table that folds its words cannot be read
 # Shape and metric: at most so many times the best peer's time.
 MUST_HOLD = {
     ("60M", "decode_bs1"): 0.9,
@@ -74,7 +75,7 @@ def verdicts(figures: Sequence[Figure]) -> list[Verdict]:
 
 def print_figures(figures: Sequence[Figure]) -> None:
     """All figures, then the verdicts."""
-    console = Console()
+    console = Console(width=max(Console().width, _WIDTH))
     every = Table("shape", "metric", "engine", "median", "p20-p80", "% of floor", title="All")
     for figure in figures:
         p20, median, p80 = (f"{figure.summary[key]:.3g}" for key in ("p20", "median", "p80"))
