@@ -74,7 +74,7 @@ def save_quantized(source: ModelSource, packing: Packing, out: Path, progress: b
     """Write the model into a new folder `out`, with its configuration and tokenizer.
 
     Raises CheckpointError if `out` exists or the model has no weights, ConfigError if they are quantized already or
-    the group does not divide a row; then, and after any other error, there is no such folder.
+    the group does not divide a row. After an error nothing is left behind.
     """
     folder = _check(source, out)
     shards = list(_shards([_item(match, packing) for match in _in_order(source)]))
