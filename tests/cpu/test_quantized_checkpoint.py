@@ -7,6 +7,8 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from flexmoe import LLM
 from flexmoe.cli.main import main
 from flexmoe.config.engine import LoadConfig
 from flexmoe.config.packing import Packing
+from flexmoe.config.server import ServerConfig
 from flexmoe.errors import CheckpointError, ConfigError, MissingTensorError, TensorShapeError, UnsupportedModelError
 from flexmoe.kernels.quantize import QuantizedMatrix
 from flexmoe.models import save_quantized as writer
@@ -172,6 +175,15 @@ def test_what_loading_refuses(tmp_path: Path) -> None:
         measure(str(tiny("mixtral")), str(tiny("mixtral")), threads=1)
     result = CliRunner().invoke(main, ["verify", str(folder)])
     assert "holds int8 weights, which transformers cannot read; compare it with the model that" in result.stderr
+
+
+def test_the_server_does_not_compare_it_with_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from flexmoe.server.rivals import rival_of
+
+    engine: Any = SimpleNamespace(model_folder=packed(tiny("mixtral"), tmp_path / "out"), tokenizer=object())
+    with pytest.raises(ConfigError, match="compare='hf': transformers cannot read the quantized weights of .*out"):
+        rival_of(ServerConfig(compare="hf"), engine)
 
 
 @pytest.mark.parametrize(

@@ -141,11 +141,13 @@ def _item(match: Match, packing: Packing) -> _Item:
 def _shards(items: list[_Item]) -> Iterator[list[_Item]]:
     """As many items in a file as fit into its size, but at least one."""
     shard: list[_Item] = []
+    size = 0
     for item in items:
-        if shard and sum(i.num_bytes for i in shard) + item.num_bytes > _SHARD_BYTES:
+        if shard and size + item.num_bytes > _SHARD_BYTES:
             yield shard
-            shard = []
+            shard, size = [], 0
         shard.append(item)
+        size += item.num_bytes
     yield shard
 
 
