@@ -182,7 +182,7 @@ def test_the_server_does_not_compare_it_with_transformers(tmp_path: Path) -> Non
     from flexmoe.server.rivals import rival_of
 
     engine: Any = SimpleNamespace(model_folder=packed(tiny("mixtral"), tmp_path / "out"), tokenizer=object())
-    with pytest.raises(ConfigError, match="compare='hf': transformers cannot read the quantized weights of .*out"):
+    with pytest.raises(ConfigError, match=r"compare='hf': transformers cannot read the quantized weights of .*out"):
         rival_of(ServerConfig(compare="hf"), engine)
 
 
