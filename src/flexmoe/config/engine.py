@@ -49,7 +49,8 @@ class DeviceConfig:
     """Where and in which number format the model computes.
 
     threads: None means one a physical core. isa: the instruction set of the C kernels on a CPU; "auto" is its best.
-    quantization: hold weights in "int8" or "int4"; dtype is then that of all the rest. On a CPU only.
+    quantization: hold weights in "int8" or "int4"; dtype is then that of all the rest. On a CPU only. None: as the
+    checkpoint does.
     """
 
     device: str = "auto"

@@ -206,7 +206,7 @@ class Engine:
             "active_parameters": self.config.num_active_parameters(),
             "device": str(s.device),
             "dtype": str(s.dtype).removeprefix("torch."),
-            "quantization": self.options.device.quantization,
+            "quantization": s.quantization,
             "threads": s.threads,
             "expert_backend": s.backend,
             "decode_kernels": s.decode_kernels,

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,7 @@ class Started:
     tokenizer: Tokenizer | None
     device: torch.device
     dtype: torch.dtype
+    quantization: str | None
     threads: int
     backend: str
     decode_kernels: str  # "C (avx2)", "Triton", or why torch decodes
@@ -84,6 +85,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     max_model_len = _max_model_len(options, config)
     backend = _choose_backend(options.device.expert_backend, device)
     threads = set_threads(options.device.threads)
+    options = with_quantization(options, source)
     _check_quantization(options, device, backend)
     alone = mesh.world.size == 1
     isa = options.device.isa
@@ -107,8 +109,8 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
 
         prompts = PromptDecoder(model, max_model_len, device)
     return Started(
-        source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
-        max_model_len,
+        source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, options.device.quantization,
+        threads, backend, decode_kernels, max_model_len,
     )  # fmt: skip
 
 
@@ -185,15 +187,30 @@ def _choose_backend(name: str, device: torch.device) -> str:
     return backend
 
 
+def with_quantization(options: EngineConfig, source: ModelSource) -> EngineConfig:
+    """The options with the checkpoint's own quantization. Raises ConfigError if they ask for another, or for ranks."""
+    asked = options.device.quantization
+    held = None if source.packing is None else source.packing.quantization
+    if held and asked not in (None, held):
+        raise ConfigError(
+            f"quantization={asked!r}, but {source.name} holds {held} weights already; leave it out, or give the full "
+            "model."
+        )
+    quantization, ranks = asked or held, options.parallel.num_ranks
+    if quantization and ranks > 1:
+        raise ConfigError(
+            f"quantization={quantization!r} needs one process, not {ranks} ranks; use one, or full weights."
+        )
+    return replace(options, device=replace(options.device, quantization=quantization))
+
+
 def _check_quantization(options: EngineConfig, device: torch.device, backend: str) -> None:
     """Quantized weights are read by the C kernels and by the torch of one process on a CPU, by nothing else."""
-    asked, ranks = options.device.quantization, options.parallel.num_ranks
+    asked = options.device.quantization
     if asked is None:
         return
     if device.type != "cpu":
         raise ConfigError(f"quantization={asked!r} works on a CPU only, not on device={str(device)!r}; use device=cpu.")
-    if ranks > 1:
-        raise ConfigError(f"quantization={asked!r} needs one process, not {ranks} ranks; use one, or leave it out.")
     if backend != "cpu":
         raise ConfigError(f"quantization={asked!r} does not work with expert_backend={backend!r}; use cpu.")
 
@@ -271,7 +288,7 @@ def _free_beside_weights(
 ) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
     free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(mesh, config, device)
-    weights = weight_bytes(mesh.shard(config), dtype, quantization)
+    weights = weight_bytes(mesh.shard(config), dtype.itemsize, quantization)
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
         raise ConfigError(
