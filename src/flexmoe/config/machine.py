@@ -20,7 +20,7 @@ from flexmoe.errors import ConfigError, UnknownOptionError
 KINDS = ("cuda", "cpu")
 _KEYS = ("machine", "version", "devices_per_node", "nodes", "device", "links", "reserve_gib", "extrapolated", "notes",
          "samples")  # fmt: skip
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "one_shot", "send")
 _VERSION = 1
 _GIB = 2**30
 _SHIPPED = files("flexmoe") / "assets" / "machines"
@@ -56,7 +56,7 @@ class DeviceSpec:
 class Exchange:
     """One collective as it was measured. num_bytes: of the whole tensor, as benchmarks/collectives.py counts it.
 
-    captured: inside a CUDA graph, where no host calls it.
+    captured: inside a CUDA graph, where no host calls it. one_shot: a sum of ranks that read each other's memory.
     """
 
     op: str
@@ -68,7 +68,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How ranks reach each other within groups of `size` devices. latency_s: of one message; bandwidth: of one rank.
+    """How ranks reach each other within groups of `size` devices. latency_s: of two ranks; bandwidth: of one rank.
 
     size 0: all devices of the machine. Where something was measured, that goes before latency and bandwidth.
     """
