@@ -151,7 +151,8 @@ class CostModel:
             computed = self._fixed(each.path, each.rows, each.sampled).plus(self._attention(each))
             cost = cost.plus(computed)
             if each.path == "torch" and not self.machine.is_shared:  # the host launches while the GPU computes
-                launching = self.model.num_layers * device.torch_layer_s
+                parts = max(0, len(each.chunks) + each.decodes - 1)
+                launching = self.model.num_layers * (device.torch_layer_s + device.torch_chunk_s * parts)
                 cost = cost.plus(StepCost({"host": max(0.0, launching - computed.seconds)}))
         return cost
 
