@@ -43,8 +43,7 @@ _LINK = Link("memory", 0, 3e-4, 2e9)  # where ranks were not measured
 
 
 def measure_cpu(name: str, ranks: int, seconds: float, notify: Notify) -> Machine:
-    """This machine's processors; exchanges of ranks, which several of them would start, apart from the seconds."""
-    end = time.monotonic() + seconds
+    """This machine's processors. seconds: for operations; some more go to the speed of memory, and to ranks."""
     cores = set_threads(None)
     notify("memory and matrix products")
     spec = DeviceSpec(
@@ -57,7 +56,7 @@ def measure_cpu(name: str, ranks: int, seconds: float, notify: Notify) -> Machin
     step, row = _host_seconds(cores)
     spec = replace(spec, host_s=step, host_row_s=row)
     links: tuple[Link, ...] = (_LINK,)
-    samples = run_jobs(_jobs(cores), end - time.monotonic(), notify)
+    samples = run_jobs(_jobs(cores), seconds, notify)
     if ranks > 1:
         links = measured_links(ranks, "cpu", notify)
         for count in rank_counts(ranks):
