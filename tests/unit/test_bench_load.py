@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe.bench.arrivals import poisson
+from flexmoe.planner.arrivals import poisson
 from flexmoe.bench.load import LoadOptions, plan, read_prompts, warm_up
-from flexmoe.bench.trace import TraceRequest, read_trace
+from flexmoe.planner.trace import TraceRequest, read_trace
 from flexmoe.errors import ConfigError
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
