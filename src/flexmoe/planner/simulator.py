@@ -1,4 +1,4 @@
-"""Simulator: requests through real schedulers on a virtual clock. Enters: requests, engines. Leaves: what became of them.
+"""Simulator: requests through real schedulers on a virtual clock. Enters: requests, engines. Leaves: who got what when.
 
 A discrete-event loop: the next thing that happens is an arrival, which the router gives to the replica with the fewest
 tokens outstanding, or the end of a replica's step. All requests are served to their end, whatever that takes.

@@ -145,9 +145,9 @@ class Workload:
         return sorted(found, key=lambda request: request.arrival)
 
     def _scaled(self, request: TraceRequest) -> TraceRequest:
-        lengths = (max(1, round(n * self.length_scale)) for n in (request.input_len, request.output_len))
+        prompt, answer = (max(1, round(n * self.length_scale)) for n in (request.input_len, request.output_len))
         blocks = request.blocks if self.length_scale == 1 else ()  # a scaled block would be none of the cache's
-        return TraceRequest(request.arrival, *lengths, blocks)
+        return TraceRequest(request.arrival, prompt, answer, blocks)
 
 
 def _whole(copies: float) -> range:
