@@ -30,6 +30,7 @@ from flexmoe.config.routing import LayerLoad
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import Admission
 from flexmoe.engine.chat_template import ChatTemplate
+from flexmoe.engine.drift import Drift, Predict
 from flexmoe.engine.grammar import Grammars
 from flexmoe.engine.metrics import EngineMetrics
 from flexmoe.engine.model_runner import Flight, ModelRunner
@@ -53,9 +54,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step that is being computed, and whom its tokens are for: one entry for each chunk that samples."""
+    """A step that is being computed, since `began`, and whom its tokens are for: one entry for each that samples."""
 
     step: Step
+    began: float
     samples: list[tuple[Tracked, Sample]]
     flight: Flight
 
@@ -68,8 +70,13 @@ class _Launched:
 class Engine:
     """Runs a model for many requests at once."""
 
-    def __init__(self, options: EngineConfig, ranks: Supervisor | None = None) -> None:
-        """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own."""
+    def __init__(
+        self, options: EngineConfig, ranks: Supervisor | None = None, predict: Predict | None = None
+    ) -> None:
+        """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own.
+
+        predict: what each step should take, to compare with what it takes.
+        """
         self.options = options
         self.scheduler: Scheduler | DataRanks
         self._started: Started | StartedRanks
@@ -82,6 +89,7 @@ class Engine:
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self.metrics = EngineMetrics()
+        self.drift = None if predict is None else Drift(predict)
         self._start_anew()
         self._numbers = itertools.count()
         self._closed = False
@@ -170,6 +178,8 @@ class Engine:
             return []
         following = self._launch_behind(current)
         sampled = current.flight.wait()
+        if self.drift is not None:
+            self.drift.add(current.step, current.began, time.monotonic())
         outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None
         return outputs
@@ -297,10 +307,12 @@ class Engine:
         if not step.chunks:
             return None
         owners = (self._owner[chunk.request.request_id][0] for chunk in step.chunks)
-        self.metrics.launched(owners, len(step.preempted), time.monotonic())
+        began = time.monotonic()
+        self.metrics.launched(owners, len(step.preempted), began)
         samples = [self._owner[chunk.request.request_id] for chunk in step.chunks if chunk.samples]
         states = [sample.state for _, sample in samples]
-        return _Launched(step, samples, self.runner.launch(step, states, after=None if after is None else after.flight))
+        flight = self.runner.launch(step, states, after=None if after is None else after.flight)
+        return _Launched(step, began, samples, flight)
 
     def _launch_behind(self, current: _Launched) -> _Launched | None:
         """The step behind the current one, launched already, if runner and scheduler see a way."""

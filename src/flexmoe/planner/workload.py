@@ -25,12 +25,16 @@ _DEFAULT_REQUESTS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A workload in figures. rate: requests a second. Lengths in tokens; longest: prompt and answer together."""
+    """A workload in figures. rate: requests a second. Lengths in tokens; longest: prompt and answer together.
+
+    requests: how many there are, about.
+    """
 
     rate: float
     mean_input: float
     mean_output: float
     longest: int
+    requests: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,13 +117,27 @@ class Workload:
             raise ConfigError("the workload has no request; raise its rate or its duration.")
         return found[: self.num_requests]
 
+    def share(self, part: float) -> Workload:
+        """A part of the requests, at random moments: what some of many equal replicas are asked."""
+        rate = self.demand().rate * part
+        count = None if self.num_requests is None else max(1, round(self.num_requests * part))
+        return self if part == 1 else replace(self, rate=rate, num_requests=count)
+
     def demand(self) -> Demand:
-        """Its figures, over all requests."""
-        requests = self.requests()
+        """Its figures; of a trace over all its requests."""
+        if self.trace is None:
+            assert self.rate is not None
+            count = self.num_requests or (_DEFAULT_REQUESTS if self.duration is None else math.inf)
+            expected = min(count, self.rate * self.duration if self.duration is not None else math.inf)
+            inputs, outputs = fmean(self.input_len), fmean(self.output_len)
+            return Demand(self.rate, inputs, outputs, self.input_len[1] + self.output_len[1], expected)
+        requests = replace(self, rate=None, num_requests=None).requests()
+        rate = self.rate or _rate(requests)
+        expected = min(self.num_requests or math.inf, len(requests) * rate / _rate(requests))
         longest = max(request.input_len + request.output_len for request in requests)
         inputs = fmean(request.input_len for request in requests)
         outputs = fmean(request.output_len for request in requests)
-        return Demand(self.rate or _rate(requests), inputs, outputs, longest)
+        return Demand(rate, inputs, outputs, longest, expected)
 
     def _drawn(self) -> list[TraceRequest]:
         assert self.rate is not None
