@@ -1,4 +1,4 @@
-"""An engine, planned where that is asked for. Enters: options of `LLM`. Leaves: an Engine, told what its steps should take.
+"""An engine, planned where that is asked for. Enters: options of `LLM`. Leaves: an Engine.
 
 `plan="auto"` searches a plan for the machine; `machine` alone lets the engine compare its steps with their prediction.
 """
@@ -11,12 +11,15 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import torch
+
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.machine import Machine
-from flexmoe.config.plan import DEGREES
+from flexmoe.config.plan import DEGREES, ParallelPlan
 from flexmoe.engine.device import choose_device
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError
+from flexmoe.models.hub import open_model
 from flexmoe.planner.estimate import Promise
 from flexmoe.planner.planning import Setting
 from flexmoe.planner.search import OBJECTIVES, Question
@@ -24,6 +27,8 @@ from flexmoe.planner.workload import Workload
 
 _log = logging.getLogger(__name__)
 
+# Where nobody says what there is.
+_ASSUMED = {"cuda": "h200x8", "cpu": "cpu2"}
 _OWN = ("machine", "workload", "objective", "search_budget")
 
 
@@ -31,7 +36,7 @@ def make_engine(options: Mapping[str, Any]) -> Engine:
     """options: of `EngineConfig.from_options`, and besides
 
     plan="auto": the best plan for the machine, as one engine on all its devices that are here. machine: a shipped one's
-    name, or a machine file; None: this machine's own, as `flexmoe bench machine` keeps it. workload: a file, or a
+    name, or a machine file; with None one is assumed, and logged. workload: a file, or a
     Workload. objective: "throughput", "tpot" or "ttft". search_budget: plans to cost at most.
 
     Raises ConfigError for what does not go together, and what the engine raises at its start.
@@ -51,7 +56,14 @@ def make_engine(options: Mapping[str, Any]) -> Engine:
     if auto:
         config = replace(config, parallel=_search(setting, config, own))
         setting = setting.resized(config.parallel.num_ranks)
-    return Engine(config, predict=setting.steps(config.parallel).terms)
+    return Engine(config, predict=setting.steps(config.parallel, config.scheduler).terms)
+
+
+def assumed_machine(kind: str) -> Machine:
+    """A machine that comes with the package, for a kind of device, with a line in the log."""
+    name = _ASSUMED[kind]
+    _log.warning("no machine is named, so this one is taken for %s; measure yours with `flexmoe bench machine`.", name)
+    return Machine.load(name)
 
 
 def _check_no_degrees(options: Mapping[str, Any]) -> None:
@@ -65,7 +77,7 @@ def _setting(config: EngineConfig, machine: object) -> Setting:
     device = config.device
     if machine is not None and not isinstance(machine, str | PathLike):
         raise ConfigError(f"machine={machine!r} is neither the name of a machine nor a file.")
-    found = Machine.load(str(machine)) if machine is not None else own_machine(device.device)
+    found = assumed_machine(choose_device(device.device).type) if machine is None else Machine.load(str(machine))
     source = open_model(replace(config.load, load_format="dummy"))
     return Setting.of(source.name, source.config, found, device.dtype, device.quantization)
 

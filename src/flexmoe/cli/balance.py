@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flexmoe.cli.options import debug_option
-from flexmoe.config.plan import MOE_DISPATCH, ExpertPlacement
+from flexmoe.config.plan import MOE_DISPATCH, ExpertPlacement, ParallelPlan
 from flexmoe.config.routing import LayerLoad, imbalance, rank_active, read_recording
 from flexmoe.planner.balance import balanced_plan, rank_imbalance
 

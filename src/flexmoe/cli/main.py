@@ -35,6 +35,8 @@ _COMMANDS = (
     "profile",
     "report",
     "tune",
+    "plan",
+    "simulate",
     "balance",
     "run",
     "incr_decoding",

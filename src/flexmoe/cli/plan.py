@@ -1,4 +1,4 @@
-"""`flexmoe plan`: how to spread a model over a machine. Leaves: a table of plans with reasons, and the best one's file."""
+"""`flexmoe plan`: how to spread a model over a machine. Leaves: a table of plans with reasons, the best one's file."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _table(rows: list[Ranked]) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("plan", "TTFT ms", "TPOT ms", "tok/s", "batch", "why it lost"):
+    for name in ("plan", "TTFT ms", "TPOT ms", "tok/s", "most at once", "why it lost"):
         table.add_column(name, justify="left" if name in ("plan", "why it lost") else "right")
     for ranked in rows:
         e = ranked.estimate

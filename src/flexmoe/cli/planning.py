@@ -1,4 +1,4 @@
-"""Options that `flexmoe plan` and `flexmoe simulate` share. Enters: words of the command line. Leaves: a workload, limits."""
+"""Options that `flexmoe plan` and `flexmoe simulate` share. Enters: words. Leaves: a setting, a workload, limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _positive, _above_zero = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 _input = click.Path(exists=True, dir_okay=False)
-_default = SchedulerConfig()
+_default = SchedulerConfig(max_num_seqs=256)  # seats enough that another plan does not win by having more
 
 
 def _length(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int] | None:

@@ -48,7 +48,9 @@ def _rates(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
 )
 @click.option("--gpus", callback=_gpus, help="Devices, as 8 or 1,2,4,8: a point each.  [default: the machine's]")
 @click.option("--rates", callback=_rates, help="Requests a second, as 1,2,4: a point each.")
-@click.option("--rate-per-gpu", type=_above_zero, help="Requests a second for each device, for points of several sizes.")
+@click.option(
+    "--rate-per-gpu", type=_above_zero, help="Requests a second for each device, for points of several sizes."
+)
 @workload_options
 @click.option(
     "--exact-tokens",
@@ -158,7 +160,19 @@ def _table(points: Sequence[Point]) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    heads = ("GPUs", "plan", "requests/s", "TTFT p50 ms", "p99", "TPOT p50 ms", "p99", "tok/s", "KV %", "imbalance", "busy %")
+    heads = (
+        "GPUs",
+        "plan",
+        "requests/s",
+        "TTFT p50 ms",
+        "p99",
+        "TPOT p50 ms",
+        "p99",
+        "tok/s",
+        "KV %",
+        "imbalance",
+        "busy %",
+    )
     for name in (*heads, ""):
         table.add_column(name, justify="left" if name in ("", "plan") else "right")
     for point in points:

@@ -1,9 +1,9 @@
-"""Drift: do steps take as long as was predicted? Enters: steps and their seconds. Leaves: a ratio, and a line in the log.
+"""Drift: do steps take as long as was predicted? Enters: steps and their seconds. Leaves: a ratio, a line in the log.
 
-Only an engine that was planned for a machine has one. The last steps are kept, with the terms of their prediction: so
-much for experts, for attention, for collectives. When the median of measured over predicted leaves its bound, the term
-is named whose error explains the steps best: the one of which a multiple, added to the prediction, comes nearest to what
-was measured (least squares). Long after it has come back, a new drift is told again.
+Only an engine that was started for a named machine has one. The last steps are kept, with the terms of their
+prediction: so much for experts, for attention, for collectives. When the median of measured over predicted leaves its
+bound, the term is named whose error explains the steps best: the one of which a multiple, added to the prediction,
+comes nearest to what was measured (least squares). Once the ratio has come back, a new drift is told again.
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ class _Launched:
 class Engine:
     """Runs a model for many requests at once."""
 
-    def __init__(
-        self, options: EngineConfig, ranks: Supervisor | None = None, predict: Predict | None = None
-    ) -> None:
+    def __init__(self, options: EngineConfig, ranks: Supervisor | None = None, predict: Predict | None = None) -> None:
         """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own.
 
         predict: what each step should take, to compare with what it takes.

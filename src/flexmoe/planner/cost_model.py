@@ -19,7 +19,7 @@ from flexmoe.planner.collectives import exchange_seconds
 from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.memory import MemoryUse, memory_use
 from flexmoe.planner.operations import BITS, Operation
-from flexmoe.planner.routing import ExpertLoads, Load, Routing
+from flexmoe.planner.routing import Load, Routing, expert_loads
 
 TERMS = (
     "attention projections", "attention", "router", "experts", "dense", "combine", "head", "all-reduce", "all-to-all",
@@ -111,12 +111,11 @@ class CostModel:
         """dtype: of all that is not quantized. routing: how rows choose experts; None: all are as likely."""
         check(plan, model)
         self.machine, self.model, self.plan, self.dtype = machine, model, plan, dtype
-        self._quantization = quantization
+        self.quantization = quantization
         per_node = min(plan.num_ranks, machine.devices_per_node) if machine.nodes > 1 else plan.num_ranks
         self._lookup = Lookup(machine, dtype, quantization, per_node if machine.is_shared else 1)
-        self._layout = RankLayout(plan)
+        self._group = functools.cache(RankLayout(plan).group)
         self._routing = routing or Routing()
-        self._loads: dict[ExpertPlacement, ExpertLoads] = {}
         self._fixed = functools.lru_cache(maxsize=4096)(self._without_attention)
 
     def step(self, shape: StepShape) -> StepCost:
@@ -129,7 +128,7 @@ class CostModel:
     def memory(self, max_tokens: int, step_tokens: int = 2048) -> MemoryUse:
         """With so many tokens in the KV cache of each data rank, and so many computed together."""
         return memory_use(
-            self.machine, self.model, self.plan, self.dtype, self._quantization, max_tokens, step_tokens
+            self.machine, self.model, self.plan, self.dtype, self.quantization, max_tokens, step_tokens
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ passes
@@ -153,7 +152,7 @@ class CostModel:
             return 0 if spread else most
         if plan.num_ranks > 1 or self.dtype not in _WORTH_TORCH:
             return 0
-        if self._quantization is not None:
+        if self.quantization is not None:
             return most
         model = self.model
         weights = model.num_active_parameters() - model.vocab_size * model.hidden_size
@@ -208,10 +207,8 @@ class CostModel:
         return cost.plus(self._dense(path, moe.shared_width, rows)) if moe.shared_width else cost
 
     def _load(self, placement: ExpertPlacement, rows: int) -> Load:
-        if placement not in self._loads:
-            assert self.model.moe is not None
-            self._loads[placement] = ExpertLoads(self.model.moe, placement, self._routing)
-        return self._loads[placement].load(rows)
+        assert self.model.moe is not None
+        return expert_loads(self.model.moe, placement, self._routing).load(rows)
 
     def _dense(self, path: str, width: int, rows: int) -> StepCost:
         hidden = self.model.hidden_size
@@ -241,11 +238,10 @@ class CostModel:
         cost = self._price(path, "head", Operation("linear", sampled, (words, hidden))) if sampled else StepCost()
         cost = cost.plus(self._all_reduce(path, "tp", first, rows * hidden))
         numbers = 8 * rows / (BITS[self.dtype] / 8) if path == "fused" else sampled * words
-        group = self._layout.group("tp", last)
+        group = self._group("tp", last)
         gathered = self._collective(path, "all_gather", group, numbers * len(group))
-        sends = (plan.pipeline_parallel_size - 1) * self._collective(
-            path, "send", (0, plan.stage_size), rows * hidden
-        )  # fmt: skip
+        stages = plan.pipeline_parallel_size
+        sends = (stages - 1) * self._collective(path, "send", (0, plan.stage_size), rows * hidden) if stages > 1 else 0
         return cost.plus(StepCost({"all-reduce": gathered} | ({"pipeline": sends} if sends else {})))
 
     # ------------------------------------------------------------------------------------------------ exchanges
@@ -253,15 +249,15 @@ class CostModel:
     def _exchange(self, path: str, shard: Shard, placement: ExpertPlacement, rows: int) -> StepCost:
         """What a MoE layer's ranks send each other, by the formulas of docs/parallel.md."""
         plan, hidden = self.plan, self.model.hidden_size
-        stage, tp = self._layout.group("stage", shard.rank), self._layout.group("tp", shard.rank)
+        stage, tp = self._group("stage", shard.rank), self._group("tp", shard.rank)
         if not plan.uses_all_to_all:
             if plan.data_parallel_size == 1:
                 return self._all_reduce(path, "stage", shard, rows * hidden)
-            replicas = self._layout.group("dp", shard.rank)
+            replicas = self._group("dp", shard.rank)
             whole = rows * len(replicas) * hidden
             seconds = sum(self._collective(path, op, replicas, whole) for op in ("all_gather", "reduce_scatter"))
             return StepCost({"all-reduce": seconds}).plus(self._all_reduce(path, "tp", shard, rows * hidden))
-        ep, etp = self._layout.group("ep", shard.rank), self._layout.group("etp", shard.rank)
+        ep, etp = self._group("ep", shard.rank), self._group("etp", shard.rank)
         own = rows / len(tp)
         sent = self._load(placement, rows * plan.data_parallel_size).reached * own * hidden
         seconds = 2 * self._collective(path, "all_to_all", ep, sent) + self._collective(path, "all_to_all", ep, 8)
@@ -271,7 +267,7 @@ class CostModel:
         return StepCost({"all-to-all": seconds if len(stage) > 1 else 0.0})
 
     def _all_reduce(self, path: str, group: str, shard: Shard, numbers: float) -> StepCost:
-        ranks = self._layout.group(group, shard.rank)
+        ranks = self._group(group, shard.rank)
         return StepCost({"all-reduce": self._collective(path, "all_reduce", ranks, numbers)} if len(ranks) > 1 else {})
 
     def _collective(self, path: str, op: str, ranks: tuple[int, ...], numbers: float) -> float:

@@ -21,7 +21,9 @@ from flexmoe.planner.steps import Steps
 from flexmoe.planner.workload import Demand
 
 Terms = Mapping[str, float]
-PROMPTS, WAITING = "prompts of others", "waiting"
+PROMPTS, WAITING = "prompts", "waiting"
+# What stops the largest batch.
+MEMORY, SEATS, TIMES = "KV cache", "max_num_seqs", "promised times"
 _BUSIEST = 0.98  # of the time in prompts: above, a queue only grows
 
 
@@ -43,9 +45,9 @@ class Promise:
 class Estimate:
     """A candidate's prediction.
 
-    refused: why it cannot run; nothing else is known then. missed: what it falls short of at the demanded rate, "" if of
-    nothing; hopeless: it breaks a promise at any rate. batch: requests that decode together in a replica at the demanded
-    rate; most: as many as times promised and memory allow, and limit: which of them stops it.
+    refused: why it cannot run; nothing else is known then. missed: what it falls short of at the demanded rate, "" if
+    of nothing; hopeless: it breaks a promise at any rate. batch: requests that decode together in a replica at the
+    demanded rate; most: as many as times promised and memory allow, and limit: which of them stops it.
     ttft, tpot: seconds, at the demanded rate. throughput: output tokens a second of all replicas with `most` requests
     each. first, token, work: the terms of ttft, of tpot, and of one over throughput.
     extrapolated: the machine's tables do not reach so far.
@@ -67,9 +69,7 @@ class Estimate:
     extrapolated: bool = False
 
 
-def estimate(
-    candidate: Candidate, steps: Steps, demand: Demand, promise: Promise, limits: SchedulerConfig
-) -> Estimate:
+def estimate(candidate: Candidate, steps: Steps, demand: Demand, promise: Promise, limits: SchedulerConfig) -> Estimate:
     """Predict. steps: of the candidate's plan."""
     longest = min(demand.longest, limits.max_model_len or demand.longest)
     refused = steps.refusal(longest)
@@ -94,7 +94,7 @@ class _Steady:
         by_memory = self.data_ranks * int(steps.kv_tokens / tokens)
         seats = self.data_ranks * limits.max_num_seqs
         self.bound = max(1, min(seats, by_memory))
-        self.limit = "memory for keys and values" if by_memory < seats else "max_num_seqs"
+        self.limit = MEMORY if by_memory < seats else SEATS
 
     def estimate(self) -> Estimate:
         """All figures."""
@@ -105,11 +105,11 @@ class _Steady:
         first = self._first(batch or self.bound)
         at_once = working * self.candidate.replicas
         work = {name: seconds / at_once for name, seconds in self._token(working).items()}
-        limit = self.limit if most == self.bound else "promised times"
+        limit = self.limit if most == self.bound else TIMES
         return Estimate(
-            candidate=self.candidate, missed=self._missed(batch), hopeless=not most, batch=batch or self.bound, most=working,
-            limit=limit, ttft=sum(first.values()), tpot=tpot, throughput=1 / sum(work.values()), first=first,
-            token=self._token(batch or self.bound), work=work, extrapolated=self.steps.extrapolated,
+            candidate=self.candidate, missed=self._missed(batch), hopeless=not most, batch=batch or self.bound,
+            most=working, limit=limit, ttft=sum(first.values()), tpot=tpot, throughput=1 / sum(work.values()),
+            first=first, token=self._token(batch or self.bound), work=work, extrapolated=self.steps.extrapolated,
         )  # fmt: skip
 
     def _missed(self, batch: int) -> str:

@@ -1,4 +1,4 @@
-"""planning: a model on a machine, ready to be asked. Enters: names and files. Leaves: a search, a simulation, step times.
+"""planning: a model on a machine, ready to be asked. Enters: names, files. Leaves: searches, simulations, step times.
 
 What `flexmoe plan`, `flexmoe simulate`, `LLM(plan="auto")` and FlexFlow's search keys have in common.
 """
@@ -23,7 +23,7 @@ from flexmoe.planner.estimate import Promise
 from flexmoe.planner.figures import EXTRAPOLATED, PREDICTED, Point, point
 from flexmoe.planner.placement import MOST_SPARE, place
 from flexmoe.planner.replica import EngineLimits
-from flexmoe.planner.routing import ExpertLoads, Routing
+from flexmoe.planner.routing import Routing, expert_loads
 from flexmoe.planner.search import Found, Question, search
 from flexmoe.planner.simulator import Fleet, simulate
 from flexmoe.planner.space import Candidate, Space
@@ -95,7 +95,7 @@ class Setting:
         return search(self.model, question, lambda candidate: self._placed(candidate, question.limits))
 
     def candidate(self, plan: str, workload: Workload, limits: SchedulerConfig) -> Candidate:
-        """The plan of a file, as often as the devices allow, or of "auto" the best. Raises ConfigError if it misfits."""
+        """The plan of a file, as often as the devices allow; of "auto" the best. Raises ConfigError if it misfits."""
         gpus = self.machine.num_devices
         if plan == "auto":
             promise = Promise.from_ms(workload.slo_ttft_ms, workload.slo_tpot_ms)
@@ -105,8 +105,7 @@ class Setting:
         check(read, self.model)
         if gpus % read.num_ranks:
             raise ConfigError(
-                f"the plan {plan} needs {read.num_ranks} devices, of which {gpus} are no multiple; change the number of "
-                "GPUs."
+                f"the plan {plan} needs {read.num_ranks} devices, of which {gpus} are no multiple; use another number."
             )
         return Candidate(read, gpus // read.num_ranks)
 
@@ -160,7 +159,7 @@ class Setting:
         if moe is None or plan.expert_parallel_size == 1:
             return 1.0
         placed = {plan.placement(moe.num_experts, i) for i, layer in enumerate(self.model.layers) if layer.is_moe}
-        loads = [ExpertLoads(moe, placement, self.routing or Routing()).load(_ROWS) for placement in placed]
+        loads = [expert_loads(moe, placement, self.routing or Routing()).load(_ROWS) for placement in placed]
         return fmean(load.pairs for load in loads) * plan.expert_parallel_size / (_ROWS * moe.top_k)
 
     def _stages(self, plan: ParallelPlan) -> Sequence[Sequence[LayerLoad]]:

@@ -90,7 +90,7 @@ def terms(found: Estimate, objective: Objective) -> Terms:
 
 
 def shortfall(found: Estimate, objective: Objective) -> str:
-    """What is not kept of what was asked, "" if nothing. Throughput asks for as many requests as can be, not for some."""
+    """What is not kept of what was asked, "" if nothing. Throughput asks for no rate, but for the most."""
     if objective == "throughput":
         return found.missed if found.hopeless else ""
     return found.missed
@@ -99,7 +99,12 @@ def shortfall(found: Estimate, objective: Objective) -> str:
 def _rank(estimates: Iterable[Estimate], objective: Objective) -> tuple[Ranked, ...]:
     def key(found: Estimate) -> tuple[bool, bool, float, tuple[int, ...]]:
         # Nine digits: what differs by rounding alone is decided by simplicity.
-        return bool(found.refused), bool(shortfall(found, objective)), float(f"{value(found, objective):.9g}"), found.candidate.order
+        return (
+            bool(found.refused),
+            bool(shortfall(found, objective)),
+            float(f"{value(found, objective):.9g}"),
+            found.candidate.order,
+        )
 
     ordered = sorted(estimates, key=key)
     best = ordered[0]
@@ -123,9 +128,8 @@ def _reason(found: Estimate, best: Estimate, objective: Objective) -> str:
     losses = {name: own.get(name, 0.0) - others.get(name, 0.0) for name in sorted({*own, *others})}
     worst = max(losses, key=lambda name: losses[name])
     if losses[worst] <= 0:
-        return "the same; the winner is simpler"
-    batch = f" at batch {found.most} ({found.limit})" if objective == "throughput" else ""
-    return f"{worst} {_span(own.get(worst, 0.0))}, the winner's {_span(others.get(worst, 0.0))}{batch}"
+        return "the same, and less simple"
+    return f"{worst} {_span(own.get(worst, 0.0))}, the best {_span(others.get(worst, 0.0))}"
 
 
 def _span(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""space: every way to spread a model over GPUs. Enters: a model, a number of GPUs. Leaves: candidates, in a fixed order.
+"""space: every way to spread a model over GPUs. Enters: a model, a number of GPUs. Leaves: candidates, in order.
 
 GPUs = replicas x pipeline x data x tensor, and whole experts over any divisor of data x tensor. Replicas are engines of
 their own, which share nothing but the requests that a router gives them; the other degrees are a plan's.

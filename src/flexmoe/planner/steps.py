@@ -7,8 +7,10 @@ prompts of one step count as equal ones with the same sum: what was asked before
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from flexmoe.planner.cost_model import Chunk, CostModel, StepShape
+from flexmoe.planner.memory import MemoryUse
 from flexmoe.planner.operations import BITS
 from flexmoe.scheduling.data_ranks import JointStep
 from flexmoe.scheduling.scheduler import ScheduledChunk, Step
@@ -35,12 +37,17 @@ class Steps:
 
     def refusal(self, max_tokens: int) -> str:
         """Why a request of so many tokens has no room, "" if it has."""
-        return self.cost.memory(max_tokens, self.step_tokens).reason
+        return "" if max_tokens <= self.kv_tokens else self.cost.memory(max_tokens, self.step_tokens).reason
 
-    @property
+    @cached_property
     def kv_tokens(self) -> int:
         """Tokens that the KV cache of a data rank can hold."""
-        return self.cost.memory(0, self.step_tokens).kv_tokens
+        return self._memory.kv_tokens
+
+    @cached_property
+    def _memory(self) -> MemoryUse:
+        """Without a cache."""
+        return self.cost.memory(0, self.step_tokens)
 
     @property
     def spare_experts(self) -> int:
@@ -48,7 +55,7 @@ class Steps:
         moe, plan = self.cost.model.moe, self.cost.plan
         if moe is None:
             return 0
-        use = self.cost.memory(0, self.step_tokens)
+        use = self._memory
         width = moe.expert_width // plan.expert_tensor_size
         size = 3 * self.cost.model.hidden_size * width * BITS[self.cost.quantization or self.cost.dtype] / 8
         return int(_REPLICA_SHARE * max(0, use.capacity - use.total) / size)
@@ -99,7 +106,11 @@ def _key(step: Step) -> tuple[int, ...]:
 
 def _prompts(chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
     tokens = sum([chunk.num_tokens for chunk in chunks])
-    return len(chunks), max(len(chunks), _coarse(tokens)), _coarse(sum([chunk.start for chunk in chunks]) // len(chunks))
+    return (
+        len(chunks),
+        max(len(chunks), _coarse(tokens)),
+        _coarse(sum([chunk.start for chunk in chunks]) // len(chunks)),
+    )
 
 
 def _shape(key: tuple[int, ...]) -> StepShape:

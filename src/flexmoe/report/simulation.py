@@ -1,4 +1,4 @@
-"""Curves of simulations. Enters: points. Leaves: a PNG or SVG. What was measured is a filled mark, all else is hollow."""
+"""Curves of simulations. Enters: points. Leaves: a PNG or SVG. Measured ones are filled, all others hollow."""
 
 from __future__ import annotations
 

@@ -101,7 +101,9 @@ class _Figures(Collector):
         """Only of an engine that was planned for a machine."""
         drift = self._service.engine.engine.drift
         if drift is not None:
-            yield self._counter("step_seconds_predicted", "Seconds that the steps were predicted to take.", drift.predicted)
+            yield self._counter(
+                "step_seconds_predicted", "Seconds that the steps were predicted to take.", drift.predicted
+            )
             yield self._counter("step_seconds_measured", "Seconds that they took.", drift.measured)
             what = "Median of measured over predicted time, of the last steps."
             yield self._gauge("step_time_ratio", what, drift.ratio)
