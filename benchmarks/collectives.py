@@ -10,144 +10,15 @@ one at a time: called from Python, and on GPUs as a CUDA graph of several, repla
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
+from flexmoe.bench.collectives import cases, rows
 from flexmoe.bench.record import append, facts
-from flexmoe.parallel import mesh as meshes
-from flexmoe.parallel.comm import Group, Traffic
-from flexmoe.parallel.launch import spawn
-from flexmoe.parallel.rank import Setup, main
-from flexmoe.parallel.supervisor import Supervisor
 
-_OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-_TIMEOUT = 60.0
-_SAMPLES, _CALLS = 10, 20  # a sample is the mean of so many calls, of fewer where they are long
-_SAMPLE_BYTES = 64 * 2**20
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """What is measured. num_bytes: of the whole tensor. It travels as a tuple, since ranks know this module by name."""
-
-    op: str
-    num_bytes: int
-    captured: bool
-    device: str
-
-
-Measured = tuple[list[float], float]  # of one rank: microseconds a call, sample by sample; bytes sent in one
-
-
-class Rank:
-    """Measures cases as they are told to all ranks."""
-
-    def __init__(self, setup: Setup, beats: MutableSequence[int]) -> None:
-        self._setup, self._beats = setup, beats
-
-    def handle(self, command: str, payload: Any) -> Measured:
-        """The only command is to measure a case."""
-        assert command == "measure"
-        case = Case(*payload)
-        device = torch.device(f"cuda:{self._setup.local_rank}" if case.device == "cuda" else "cpu")
-        if not dist.is_initialized():
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            setup = self._setup
-            meshes.join(setup.host, setup.port, setup.rank, setup.size, device, setup.timeout)
-        return self._measure(case, device)
-
-    def close(self) -> None:
-        """Leave the world."""
-        meshes.leave()
-
-    def _measure(self, case: Case, device: torch.device) -> Measured:
-        traffic = Traffic(beats=self._beats)
-        group = Group(self._setup.size, self._setup.rank, dist.group.WORLD, traffic)
-        call = _call(case, group, device)
-        call()
-        sent = sum(traffic.take().values())
-        calls = max(1, min(_CALLS, _SAMPLE_BYTES // case.num_bytes))
-        run = _captured(call, calls) if case.captured else lambda: [call() for _ in range(calls)]
-        run()
-        us = []
-        for _ in range(_SAMPLES):
-            group.minimum(0, device)  # all begin together
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            us.append(1e6 * (time.perf_counter() - start) / calls)
-        return us, sent
-
-
-def _call(case: Case, group: Group, device: torch.device) -> Callable[[], Any]:
-    rows = case.num_bytes // 2
-    x = torch.zeros(rows, dtype=torch.bfloat16, device=device)
-    if case.op == "all_gather":
-        part = x[: rows // group.size].clone()
-        return lambda: group.all_gather(part, case.op)
-    if case.op == "all_to_all":
-        even = [rows // group.size] * group.size
-        x = x[: sum(even)].clone()
-        return lambda: group.all_to_all(x, even, even, case.op)
-    if case.op == "reduce_scatter":
-        x = x[: rows // group.size * group.size].clone()
-        return lambda: group.reduce_scatter(x, case.op)
-    return lambda: group.all_reduce(x, case.op)
-
-
-def _captured(call: Callable[[], Any], calls: int) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(calls):
-            call()
-    return graph.replay
-
-
-def run() -> None:
-    """The program of a rank."""
-    main(Rank, sys.argv[1:])
-
-
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """All cases, one after the other."""
-    shared = facts(torch.device(args.device))
-    ranks = Supervisor(spawn(Path(__file__).stem, args.ranks, _TIMEOUT), _TIMEOUT, str)
-    try:
-        for case in _cases(args):
-            number = ranks.post("measure", astuple(case), "measuring", owed=range(args.ranks))
-            yield _row(case, args.ranks, list(ranks.wait(number).values())) | shared
-    finally:
-        ranks.close()
-
-
-def _cases(args: argparse.Namespace) -> Iterator[Case]:
-    size, most = args.sizes
-    while size <= most:
-        for op in _OPS:
-            for captured in (False, True) if args.device == "cuda" else (False,):
-                yield Case(op, size, captured, args.device)
-        size *= 4
-
-
-def _row(case: Case, ranks: int, found: Sequence[Measured]) -> dict[str, Any]:
-    us, sent = max(found, key=lambda measured: float(np.median(measured[0])))  # of the slowest rank
-    p20, median, p80 = (round(float(value), 2) for value in np.percentile(us, (20, 50, 80)))
-    return {
-        "benchmark": "collectives", "op": case.op, "ranks": ranks, "bytes": case.num_bytes, "dtype": "bfloat16",
-        "mode": "graph" if case.captured else "eager", "us": {"median": median, "p20": p20, "p80": p80},
-        "samples": _SAMPLES, "sent": sent, "gb_s": round(sent / median / 1e3, 2),
-    }  # fmt: skip
 
 
 def _sizes(text: str) -> tuple[int, int]:
@@ -175,7 +46,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(words: Sequence[str] | None = None) -> None:
     """Measure, print, and append rows."""
     args = arguments(words)
-    for row in rows(args):
+    shared = facts(torch.device(args.device))
+    for found in rows(args.ranks, cases(args.device, *args.sizes)):
+        row = found | shared
         what = f"{row['op']:>14} {row['bytes']:>9} bytes {row['mode']:>5}"
         print(f"{what}: {row['us']['median']:>10.1f} us {row['gb_s']:>7} GB/s", flush=True)
         if args.out:

@@ -1,6 +1,6 @@
 """`flexmoe bench`: measure speed. Leaves: a table on stdout and, with --out, a JSON row for each figure's line.
 
-`latency` is here, `serve` in bench_serve.py, `suite` in bench_suite.py.
+`latency` is here, `machine` in bench_machine.py, `serve` in bench_serve.py, `suite` in bench_suite.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.bench_machine import machine
 from flexmoe.cli.bench_serve import serve
 from flexmoe.cli.bench_suite import suite
 from flexmoe.cli.options import debug_option, numbers
@@ -36,6 +37,7 @@ def bench() -> None:
     """Measure speed, beside what memory allows and beside other engines."""
 
 
+bench.add_command(machine)
 bench.add_command(serve)
 bench.add_command(suite)
 

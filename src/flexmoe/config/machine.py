@@ -31,8 +31,9 @@ class DeviceSpec:
     """What computes. A GPU is a rank's own; a CPU is shared by the ranks of its machine, and this is all of it.
 
     read_bandwidth: bytes a second of a plain stream. peak_flops: of matrix products, by dtype. launch_s: what an
-    operation takes that has next to nothing to do. host_s: what a step takes beside its layers. torch_layer_s: what
-    the host takes to launch a layer in torch, while a GPU computes what was launched before. cores: of a CPU.
+    operation takes that has next to nothing to do. host_s and host_row_s: what a step, and each of its rows,
+    takes beside operations. torch_layer_s: what the host takes to launch a layer in torch, while a GPU computes what
+    was launched before. cores: of a CPU.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class DeviceSpec:
     peak_flops: Mapping[str, float]
     launch_s: float
     host_s: float
+    host_row_s: float = 0.0
     torch_layer_s: float = 0.0
     cores: int = 0
 
@@ -89,7 +91,7 @@ class Sample:
     op: str
     dtype: str
     rows: int
-    shape: tuple[int, ...]
+    shape: tuple[float, ...]
     seconds: float
     ranks: int = 1
 
@@ -188,6 +190,7 @@ def _text(machine: Machine) -> str:
             "read_gb_s": _digits(device.read_bandwidth / 1e9),
             "tflops": {dtype: _digits(flops / 1e12) for dtype, flops in device.peak_flops.items()},
             "launch_us": _digits(device.launch_s * 1e6), "host_us": _digits(device.host_s * 1e6),
+            "host_row_us": _digits(device.host_row_s * 1e6),
             "torch_layer_us": _digits(device.torch_layer_s * 1e6), "cores": device.cores,
         },
         "reserve_gib": _digits(machine.reserve_bytes / _GIB),
@@ -211,12 +214,23 @@ def _link_json(link: Link) -> dict[str, Any]:
 
 
 def _sample_json(sample: Sample) -> list[Any]:
-    return [sample.op, sample.dtype, sample.ranks, sample.rows, list(sample.shape), _digits(sample.seconds * 1e6)]
+    return [
+        sample.op,
+        sample.dtype,
+        sample.ranks,
+        sample.rows,
+        [_plain(size) for size in sample.shape],
+        _digits(sample.seconds * 1e6),
+    ]
 
 
 def _digits(value: float) -> float:
     """Six of them: more were never measured."""
     return float(f"{value:.6g}")
+
+
+def _plain(size: float) -> float:
+    return int(size) if size == int(size) else round(size, 2)
 
 
 def _read(text: str, where: str) -> Machine:
@@ -262,6 +276,7 @@ def _device(data: Any) -> DeviceSpec:
         peak_flops={dtype: _positive(flops, dtype) * 1e12 for dtype in flops},
         launch_s=_number(data, "launch_us") / 1e6,
         host_s=_number(data, "host_us", 0) / 1e6,
+        host_row_s=_number(data, "host_row_us", 0) / 1e6,
         torch_layer_s=_number(data, "torch_layer_us", 0) / 1e6,
         cores=round(_number(data, "cores", 0)),
     )
@@ -290,7 +305,7 @@ def _exchange(row: Any) -> Exchange:
 def _sample(row: Any) -> Sample:
     match row:
         case [str(op), str(dtype), int(ranks), int(rows), list(shape), (int() | float()) as us] if us > 0:
-            return Sample(op, dtype, rows, tuple(int(size) for size in shape), us / 1e6, ranks)
+            return Sample(op, dtype, rows, tuple(float(size) for size in shape), us / 1e6, ranks)
     raise ConfigError(
         f"{row!r} is no measured operation; one is [operation, dtype, ranks, rows, [sizes], microseconds]."
     )

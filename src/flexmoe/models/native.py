@@ -6,7 +6,8 @@ operations. `kernels/cpu/decode.c` says how.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,23 @@ class NativeDecoder:
 
     def __call__(self, rows: PagedRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
         """Logits fp32 [T, V] of T rows; writes their keys and values into the cache."""
-        if self._cache is not cache:
-            self._model.bind_cache(cache.layers)
-            self._cache = cache
+        self._bind(cache)
         out = self._model.activations(len(rows.token_ids))
         if probe is None:
             self._model.run(rows, out)
         else:
             self._run_probed(rows, out, probe)
         return out.logits
+
+    def parts(self, rows: PagedRows, cache: KVCache) -> Callable[[Part, int | None], None]:
+        """A step in parts, for who times them: call it with parts and a layer or None, Part.EMBED first."""
+        self._bind(cache)
+        return functools.partial(self._model.run, rows, self._model.activations(len(rows.token_ids)))
+
+    def _bind(self, cache: KVCache) -> None:
+        if self._cache is not cache:
+            self._model.bind_cache(cache.layers)
+            self._cache = cache
 
     def _run_probed(self, rows: PagedRows, out: Activations, probe: Probe) -> None:
         """Part by part, so that the probe sees what each adds to the residual stream."""

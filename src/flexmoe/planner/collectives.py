@@ -6,17 +6,13 @@ link. Ranks on several nodes exchange inside of each node, then between nodes wh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
 from flexmoe.config.machine import Exchange, Link, Machine
 
-# What one of P ranks sends at least, as a part of the whole tensor.
-_SENT = {
-    "all_reduce": lambda ranks: 2 * (ranks - 1) / ranks, "all_gather": lambda ranks: (ranks - 1) / ranks,
-    "reduce_scatter": lambda ranks: (ranks - 1) / ranks, "all_to_all": lambda ranks: (ranks - 1) / ranks,
-    "send": lambda ranks: 1.0,
-}  # fmt: skip
+_WHOLE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}  # times (P - 1) / P
 
 
 def exchange_seconds(
@@ -55,8 +51,9 @@ def is_measured(link: Link, op: str, ranks: int) -> bool:
 
 
 def _formula(link: Link, op: str, ranks: int, num_bytes: float) -> float:
-    rounds = 1.0 if op == "send" else math.log2(max(2, ranks))
-    return link.latency_s * rounds + _SENT[op](ranks) * num_bytes / link.bandwidth
+    """A rank sends at least its part of the tensor; a message's latency counts for each doubling of the ranks."""
+    sent = num_bytes if op == "send" else _WHOLE[op] * (ranks - 1) / ranks * num_bytes
+    return link.latency_s * math.log2(max(2, ranks)) + sent / link.bandwidth
 
 
 def _points(link: Link, op: str, ranks: int, *, captured: bool) -> list[Exchange]:
@@ -73,7 +70,7 @@ def _interpolated(points: Sequence[Exchange], num_bytes: float) -> float:
     """Below the smallest as long as it, above the largest as fast as it."""
     if num_bytes <= points[0].num_bytes:
         return points[0].seconds
-    for low, high in zip(points, points[1:], strict=False):
+    for low, high in itertools.pairwise(points):
         if num_bytes <= high.num_bytes:
             part = math.log(num_bytes / low.num_bytes) / math.log(high.num_bytes / low.num_bytes)
             return math.exp((1 - part) * math.log(low.seconds) + part * math.log(high.seconds))

@@ -7,14 +7,16 @@ layer together the one with most to do counts, since the others wait for it.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flexmoe.config.layout import RankLayout
 from flexmoe.config.machine import Machine
-from flexmoe.config.model import LayerConfig, ModelConfig
+from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ExpertPlacement, ParallelPlan
 from flexmoe.config.shard import Shard, check
+from flexmoe.errors import ConfigError
 from flexmoe.planner.collectives import exchange_seconds
 from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.memory import MemoryUse, memory_use
@@ -22,7 +24,7 @@ from flexmoe.planner.operations import BITS, Operation
 from flexmoe.planner.routing import Load, Routing, expert_loads
 
 TERMS = (
-    "attention projections", "attention", "router", "experts", "dense", "combine", "head", "all-reduce", "all-to-all",
+    "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
     "host", "pipeline",
 )  # fmt: skip
 _FUSED_ROWS = {"cuda": 256, "cpu": 64}  # of decodes that the fused kernels take
@@ -84,6 +86,20 @@ class StepCost:
 
 
 @dataclass(frozen=True, slots=True)
+class _Stage:
+    """The first rank of a pipeline stage, and the layers there: how many of each kind, and with which window.
+
+    config: with the rank's sizes. groups: by name, the ranks of each group that the rank is in.
+    """
+
+    config: ModelConfig
+    vocabulary: int
+    kinds: Mapping[tuple[bool, ExpertPlacement | None], int]
+    windows: Mapping[int | None, int]
+    groups: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class _Pass:
     """Rows that go through the layers together."""
 
@@ -110,19 +126,31 @@ class CostModel:
     ) -> None:
         """dtype: of all that is not quantized. routing: how rows choose experts; None: all are as likely."""
         check(plan, model)
+        if plan.num_ranks > machine.num_devices and not machine.is_shared:
+            raise ConfigError(
+                f"the plan has {plan.num_ranks} ranks, but the machine {machine.name} has {machine.num_devices} "
+                "devices; use a smaller plan or a larger machine."
+            )
         self.machine, self.model, self.plan, self.dtype = machine, model, plan, dtype
         self.quantization = quantization
         per_node = min(plan.num_ranks, machine.devices_per_node) if machine.nodes > 1 else plan.num_ranks
         self._lookup = Lookup(machine, dtype, quantization, per_node if machine.is_shared else 1)
-        self._group = functools.cache(RankLayout(plan).group)
+        self._stages = [
+            _stage(Shard(plan, model, place * plan.stage_size)) for place in range(plan.pipeline_parallel_size)
+        ]
         self._routing = routing or Routing()
         self._fixed = functools.lru_cache(maxsize=4096)(self._without_attention)
 
     def step(self, shape: StepShape) -> StepCost:
         """Of the whole step, until its tokens are known."""
-        cost = StepCost({"host": self.machine.device.host_s})
+        device = self.machine.device
+        cost = StepCost({"host": device.host_s + device.host_row_s * (shape.decodes + len(shape.chunks))})
         for each in self._passes(shape):
-            cost = cost.plus(self._fixed(each.path, each.rows, each.sampled)).plus(self._attention(each))
+            computed = self._fixed(each.path, each.rows, each.sampled).plus(self._attention(each))
+            cost = cost.plus(computed)
+            if each.path == "torch" and not self.machine.is_shared:  # the host launches while the GPU computes
+                launching = self.model.num_layers * device.torch_layer_s
+                cost = cost.plus(StepCost({"host": max(0.0, launching - computed.seconds)}))
         return cost
 
     def memory(self, max_tokens: int, step_tokens: int = 2048) -> MemoryUse:
@@ -135,13 +163,14 @@ class CostModel:
 
     def _passes(self, shape: StepShape) -> list[_Pass]:
         """Decodes that have a path of their own, and all the rest."""
-        context, decodes = max(1, round(shape.context)), shape.decodes
+        context, decodes = _rounded(shape.context), shape.decodes
+        chunks = tuple(Chunk(_rounded(c.tokens), _rounded(c.cached) if c.cached else 0) for c in shape.chunks)
         fused = 0 < decodes <= self._most_fused()
         found = [_Pass("fused", decodes, decodes, decodes, context, ())] if fused else []
         rest = 0 if fused else decodes
         rows = rest + sum(chunk.tokens for chunk in shape.chunks)
         if rows:
-            found.append(_Pass("torch", rows, rest + len(shape.chunks), rest, context, shape.chunks))
+            found.append(_Pass("torch", _rounded(rows), rest + len(chunks), rest, context, chunks))
         return found
 
     def _most_fused(self) -> int:
@@ -163,54 +192,46 @@ class CostModel:
     def _without_attention(self, path: str, rows: int, sampled: int) -> StepCost:
         """All that does not depend on contexts, on all stages."""
         cost = StepCost()
-        for stage in range(self.plan.pipeline_parallel_size):
-            shard = Shard(self.plan, self.model, stage * self.plan.stage_size)
-            for (layer, placement), count in self._kinds(shard).items():
-                cost = cost.plus_scaled(self._layer(path, shard, layer, placement, rows), count)
+        for stage in self._stages:
+            for (is_moe, placement), count in stage.kinds.items():
+                layer = (
+                    self._moe_layer(path, stage, placement, rows) if is_moe else self._dense_layer(path, stage, rows)
+                )
+                cost = cost.plus_scaled(layer.plus(self._projections(path, stage, rows)), count)
         return cost.plus(self._ends(path, rows, sampled))
 
-    def _kinds(self, shard: Shard) -> dict[tuple[LayerConfig, ExpertPlacement | None], int]:
-        """Layers of a stage that cost the same, and how many of each there are."""
-        found: dict[tuple[LayerConfig, ExpertPlacement | None], int] = {}
-        for index in shard.layers:
-            layer, moe = self.model.layers[index], self.model.moe
-            is_moe = layer.is_moe and moe is not None
-            key = layer, self.plan.placement(moe.num_experts, index) if is_moe and moe is not None else None
-            found[key] = found.get(key, 0) + 1
-        return found
+    def _projections(self, path: str, stage: _Stage, rows: int) -> StepCost:
+        """Those of attention, and the sum over its ranks."""
+        config, hidden = stage.config, self.model.hidden_size
+        first = Operation("linear", rows, (config.qkv_size, hidden))
+        second = Operation("linear", rows, (hidden, config.attention.num_heads * config.attention.head_dim))
+        cost = self._price(path, "attention projections", first, second)
+        return cost.plus(self._all_reduce(path, stage.groups["tp"], rows * hidden))
 
-    def _layer(
-        self, path: str, shard: Shard, layer: LayerConfig, placement: ExpertPlacement | None, rows: int
-    ) -> StepCost:
-        """One layer without its attention proper, and what its ranks exchange."""
-        local, hidden = shard.local, self.model.hidden_size
-        out = Operation("linear", rows, (hidden, local.attention.num_heads * local.attention.head_dim))
-        cost = self._price(path, "attention projections", Operation("linear", rows, (local.qkv_size, hidden)), out)
-        if not layer.is_moe or local.moe is None or placement is None:
-            cost = cost.plus(self._dense(path, local.dense_width, rows))
-            return cost.plus(self._all_reduce(path, "tp", shard, 2 * rows * hidden))
-        cost = cost.plus(self._all_reduce(path, "tp", shard, rows * hidden))
-        return cost.plus(self._experts(path, shard, placement, rows)).plus(self._exchange(path, shard, placement, rows))
+    def _dense_layer(self, path: str, stage: _Stage, rows: int) -> StepCost:
+        """A feed-forward without experts, and the sum over its ranks."""
+        cost = self._feed_forward(path, stage.config.dense_width, rows)
+        return cost.plus(self._all_reduce(path, stage.groups["tp"], rows * self.model.hidden_size))
 
-    def _experts(self, path: str, shard: Shard, placement: ExpertPlacement, rows: int) -> StepCost:
-        moe, hidden, everyone = shard.local.moe, self.model.hidden_size, rows * self.plan.data_parallel_size
+    def _moe_layer(self, path: str, stage: _Stage, placement: ExpertPlacement | None, rows: int) -> StepCost:
+        """Router, experts, what ranks exchange; and the expert that every token takes."""
+        moe, hidden = stage.config.moe, self.model.hidden_size
         assert moe is not None
-        load = self._load(placement, everyone)
-        here = everyone if self.plan.uses_all_to_all is False else max(1, round(load.pairs / moe.top_k))
+        assert placement is not None
+        load = self._load(placement, rows * self.plan.data_parallel_size)
         cost = self._price(path, "router", Operation("router", rows, (moe.num_experts, hidden, moe.top_k)))
         if load.active:
-            pairs, active = max(1, round(load.pairs)), max(1, round(load.active))
-            cost = cost.plus(
-                self._price(path, "experts", Operation("experts", pairs, (active, hidden, moe.expert_width)))
-            )
-        cost = cost.plus(self._price(path, "combine", Operation("combine", here, (moe.top_k, hidden))))
-        return cost.plus(self._dense(path, moe.shared_width, rows)) if moe.shared_width else cost
+            experts = Operation("experts", load.pairs, (load.active, hidden, moe.expert_width))
+            cost = cost.plus(self._price(path, "experts", experts))
+        if moe.shared_width:
+            cost = cost.plus(self._feed_forward(path, moe.shared_width, rows))
+        return cost.plus(self._exchange(path, stage, load, rows))
 
     def _load(self, placement: ExpertPlacement, rows: int) -> Load:
         assert self.model.moe is not None
         return expert_loads(self.model.moe, placement, self._routing).load(rows)
 
-    def _dense(self, path: str, width: int, rows: int) -> StepCost:
+    def _feed_forward(self, path: str, width: int, rows: int) -> StepCost:
         hidden = self.model.hidden_size
         up, down = Operation("linear", rows, (2 * width, hidden)), Operation("linear", rows, (hidden, width))
         return self._price(path, "dense", up, down)
@@ -218,56 +239,54 @@ class CostModel:
     def _attention(self, each: _Pass) -> StepCost:
         """Of all layers, on all stages."""
         cost = StepCost()
-        for stage in range(self.plan.pipeline_parallel_size):
-            shard = Shard(self.plan, self.model, stage * self.plan.stage_size)
-            a = shard.local.attention
+        for stage in self._stages:
+            a = stage.config.attention
             sizes = a.num_heads, a.num_kv_heads, a.head_dim
-            windows = [self.model.layers[index].window for index in shard.layers]
-            for window in set(windows):
+            for window, count in stage.windows.items():
                 seen = each.context if window is None else min(each.context, window)
                 operations = [Operation("attention", each.decodes, (seen, *sizes))] if each.decodes else []
                 operations += [Operation("prompt", c.tokens, (c.cached, *sizes)) for c in each.chunks]
-                cost = cost.plus_scaled(self._price(each.path, "attention", *operations), windows.count(window))
+                cost = cost.plus_scaled(self._price(each.path, "attention", *operations), count)
         return cost
 
     def _ends(self, path: str, rows: int, sampled: int) -> StepCost:
         """Embedding, head, the logits' way to whom samples, and from stage to stage."""
-        plan, hidden, last = self.plan, self.model.hidden_size, self.plan.num_ranks - self.plan.stage_size
-        first, shard = Shard(plan, self.model, 0), Shard(plan, self.model, last)
-        words = len(shard.vocab)
-        cost = self._price(path, "head", Operation("linear", sampled, (words, hidden))) if sampled else StepCost()
-        cost = cost.plus(self._all_reduce(path, "tp", first, rows * hidden))
-        numbers = 8 * rows / (BITS[self.dtype] / 8) if path == "fused" else sampled * words
-        group = self._group("tp", last)
-        gathered = self._collective(path, "all_gather", group, numbers * len(group))
-        stages = plan.pipeline_parallel_size
-        sends = (stages - 1) * self._collective(path, "send", (0, plan.stage_size), rows * hidden) if stages > 1 else 0
-        return cost.plus(StepCost({"all-reduce": gathered} | ({"pipeline": sends} if sends else {})))
+        plan, hidden, last = self.plan, self.model.hidden_size, self._stages[-1]
+        cost = (
+            self._price(path, "head", Operation("linear", sampled, (last.vocabulary, hidden)))
+            if sampled
+            else StepCost()
+        )
+        cost = cost.plus(self._all_reduce(path, self._stages[0].groups["tp"], rows * hidden))
+        group = last.groups["tp"]
+        numbers = 8 * rows / (BITS[self.dtype] / 8) if path == "fused" else sampled * last.vocabulary
+        if len(group) > 1:
+            gathered = self._collective(path, "all_gather", group, numbers * len(group))
+            cost = cost.plus(StepCost({"all-reduce": gathered}))
+        if plan.pipeline_parallel_size > 1:
+            sent = self._collective(path, "send", (0, plan.stage_size), rows * hidden)
+            cost = cost.plus(StepCost({"pipeline": (plan.pipeline_parallel_size - 1) * sent}))
+        return cost
 
     # ------------------------------------------------------------------------------------------------ exchanges
 
-    def _exchange(self, path: str, shard: Shard, placement: ExpertPlacement, rows: int) -> StepCost:
+    def _exchange(self, path: str, stage: _Stage, load: Load, rows: int) -> StepCost:
         """What a MoE layer's ranks send each other, by the formulas of docs/parallel.md."""
-        plan, hidden = self.plan, self.model.hidden_size
-        stage, tp = self._group("stage", shard.rank), self._group("tp", shard.rank)
+        plan, hidden, groups = self.plan, self.model.hidden_size, stage.groups
         if not plan.uses_all_to_all:
             if plan.data_parallel_size == 1:
-                return self._all_reduce(path, "stage", shard, rows * hidden)
-            replicas = self._group("dp", shard.rank)
-            whole = rows * len(replicas) * hidden
-            seconds = sum(self._collective(path, op, replicas, whole) for op in ("all_gather", "reduce_scatter"))
-            return StepCost({"all-reduce": seconds}).plus(self._all_reduce(path, "tp", shard, rows * hidden))
-        ep, etp = self._group("ep", shard.rank), self._group("etp", shard.rank)
-        own = rows / len(tp)
-        sent = self._load(placement, rows * plan.data_parallel_size).reached * own * hidden
-        seconds = 2 * self._collective(path, "all_to_all", ep, sent) + self._collective(path, "all_to_all", ep, 8)
-        seconds += self._collective(path, "all_gather", etp, sent * len(etp))
-        seconds += self._collective(path, "reduce_scatter", etp, sent * len(etp))
-        seconds += self._collective(path, "all_gather", tp, rows * hidden)
-        return StepCost({"all-to-all": seconds if len(stage) > 1 else 0.0})
+                return self._all_reduce(path, groups["stage"], rows * hidden)
+            whole = rows * plan.data_parallel_size * hidden
+            seconds = sum(self._collective(path, op, groups["dp"], whole) for op in ("all_gather", "reduce_scatter"))
+            return StepCost({"all-reduce": seconds}).plus(self._all_reduce(path, groups["tp"], rows * hidden))
+        sent = load.reached * rows / plan.tensor_parallel_size * hidden
+        seconds = 2 * self._collective(path, "all_to_all", groups["ep"], sent)
+        seconds += self._collective(path, "all_to_all", groups["ep"], len(groups["ep"]) * 8)  # how many rows come
+        for op in ("all_gather", "reduce_scatter"):
+            seconds += self._collective(path, op, groups["etp"], sent * plan.expert_tensor_size)
+        return StepCost({"all-to-all": seconds + self._collective(path, "all_gather", groups["tp"], rows * hidden)})
 
-    def _all_reduce(self, path: str, group: str, shard: Shard, numbers: float) -> StepCost:
-        ranks = self._group(group, shard.rank)
+    def _all_reduce(self, path: str, ranks: tuple[int, ...], numbers: float) -> StepCost:
         return StepCost({"all-reduce": self._collective(path, "all_reduce", ranks, numbers)} if len(ranks) > 1 else {})
 
     def _collective(self, path: str, op: str, ranks: tuple[int, ...], numbers: float) -> float:
@@ -280,3 +299,26 @@ class CostModel:
         found = [self._lookup.estimate(path, operation) for operation in operations]
         beyond = frozenset([term]) if any(estimate.extrapolated for estimate in found) else frozenset()
         return StepCost({term: sum(estimate.seconds for estimate in found)}, beyond)
+
+
+def _stage(shard: Shard) -> _Stage:
+    plan, model, moe = shard.plan, shard.config, shard.config.moe
+    kinds: Counter[tuple[bool, ExpertPlacement | None]] = Counter()
+    for index in shard.layers:
+        is_moe = model.layers[index].is_moe and moe is not None
+        kinds[is_moe, plan.placement(moe.num_experts, index) if is_moe and moe is not None else None] += 1
+    layout = RankLayout(plan)
+    return _Stage(
+        config=shard.local,
+        vocabulary=len(shard.vocab),
+        kinds=kinds,
+        windows=Counter(model.layers[index].window for index in shard.layers),
+        groups={name: layout.group(name, shard.rank) for name in ("stage", "dp", "tp", "ep", "etp")},
+    )
+
+
+def _rounded(number: float) -> int:
+    """To six binary digits: numbers that near cost the same, and are looked up once."""
+    whole = max(1, round(number))
+    step = 1 << max(0, whole.bit_length() - 6)
+    return (whole + step // 2) // step * step

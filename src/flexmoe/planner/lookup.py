@@ -89,7 +89,7 @@ def _known(samples: Sequence[Sample], device: DeviceSpec, dtype: str) -> _Known:
 
 def _place(operation: Operation) -> npt.NDArray[np.float64]:
     """Where an operation is among others, on logarithmic scales."""
-    return np.log(np.array([max(1, operation.rows), *(max(1, size) for size in operation.shape)], dtype=float))
+    return np.array([math.log(max(1, size)) for size in (operation.rows, *operation.shape)])
 
 
 def _nearest(numbers: Iterable[int], wanted: int) -> int:

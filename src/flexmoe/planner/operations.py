@@ -4,12 +4,12 @@ Operations have a path before their name: "fused" is what decodes go through, Tr
 kernels on a CPU; "torch" is everything else. Rows and shape of each:
 
     linear      T rows; (N, K): by a weight of N rows
-    experts     pairs of a row and an expert; (A, H, F): A experts are chosen by any, of hidden size H and width F
+    experts     pairs of a row and an expert; (A, H, F): A experts are chosen by any, of hidden size H and width F;
+                results of a row added up
     attention   T rows of one query each; (keys of each, query heads, key heads, head size)
     prompt      T rows of one sequence, causal; (keys before them, query heads, key heads, head size)
-    router      T rows; (E, H, K): norm, router, choice of K experts, and rows by expert
-    combine     T rows; (K, H): K results of each added up
-    layer       T rows of one query each; (keys, H, query heads, key heads, head size, E, K, F): a whole MoE layer
+    router      T rows; (E, H, K): norm, router, choice of K experts, and rows by expert; in torch all that a layer has
+                beside the others
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Operation:
     """One to be priced; see the module for what rows and shape mean."""
 
     name: str
-    rows: int
-    shape: tuple[int, ...]
+    rows: float
+    shape: tuple[float, ...]
 
     @property
     def work(self) -> Work:
@@ -57,38 +57,32 @@ def roofline(operation: Operation, device: DeviceSpec, dtype: str, weights: str 
     return work.launches * device.launch_s + max(num_bytes / device.read_bandwidth, work.flops / device.flops(dtype))
 
 
-def _linear(rows: int, shape: tuple[int, ...]) -> Work:
+def _linear(rows: float, shape: tuple[float, ...]) -> Work:
     n, k = shape
     return Work(n * k, rows * (n + k), 2 * rows * n * k)
 
 
-def _experts(rows: int, shape: tuple[int, ...]) -> Work:
+def _experts(rows: float, shape: tuple[float, ...]) -> Work:
     active, hidden, width = shape
-    return Work(3 * active * hidden * width, rows * (2 * hidden + 2 * width), 6 * rows * hidden * width, launches=2)
+    return Work(3 * active * hidden * width, rows * (4 * hidden + 2 * width), 6 * rows * hidden * width, launches=3)
 
 
-def _attention(rows: int, shape: tuple[int, ...]) -> Work:
+def _attention(rows: float, shape: tuple[float, ...]) -> Work:
     keys, heads, kv_heads, size = shape
     return Work(0, rows * size * (2 * keys * kv_heads + 2 * heads), 4 * rows * keys * heads * size)
 
 
-def _prompt(rows: int, shape: tuple[int, ...]) -> Work:
+def _prompt(rows: float, shape: tuple[float, ...]) -> Work:
     before, heads, kv_heads, size = shape
     seen = rows * (before + (rows + 1) / 2)  # pairs of a query and a key
     return Work(0, size * (2 * (before + rows) * kv_heads + 2 * rows * heads), 4 * seen * heads * size)
 
 
-def _router(rows: int, shape: tuple[int, ...]) -> Work:
+def _router(rows: float, shape: tuple[float, ...]) -> Work:
     experts, hidden, _ = shape
     return Work(experts * hidden, rows * (3 * hidden + 2 * experts), 2 * rows * experts * hidden, launches=3)
 
 
-def _combine(rows: int, shape: tuple[int, ...]) -> Work:
-    top_k, hidden = shape
-    return Work(0, rows * hidden * (top_k + 4), rows * hidden * top_k)
-
-
-_WORK: Mapping[str, Callable[[int, tuple[int, ...]], Work]] = {
+_WORK: Mapping[str, Callable[[float, tuple[float, ...]], Work]] = {
     "linear": _linear, "experts": _experts, "attention": _attention, "prompt": _prompt, "router": _router,
-    "combine": _combine,
 }  # fmt: skip

@@ -7,6 +7,7 @@ do. Choices are drawn, each expert once a row, since the slowest of several rank
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from flexmoe.config.routing import LayerLoad
 from flexmoe.errors import ConfigError
 
 _TRIALS = 8
-_MOST_ROWS = 1024  # drawn; of more, each expert has a share of the rows as large as of these
+_MOST_ROWS = 1024  # drawn; of more, experts have shares of the rows as of these; a power of two
 _MOST_LAYERS = 4  # of a recording, evenly spaced
 
 
@@ -68,23 +69,30 @@ class ExpertLoads:
     def __init__(self, moe: MoEConfig, placement: ExpertPlacement, routing: Routing, seed: int = 0) -> None:
         self._moe, self._placement, self._seed = moe, placement, seed
         self._layers = routing.layers(moe.num_experts)
-        self._uniform = not routing.popularity
-        self.load = functools.cache(self._load)
+        self._is_even = not routing.popularity and placement.num_ranks == 1
+        self._drawn = functools.cache(self._draw)
 
-    def _load(self, rows: int) -> Load:
-        """Of a step of so many rows, of all data ranks together."""
-        moe, ranks = self._moe, self._placement.num_ranks
-        if ranks == 1 and self._uniform:
-            return Load(rows * moe.top_k, moe.expected_experts(rows), 1.0)
-        drawn = min(rows, _MOST_ROWS)
-        trials = max(1, _TRIALS // len(self._layers))
+    def load(self, rows: int) -> Load:
+        """Of a step of so many rows, of all data ranks together. Between drawn numbers of rows lie straight lines."""
+        if self._is_even:
+            return Load(rows * self._moe.top_k, self._moe.expected_experts(rows), 1.0)
+        place = min(2 * math.log2(max(1, rows)), 2 * math.log2(_MOST_ROWS))
+        below, part = int(place), place % 1
+        low, high = self._drawn(below), self._drawn(below + 1 if part else below)
+        pairs, active, reached = ((1 - part) * a + part * b for a, b in zip(low, high, strict=True))
+        return Load(pairs * rows, active, reached)
+
+    def _draw(self, place: int) -> tuple[float, float, float]:
+        """Pairs a row, experts and ranks a row of 2 to the power of place / 2 rows."""
+        rows = max(1, round(2 ** (place / 2)))
         rng = np.random.default_rng((self._seed, rows))
         found = [
-            _slowest(_choose(rng, layer, drawn, moe.top_k), self._placement)
-            for layer in self._layers for _ in range(trials)
-        ]  # fmt: skip
-        pairs, active, reached = np.mean(found, axis=0)
-        return Load(float(pairs) * rows / drawn, float(active), float(reached))
+            _slowest(_choose(rng, layer, rows, self._moe.top_k), self._placement)
+            for layer in self._layers
+            for _ in range(max(1, _TRIALS // len(self._layers)))
+        ]
+        pairs, active, reached = np.mean(found, axis=0).tolist()
+        return pairs / rows, active, reached
 
 
 @functools.lru_cache(maxsize=1024)

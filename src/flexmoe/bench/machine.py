@@ -1,0 +1,29 @@
+"""Measures this machine for the planner. Enters: a device, ranks, seconds. Leaves: a Machine (config/machine.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from flexmoe.bench.collectives import measured_links
+from flexmoe.bench.machine_cpu import measure_cpu
+from flexmoe.config.machine import Machine
+from flexmoe.engine.device import choose_device, computing_on
+
+_SECONDS = {"cuda": 540.0, "cpu": 100.0}
+
+
+def measure(name: str, device: str, ranks: int, seconds: float | None, notify: Callable[[str], None]) -> Machine:
+    """Within about `seconds` (None: 540 on a GPU, 100 on a CPU), exchanges of ranks apart. Raises ConfigError."""
+    chosen = choose_device(device)
+    limit = _SECONDS[chosen.type] if seconds is None else seconds
+    if chosen.type == "cpu":
+        return measure_cpu(name, ranks, limit, notify)
+    # Imported here: only GPUs need triton.
+    from flexmoe.bench.machine_gpu import measure_gpu
+
+    with computing_on(chosen):
+        found = measure_gpu(name, chosen, limit, notify)
+    if ranks == 1:
+        return found
+    return replace(found, devices_per_node=ranks, links=measured_links(ranks, "cuda", notify))

@@ -1,0 +1,131 @@
+"""Measures a CPU for the planner. Enters: ranks and seconds. Leaves: a Machine of one node.
+
+Decodes are measured in the C kernels (`native_operations.py`), prompts in torch (`torch_operations.py`); and both in
+torch as ranks compute them, all at once, each on its share of the cores (`machine_ranks.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from flexmoe.bench.bandwidth import read_bandwidth
+from flexmoe.bench.collectives import measured_links, rank_counts
+from flexmoe.bench.machine_ranks import rank_samples
+from flexmoe.bench.machine_samples import native_attention, native_samples, prompt_samples
+from flexmoe.bench.machine_shapes import Shape, builtin_shape, cpu_shapes
+from flexmoe.bench.native_operations import NativeLayers
+from flexmoe.bench.record import facts
+from flexmoe.bench.torch_operations import TorchLayers
+from flexmoe.config.machine import DeviceSpec, Link, Machine, Sample
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.device import set_threads
+from flexmoe.kernels.cpu import library
+from flexmoe.llm import LLM
+
+_CPU = torch.device("cpu")
+_DTYPES = (torch.float32, torch.bfloat16)
+_BATCHES, _CONTEXT = (1, 2, 4, 8, 16, 32), 128
+_LONG = ((1, 512), (1, 4096), (8, 1024))  # rows and keys
+_PROMPTS = (16, 128, 512, 2048)
+_DENSE = 1024
+_STEPS = 32
+_RESERVE = 2**30
+_LINK = Link("memory", 0, 3e-4, 2e9)  # where ranks were not measured
+
+
+def measure_cpu(name: str, ranks: int, seconds: float, notify: Callable[[str], None]) -> Machine:
+    """This machine's processors; exchanges of ranks, which several of them would start, apart from the seconds."""
+    end = time.monotonic() + seconds
+    cores = set_threads(None)
+    notify("memory and matrix products")
+    spec = DeviceSpec(
+        kind="cpu", name=str(facts(_CPU)["device"]["name"]),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), read_bandwidth=read_bandwidth(_CPU),
+        peak_flops={str(dtype).removeprefix("torch."): _peak(dtype) for dtype in _DTYPES},
+        launch_s=_launch_seconds(), host_s=0.0, cores=cores,
+    )  # fmt: skip
+    notify("what a step takes beside its operations")
+    step, row = _host_seconds(cores)
+    spec = replace(spec, host_s=step, host_row_s=row)
+    links: tuple[Link, ...] = (_LINK,)
+    samples = [sample for job in _jobs(cores, end, notify) for sample in job()]
+    if ranks > 1:
+        links = measured_links(ranks, "cpu", notify)
+        for count in rank_counts(ranks):
+            notify(f"operations of {count} ranks at once")
+            samples += rank_samples(count, max(1, cores // count))
+    guessed = () if ranks > 1 else ("exchanges among ranks",)
+    return Machine(
+        name, cores, 1, spec, links, tuple(samples), reserve_bytes=_RESERVE, extrapolated=guessed, notes=facts(_CPU)
+    )
+
+
+def _jobs(cores: int, end: float, notify: Callable[[str], None]) -> Iterator[Callable[[], list[Sample]]]:
+    """Until the time is over, the most telling first: all shapes in one dtype, then in the other."""
+    for dtype in _DTYPES:
+        for shape in cpu_shapes():
+            what = f"{shape.name}, {str(dtype).removeprefix('torch.')}"
+            if time.monotonic() > end:
+                notify(f"no time is left for {what}")
+                continue
+            notify(what)
+            yield partial(_shape_samples, shape, dtype, cores)
+
+
+def _shape_samples(shape: Shape, dtype: torch.dtype, cores: int) -> list[Sample]:
+    found: list[Sample] = []
+    native = None if library.load("auto").reason else NativeLayers(shape.config, dtype, cores)
+    if native is not None:
+        for rows in _BATCHES:
+            if rows <= native.most_rows:
+                found += native_samples(native, rows, _CONTEXT)
+        for rows, keys in _LONG:
+            found += native_attention(native, rows, keys)
+    layers = TorchLayers(shape.config, dtype, _CPU, native_threads=None if native is None else cores)
+    for rows in _PROMPTS:
+        found += prompt_samples(layers, rows)
+    return [*found, *prompt_samples(layers, 256, 1024)]
+
+
+def _host_seconds(cores: int) -> tuple[float, float]:
+    """Of a step and of each of its rows: what the built-in model's steps take beside the C kernels."""
+    prompts = [[1 + row] * 16 for row in range(8)]
+    took = {}
+    with LLM(device="cpu", dtype="float32", threads=cores, enable_prefix_caching=False) as llm:
+        for rows in (1, 8):
+            times = [min(_generate(llm, prompts[:rows], tokens) for _ in range(3)) for tokens in (1, 1 + _STEPS)]
+            took[rows] = (times[1] - times[0]) / _STEPS
+    if not library.load("auto").reason:
+        layers = NativeLayers(builtin_shape().config, torch.float32, cores)
+        took = {rows: seconds - layers.whole(rows, 16 + _STEPS // 2) for rows, seconds in took.items()}
+    each = max(0.0, (took[8] - took[1]) / 7)
+    return max(0.0, took[1] - each), each
+
+
+def _generate(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+    start = time.perf_counter()
+    llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
+    return time.perf_counter() - start
+
+
+def _peak(dtype: torch.dtype) -> float:
+    x = torch.randn(_DENSE, _DENSE).to(dtype)
+    return 2 * _DENSE**3 / min(_seconds(partial(torch.mm, x, x)) for _ in range(8))
+
+
+def _launch_seconds() -> float:
+    """Of an operation of torch that has next to nothing to do."""
+    x = torch.zeros(16)
+    return sorted(_seconds(partial(x.add_, 1)) for _ in range(200))[100]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,0 +1,160 @@
+"""Measures one GPU for the planner. Enters: a device and seconds. Leaves: a Machine of one device.
+
+The most telling operations come first; those for which no time is left are not in the table. Decodes are measured
+inside a step's graph (`step_operations.py`), prompts through torch's modules (`torch_operations.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+
+from flexmoe.bench.bandwidth import read_bandwidth
+from flexmoe.bench.machine_samples import prompt_samples, step_samples, torch_decode_samples
+from flexmoe.bench.machine_shapes import gpu_shapes, gpu_slices
+from flexmoe.bench.record import facts
+from flexmoe.bench.step_operations import Steps
+from flexmoe.bench.torch_operations import TorchLayers
+from flexmoe.config.machine import DeviceSpec, Machine, Sample
+
+Notify = Callable[[str], None]
+Made = TypeVar("Made")
+
+_BATCHES, _OTHER_BATCHES = (1, 8, 32, 128), (2, 4, 16, 64, 256)
+_CONTEXT, _LONG, _LONG_BATCHES = 256, (1024, 4096), (1, 8, 64)
+_MOST_KEYS = 2**18  # of all rows together: memory
+_PROMPTS, _BEHIND = (64, 512, 2048, 8192), 4096
+_DENSE = 8192  # rows, columns and depth of the product whose speed is the peak
+_RESERVE = 3 * 2**30  # what engine/startup.py leaves free, and the context of CUDA
+
+
+def measure_gpu(name: str, device: torch.device, seconds: float, notify: Notify) -> Machine:
+    """One GPU, within about so many seconds."""
+    end = time.monotonic() + seconds
+    properties = torch.cuda.get_device_properties(device)
+    notify("memory and matrix products")
+    spec = DeviceSpec(
+        kind="cuda", name=properties.name, memory_bytes=properties.total_memory,
+        read_bandwidth=read_bandwidth(device),
+        peak_flops={dtype: _peak(getattr(torch, dtype), device) for dtype in ("bfloat16", "float32")},
+        launch_s=_launch_seconds(device), host_s=0.0,
+    )  # fmt: skip
+    samples: list[Sample] = []
+    steps: list[float] = []  # what they have beside operations
+    launching: list[float] = []
+    for what, job in _jobs(device, steps, launching):
+        if time.monotonic() > end:
+            notify(f"no time is left for {what} and what comes after it")
+            break
+        notify(what)
+        samples += job()
+    host, layer = statistics.median(steps or [0.0]), statistics.median(launching or [0.0])
+    spec = replace(spec, host_s=host, torch_layer_s=layer)
+    return Machine(name, 1, 1, spec, samples=tuple(samples), reserve_bytes=_RESERVE, notes=facts(device))
+
+
+def _jobs(
+    device: torch.device, steps: list[float], launching: list[float]
+) -> Iterator[tuple[str, Callable[[], list[Sample]]]]:
+    """The most telling first. Models are made when their turn comes, one at a time. Lists: where else times go."""
+    for shape in gpu_shapes():
+        prompts = _Prompts(_Lazy(partial(TorchLayers, shape.config, torch.bfloat16, device)), launching)
+        for rows in _PROMPTS:
+            yield f"{shape.name}: prompt of {rows} tokens", partial(prompts.prompt, rows)
+        yield f"{shape.name}: prompt behind {_BEHIND} tokens", partial(prompts.prompt, 512, _BEHIND)
+        yield f"{shape.name}: decodes in torch", partial(prompts.decode, 32)
+    for batches, shapes in ((_BATCHES, gpu_shapes()), (_OTHER_BATCHES, gpu_shapes()), (_BATCHES, gpu_slices())):
+        for shape in shapes:
+            decodes = _Decodes(_Lazy(partial(Steps, shape.config, device)), steps)
+            for batch in batches:
+                yield f"{shape.name}: decodes of {batch}", partial(decodes.step, batch)
+            if batches is _BATCHES:
+                yield f"{shape.name}: long contexts", decodes.long
+
+
+class _Lazy(Generic[Made]):
+    """Made at the first call, and forgotten by whoever forgets this."""
+
+    def __init__(self, make: Callable[[], Made]) -> None:
+        self._make, self._made = make, cast("Made | None", None)
+
+    def __call__(self) -> Made:
+        if self._made is None:
+            gc.collect()
+            torch.cuda.empty_cache()
+            self._made = self._make()
+        return self._made
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """Prompts of one model. launching: seconds of a layer's launches."""
+
+    layers: _Lazy[TorchLayers]
+    launching: list[float]
+
+    def prompt(self, rows: int, before: int = 0) -> list[Sample]:
+        if not before:
+            self.launching.append(self.layers().host_seconds())
+        return prompt_samples(self.layers(), rows, before)
+
+    def decode(self, rows: int) -> list[Sample]:
+        return torch_decode_samples(self.layers(), rows, _CONTEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """Decode steps of one model. rest: seconds of a step beside its operations."""
+
+    steps: _Lazy[Steps]
+    rest: list[float]
+
+    def step(self, batch: int) -> list[Sample]:
+        steps = self.steps()
+        steps.prepare(batch, _CONTEXT)
+        added = steps.added()
+        self.rest.append(added["rest"])
+        return step_samples(steps.config, added, batch, _CONTEXT)
+
+    def long(self) -> list[Sample]:
+        steps, found = self.steps(), []
+        for context, batch in itertools.product(_LONG, _LONG_BATCHES):
+            if batch * context <= _MOST_KEYS:
+                steps.prepare(batch, context)
+                found += step_samples(steps.config, steps.added("decode_attention"), batch, context)
+        return found
+
+
+def _peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Multiply-adds, counted twice, a second of a large product."""
+    x = torch.randn(_DENSE, _DENSE, device=device).to(dtype)
+    took = min(_device_seconds(lambda: torch.mm(x, x)) for _ in range(5))
+    return 2 * _DENSE**3 / took
+
+
+def _launch_seconds(device: torch.device, count: int = 200) -> float:
+    """Of a kernel in a graph that has next to nothing to do, one after the other."""
+    x, graph = torch.zeros(16, device=device), torch.cuda.CUDAGraph()
+    x.add_(1)
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            x.add_(1)
+    return min(_device_seconds(graph.replay) for _ in range(5)) / count
+
+
+def _device_seconds(call: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3

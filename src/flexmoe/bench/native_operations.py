@@ -1,0 +1,76 @@
+"""What the operations of a decode step take in the C kernels. Enters: a ModelConfig, rows, contexts. Leaves: seconds.
+
+The kernels compute a step part by part: attention with its projections, feed-forward, head. Attention proper is what a
+long context takes more than one of a single key. Layers rotate, so that weights come from memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import torch
+
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.kernels.cpu.decode import PagedRows, Part
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.loader import fill_dummy
+
+_BLOCK = 16
+_FEWEST, _MOST, _SECONDS = 7, 200, 0.12
+
+
+class NativeLayers:
+    """Some layers in the C kernels."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, threads: int) -> None:
+        self.config, self.dtype = config, dtype
+        model = Decoder(config, ParallelPlan(), "cpu", 2**15, dtype=dtype, device=torch.device("cpu")).eval()
+        fill_dummy({name: p.data for name, p in model.named_parameters()}, 0, dtype)
+        model.pack(threads)
+        assert model.native is not None
+        self._native = model.native
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that the engine gives these kernels."""
+        return self._native.max_rows
+
+    def step(self, rows: int, context: int) -> dict[str, float]:
+        """Seconds of "projections", "attention" and "feed" of a layer, and of "head"."""
+        short, long = self._seconds(Part.ATTEND, rows, 1), self._seconds(Part.ATTEND, rows, context)
+        return {
+            "projections": short, "attention": max(1e-7, long - short),
+            "feed": self._seconds(Part.FEED, rows, context), "head": self._seconds(Part.HEAD, rows, 1),
+        }  # fmt: skip
+
+    def whole(self, rows: int, context: int) -> float:
+        """Of a step with all its layers and the head."""
+        return self._seconds(Part.ALL, rows, context)
+
+    def attention(self, rows: int, context: int) -> float:
+        """Of a layer, projections apart."""
+        return max(1e-7, self._seconds(Part.ATTEND, rows, context) - self._seconds(Part.ATTEND, rows, 1))
+
+    def _seconds(self, part: Part, rows: int, context: int) -> float:
+        blocks = -(-context // _BLOCK)
+        cache = KVCache(self.config, rows * blocks, _BLOCK, self.dtype, torch.device("cpu"))
+        for kept in cache.layers:
+            kept.normal_()
+        tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
+        tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, rows)
+        paged = PagedRows(tokens.astype(np.int64), tables, np.full(rows, context, dtype=np.int32), _BLOCK)
+        run = self._native.parts(paged, cache)
+        run(Part.EMBED, 0)
+        layers = itertools.cycle(range(self.config.num_layers))
+        took: list[float] = []
+        end = time.perf_counter() + _SECONDS
+        while len(took) < _FEWEST or (len(took) < _MOST and time.perf_counter() < end):
+            layer = next(layers)
+            start = time.perf_counter()
+            run(part, None if part is Part.ALL else layer)
+            took.append(time.perf_counter() - start)
+        return float(np.percentile(took, 20))
