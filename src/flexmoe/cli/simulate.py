@@ -147,6 +147,8 @@ def _print(points: Sequence[Point], setting: Setting, seconds: float) -> None:
     console = Console(highlight=False)
     console.print(f"{setting.name} on {setting.machine.device.name} ({setting.machine.name})", markup=False)
     console.print(_table(points))
+    for gpus, plan in dict.fromkeys((point.gpus, point.plan) for point in points if point.plan):
+        note(f"{gpus} GPUs: {plan}")
     for point in points:
         if point.simulated < point.replicas:
             note(f"{point.gpus} GPUs: {point.simulated} of {point.replicas} replicas simulated, with their share.")
@@ -159,31 +161,19 @@ def _table(points: Sequence[Point]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    heads = (
-        "GPUs",
-        "plan",
-        "requests/s",
-        "TTFT p50 ms",
-        "p99",
-        "TPOT p50 ms",
-        "p99",
-        "tok/s",
-        "KV %",
-        "imbalance",
-        "busy %",
-    )
-    for name in (*heads, ""):
-        table.add_column(name, justify="left" if name in ("", "plan") else "right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    heads = ("GPUs", "req/s", "TTFT p50", "p99", "TPOT p50", "p99 ms", "tok/s", "KV %", "imb.", "busy %", "")
+    for name in heads:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for point in points:
         times = [
-            "-" if name not in spread else f"{spread[name]:.4g}"
+            "-" if name not in spread else f"{spread[name]:.3g}"
             for spread in (point.ttft_ms, point.tpot_ms)
             for name in ("p50", "p99")
         ]
         shares = ["-" if share is None else f"{100 * share:.0f}" for share in (point.kv_used, point.busy)]
         imbalance = "-" if point.imbalance is None else f"{point.imbalance:.2f}"
         speed = f"{point.output_tokens_per_s:,.0f}"
-        cells = (str(point.gpus), point.plan, f"{point.rate:.3g}", *times, speed, shares[0], imbalance, shares[1])
+        cells = (str(point.gpus), f"{point.rate:.3g}", *times, speed, shares[0], imbalance, shares[1])
         table.add_row(*cells, point.kind)
     return table

@@ -64,8 +64,19 @@ class Setting:
         return cls(name, model, machine, model.checkpoint_dtype if dtype == "auto" else dtype, quantization, loads)
 
     def resized(self, gpus: int | None) -> Setting:
-        """On so many devices; None: on the machine's."""
-        return self if gpus is None else replace(self, machine=self.machine.resized(gpus))
+        """On so many devices; None: on the machine's. Raises ConfigError if nothing is known of a link among them."""
+        if gpus is None:
+            return self
+        machine = self.machine.resized(gpus)
+        reach = (
+            0 if machine.nodes == 1 else min((link.size for link in machine.links), key=lambda size: -(size or gpus))
+        )
+        if reach and reach < gpus:
+            raise ConfigError(
+                f"{gpus} devices of {self.machine.name} are {machine.nodes} nodes, but its links reach {reach} devices; "
+                "use fewer, or a machine file with a link between nodes."
+            )
+        return replace(self, machine=machine)
 
     @cached_property
     def routing(self) -> Routing | None:
