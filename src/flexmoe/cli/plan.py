@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexmoe.cli.options import debug_option
-from flexmoe.cli.planning import limits_of, setting_of, setting_options, workload_of, workload_options
+from flexmoe.cli.planning import (
+    limits_of,
+    setting_of,
+    setting_options,
+    wide_console,
+    workload_of,
+    workload_options,
+)  # fmt: skip
 from flexmoe.cli.terminal import note
 
 if TYPE_CHECKING:
@@ -114,9 +121,7 @@ def _row_json(ranked: Ranked) -> dict[str, Any]:
 
 
 def _print(found: Found, question: Question, setting: Setting, top: int, *, explain: bool) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = wide_console()
     console.print(_heading(question, setting), markup=False)
     able = [ranked for ranked in found.ranking if not ranked.estimate.refused]
     console.print(_table(able[:top]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ import click
 from flexmoe.config.engine import DTYPES, QUANTIZATIONS, SchedulerConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flexmoe.planner.planning import Setting
     from flexmoe.planner.workload import Workload
 
+_WIDTH = 120
 _positive, _above_zero = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 _input = click.Path(exists=True, dir_okay=False)
 _default = SchedulerConfig(max_num_seqs=256)  # seats enough that another plan does not win by having more
@@ -114,3 +118,10 @@ def setting_of(model: str | None, options: Mapping[str, Any]) -> Setting:
         quantization=options["quantization"],
         routing=options["routing"],
     )
+
+
+def wide_console() -> Console:
+    """A terminal as it is; a file gets lines as long as the tables are wide."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexmoe.cli.options import debug_option, numbers
-from flexmoe.cli.planning import limits_of, setting_of, setting_options, workload_of, workload_options
+from flexmoe.cli.planning import (
+    limits_of,
+    setting_of,
+    setting_options,
+    wide_console,
+    workload_of,
+    workload_options,
+)  # fmt: skip
 from flexmoe.cli.terminal import note
 from flexmoe.errors import ConfigError
 
@@ -142,9 +149,7 @@ def _append(path: Path, points: Sequence[Point]) -> None:
 
 
 def _print(points: Sequence[Point], setting: Setting, seconds: float) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = wide_console()
     console.print(f"{setting.name} on {setting.machine.device.name} ({setting.machine.name})", markup=False)
     console.print(_table(points))
     for gpus, plan in dict.fromkeys((point.gpus, point.plan) for point in points if point.plan):

@@ -68,12 +68,10 @@ class Setting:
         if gpus is None:
             return self
         machine = self.machine.resized(gpus)
-        reach = (
-            0 if machine.nodes == 1 else min((link.size for link in machine.links), key=lambda size: -(size or gpus))
-        )
-        if reach and reach < gpus:
+        reach = max((link.size or gpus for link in machine.links), default=1)
+        if reach < gpus:
             raise ConfigError(
-                f"{gpus} devices of {self.machine.name} are {machine.nodes} nodes, but its links reach {reach} devices; "
+                f"{gpus} devices of {self.machine.name} are {machine.nodes} nodes, but its links reach {reach} of them; "
                 "use fewer, or a machine file with a link between nodes."
             )
         return replace(self, machine=machine)
