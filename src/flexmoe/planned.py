@@ -55,8 +55,10 @@ def make_engine(options: Mapping[str, Any]) -> Engine:
     setting = _setting(config, own.get("machine"))
     if auto:
         config = replace(config, parallel=_search(setting, config, own))
-        setting = setting.resized(config.parallel.num_ranks)
-    return Engine(config, predict=setting.steps(config.parallel, config.scheduler).terms)
+    engine = Engine(config)
+    # The number format that the engine chose, which may depend on this machine.
+    engine.watch(replace(setting, dtype=engine.describe()["dtype"]).steps(config.parallel, config.scheduler).terms)
+    return engine
 
 
 def assumed_machine(kind: str) -> Machine:

@@ -159,7 +159,7 @@ def test_recorded_routing_places_the_experts() -> None:
 
 def test_more_nodes_need_a_link_between_them() -> None:
     alone = replace(machine(), links=machine().links[:1])
-    with pytest.raises(ConfigError, match="64 devices of test are 8 nodes, but its links reach 8 of them"):
+    with pytest.raises(ConfigError, match="64 devices of test are 8 nodes, but its links reach 8;"):
         replace(setting(), machine=alone).resized(64)
 
 

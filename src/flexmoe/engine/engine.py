@@ -87,7 +87,7 @@ class Engine:
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self.metrics = EngineMetrics()
-        self.drift = None if predict is None else Drift(predict)
+        self.drift: Drift | None = None
         self._start_anew()
         self._numbers = itertools.count()
         self._closed = False
@@ -251,6 +251,10 @@ class Engine:
         """What was counted since `count_experts(True)`, by MoE layer."""
         self._check_open()
         return self.runner.expert_loads(self._started.source.name)
+
+    def watch(self, predict: Predict) -> None:
+        """Compare from now on what each step takes with its prediction."""
+        self.drift = Drift(predict)
 
     @property
     def local_runner(self) -> ModelRunner:

@@ -71,7 +71,7 @@ class Setting:
         reach = max((link.size or gpus for link in machine.links), default=1)
         if reach < gpus:
             raise ConfigError(
-                f"{gpus} devices of {self.machine.name} are {machine.nodes} nodes, but its links reach {reach} of them; "
+                f"{gpus} devices of {self.machine.name} are {machine.nodes} nodes, but its links reach {reach}; "
                 "use fewer, or a machine file with a link between nodes."
             )
         return replace(self, machine=machine)

@@ -21,7 +21,7 @@ from flexmoe.planner.workload import Demand
 
 Objective = Literal["ttft", "tpot", "throughput"]
 Prepare = Callable[[Candidate], tuple[Candidate, Steps]]
-OBJECTIVES: tuple[Objective, ...] = ("ttft", "tpot", "throughput")
+OBJECTIVES: tuple[Objective, ...] = ("throughput", "tpot", "ttft")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

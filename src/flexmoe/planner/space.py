@@ -96,7 +96,7 @@ def _plans(model: ModelConfig, pipeline: int, data: int, tensor: int) -> Iterato
     """How experts share a stage: sliced, spread or both; and, where they are spread, what travels."""
     stage = data * tensor
     for experts in _divisors(stage) if model.moe is not None else [1]:
-        for dispatch in ("all_reduce", "all_to_all") if experts > 1 else ("all_reduce",):
+        for dispatch in ("auto", "all_to_all") if experts > 1 else ("auto",):
             yield ParallelPlan(tensor, experts, pipeline, data, dispatch)
 
 
