@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from flexmoe.bench.collectives import OPS
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -22,7 +24,7 @@ def test_a_run(collectives: Any, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     collectives.measure(["--device", "cpu", "--sizes", "4KiB-16KiB", "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["bytes"], row["op"]) for row in rows] == [(n, op) for n in (4096, 16384) for op in collectives._OPS]
+    assert [(row["bytes"], row["op"]) for row in rows] == [(n, op) for n in (4096, 16384) for op in OPS]
     shares = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5, "all_to_all": 0.5}
     for row in rows:
         assert row["sent"] == shares[row["op"]] * row["bytes"]

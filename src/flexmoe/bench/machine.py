@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from flexmoe.bench.collectives import measured_links
 from flexmoe.bench.machine_cpu import measure_cpu
+from flexmoe.bench.machine_jobs import Notify
 from flexmoe.config.machine import Machine
 from flexmoe.engine.device import choose_device, computing_on
 
 _SECONDS = {"cuda": 540.0, "cpu": 100.0}
 
 
-def measure(name: str, device: str, ranks: int, seconds: float | None, notify: Callable[[str], None]) -> Machine:
+def measure(name: str, device: str, ranks: int, seconds: float | None, notify: Notify) -> Machine:
     """Within about `seconds` (None: 540 on a GPU, 100 on a CPU), exchanges of ranks apart. Raises ConfigError."""
     chosen = choose_device(device)
     limit = _SECONDS[chosen.type] if seconds is None else seconds

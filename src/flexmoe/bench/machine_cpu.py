@@ -6,6 +6,7 @@ torch as ranks compute them, all at once, each on its share of the cores (`machi
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ import torch
 
 from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.collectives import measured_links, rank_counts
+from flexmoe.bench.machine_jobs import Job, Lazy, Made, Notify, run_jobs
 from flexmoe.bench.machine_ranks import rank_samples
 from flexmoe.bench.machine_samples import native_attention, native_samples, prompt_samples
-from flexmoe.bench.machine_shapes import Shape, builtin_shape, cpu_shapes
+from flexmoe.bench.machine_shapes import builtin_shape, cpu_shapes
 from flexmoe.bench.native_operations import NativeLayers
 from flexmoe.bench.record import facts
 from flexmoe.bench.torch_operations import TorchLayers
@@ -27,21 +29,21 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.device import set_threads
 from flexmoe.kernels.cpu import library
 from flexmoe.llm import LLM
+from flexmoe.models.native import most_rows
 
 _CPU = torch.device("cpu")
 _DTYPES = (torch.float32, torch.bfloat16)
 _BATCHES, _CONTEXT = (1, 2, 4, 8, 16, 32), 128
 _LONG = ((1, 512), (1, 4096), (8, 1024))  # rows and keys
-_PROMPTS = (16, 128, 512, 2048)
+_PROMPTS = ((16, 0), (128, 0), (512, 0), (256, 1024), (2048, 0))  # tokens, and those before them
 _DENSE = 1024
 _STEPS = 32
 _RESERVE = 2**30
 _LINK = Link("memory", 0, 3e-4, 2e9)  # where ranks were not measured
 
 
-def measure_cpu(name: str, ranks: int, seconds: float, notify: Callable[[str], None]) -> Machine:
-    """This machine's processors; exchanges of ranks, which several of them would start, apart from the seconds."""
-    end = time.monotonic() + seconds
+def measure_cpu(name: str, ranks: int, seconds: float, notify: Notify) -> Machine:
+    """This machine's processors. seconds: for operations; some more go to the speed of memory, and to ranks."""
     cores = set_threads(None)
     notify("memory and matrix products")
     spec = DeviceSpec(
@@ -54,7 +56,7 @@ def measure_cpu(name: str, ranks: int, seconds: float, notify: Callable[[str], N
     step, row = _host_seconds(cores)
     spec = replace(spec, host_s=step, host_row_s=row)
     links: tuple[Link, ...] = (_LINK,)
-    samples = [sample for job in _jobs(cores, end, notify) for sample in job()]
+    samples = run_jobs(_jobs(cores), seconds, notify)
     if ranks > 1:
         links = measured_links(ranks, "cpu", notify)
         for count in rank_counts(ranks):
@@ -66,31 +68,24 @@ def measure_cpu(name: str, ranks: int, seconds: float, notify: Callable[[str], N
     )
 
 
-def _jobs(cores: int, end: float, notify: Callable[[str], None]) -> Iterator[Callable[[], list[Sample]]]:
-    """Until the time is over, the most telling first: all shapes in one dtype, then in the other."""
-    for dtype in _DTYPES:
-        for shape in cpu_shapes():
-            what = f"{shape.name}, {str(dtype).removeprefix('torch.')}"
-            if time.monotonic() > end:
-                notify(f"no time is left for {what}")
-                continue
-            notify(what)
-            yield partial(_shape_samples, shape, dtype, cores)
+def _jobs(cores: int) -> Iterator[Job]:
+    """The most telling first: all shapes in one dtype, then in the other. Models are made when their turn comes."""
+    for dtype, shape in itertools.product(_DTYPES, cpu_shapes()):
+        what, config = f"{shape.name}, {str(dtype).removeprefix('torch.')}", shape.config
+        most = most_rows(config, dtype) if not library.load("auto").reason else 0
+        native = Lazy(partial(NativeLayers, config, dtype, cores))
+        for rows in (rows for rows in _BATCHES if rows <= most):
+            yield f"{what}: decodes of {rows}", partial(_measure, native_samples, native, rows, _CONTEXT)
+        for rows, keys in _LONG if most else ():
+            yield f"{what}: {rows} x {keys} keys", partial(_measure, native_attention, native, rows, keys)
+        prompts = Lazy(partial(TorchLayers, config, dtype, _CPU, native_threads=cores if most else None))
+        for rows, before in _PROMPTS:
+            prompt = f"{what}: prompt of {rows} tokens behind {before}"
+            yield prompt, partial(_measure, prompt_samples, prompts, rows, before)
 
 
-def _shape_samples(shape: Shape, dtype: torch.dtype, cores: int) -> list[Sample]:
-    found: list[Sample] = []
-    native = None if library.load("auto").reason else NativeLayers(shape.config, dtype, cores)
-    if native is not None:
-        for rows in _BATCHES:
-            if rows <= native.most_rows:
-                found += native_samples(native, rows, _CONTEXT)
-        for rows, keys in _LONG:
-            found += native_attention(native, rows, keys)
-    layers = TorchLayers(shape.config, dtype, _CPU, native_threads=None if native is None else cores)
-    for rows in _PROMPTS:
-        found += prompt_samples(layers, rows)
-    return [*found, *prompt_samples(layers, 256, 1024)]
+def _measure(how: Callable[[Made, int, int], list[Sample]], layers: Lazy[Made], rows: int, keys: int) -> list[Sample]:
+    return how(layers(), rows, keys)
 
 
 def _host_seconds(cores: int) -> tuple[float, float]:

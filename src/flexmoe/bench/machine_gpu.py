@@ -6,27 +6,23 @@ inside a step's graph (`step_operations.py`), prompts through torch's modules (`
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 import torch
 
 from flexmoe.bench.bandwidth import read_bandwidth
+from flexmoe.bench.machine_jobs import Job, Lazy, Notify, run_jobs
 from flexmoe.bench.machine_samples import prompt_samples, step_samples, torch_decode_samples
 from flexmoe.bench.machine_shapes import gpu_shapes, gpu_slices
 from flexmoe.bench.record import facts
 from flexmoe.bench.step_operations import Steps
 from flexmoe.bench.torch_operations import TorchLayers
 from flexmoe.config.machine import DeviceSpec, Machine, Sample
-
-Notify = Callable[[str], None]
-Made = TypeVar("Made")
 
 _BATCHES, _OTHER_BATCHES = (1, 8, 32, 128), (2, 4, 16, 64, 256)
 _CONTEXT, _LONG, _LONG_BATCHES = 256, (1024, 4096), (1, 8, 64)
@@ -38,7 +34,6 @@ _RESERVE = 3 * 2**30  # what engine/startup.py leaves free, and the context of C
 
 def measure_gpu(name: str, device: torch.device, seconds: float, notify: Notify) -> Machine:
     """One GPU, within about so many seconds."""
-    end = time.monotonic() + seconds
     properties = torch.cuda.get_device_properties(device)
     notify("memory and matrix products")
     spec = DeviceSpec(
@@ -47,58 +42,36 @@ def measure_gpu(name: str, device: torch.device, seconds: float, notify: Notify)
         peak_flops={dtype: _peak(getattr(torch, dtype), device) for dtype in ("bfloat16", "float32")},
         launch_s=_launch_seconds(device), host_s=0.0,
     )  # fmt: skip
-    samples: list[Sample] = []
     steps: list[float] = []  # what they have beside operations
     launching: list[float] = []
-    for what, job in _jobs(device, steps, launching):
-        if time.monotonic() > end:
-            notify(f"no time is left for {what} and what comes after it")
-            break
-        notify(what)
-        samples += job()
+    samples = run_jobs(_jobs(device, steps, launching), seconds, notify)
     host, layer = statistics.median(steps or [0.0]), statistics.median(launching or [0.0])
     spec = replace(spec, host_s=host, torch_layer_s=layer)
     return Machine(name, 1, 1, spec, samples=tuple(samples), reserve_bytes=_RESERVE, notes=facts(device))
 
 
-def _jobs(
-    device: torch.device, steps: list[float], launching: list[float]
-) -> Iterator[tuple[str, Callable[[], list[Sample]]]]:
+def _jobs(device: torch.device, steps: list[float], launching: list[float]) -> Iterator[Job]:
     """The most telling first. Models are made when their turn comes, one at a time. Lists: where else times go."""
     for shape in gpu_shapes():
-        prompts = _Prompts(_Lazy(partial(TorchLayers, shape.config, torch.bfloat16, device)), launching)
+        prompts = _Prompts(Lazy(partial(TorchLayers, shape.config, torch.bfloat16, device)), launching)
         for rows in _PROMPTS:
             yield f"{shape.name}: prompt of {rows} tokens", partial(prompts.prompt, rows)
         yield f"{shape.name}: prompt behind {_BEHIND} tokens", partial(prompts.prompt, 512, _BEHIND)
         yield f"{shape.name}: decodes in torch", partial(prompts.decode, 32)
     for batches, shapes in ((_BATCHES, gpu_shapes()), (_OTHER_BATCHES, gpu_shapes()), (_BATCHES, gpu_slices())):
         for shape in shapes:
-            decodes = _Decodes(_Lazy(partial(Steps, shape.config, device)), steps)
+            decodes = _Decodes(Lazy(partial(Steps, shape.config, device)), steps)
             for batch in batches:
                 yield f"{shape.name}: decodes of {batch}", partial(decodes.step, batch)
             if batches is _BATCHES:
                 yield f"{shape.name}: long contexts", decodes.long
 
 
-class _Lazy(Generic[Made]):
-    """Made at the first call, and forgotten by whoever forgets this."""
-
-    def __init__(self, make: Callable[[], Made]) -> None:
-        self._make, self._made = make, cast("Made | None", None)
-
-    def __call__(self) -> Made:
-        if self._made is None:
-            gc.collect()
-            torch.cuda.empty_cache()
-            self._made = self._make()
-        return self._made
-
-
 @dataclass(frozen=True, slots=True)
 class _Prompts:
     """Prompts of one model. launching: seconds of a layer's launches."""
 
-    layers: _Lazy[TorchLayers]
+    layers: Lazy[TorchLayers]
     launching: list[float]
 
     def prompt(self, rows: int, before: int = 0) -> list[Sample]:
@@ -114,7 +87,7 @@ class _Prompts:
 class _Decodes:
     """Decode steps of one model. rest: seconds of a step beside its operations."""
 
-    steps: _Lazy[Steps]
+    steps: Lazy[Steps]
     rest: list[float]
 
     def step(self, batch: int) -> list[Sample]:

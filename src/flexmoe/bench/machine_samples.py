@@ -9,7 +9,7 @@ from flexmoe.bench.torch_operations import TorchLayers
 from flexmoe.config.machine import Sample
 from flexmoe.config.model import ModelConfig
 
-LEAST = 5e-8  # seconds of an operation that is lost in the noise of the others
+LEAST = 5e-8  # seconds; what takes less is lost in the noise of the others
 _ROUTER = ("route", "topk", "group_by_expert", "topk_by_expert")
 _EXPERTS = (
     "expert_gate_up_gemv", "expert_down_gemv", "expert_gate_up_grouped", "expert_down_grouped", "combine",
@@ -66,7 +66,10 @@ def torch_samples(
          _experts_shape(config, rows)),
         ("router", took["router"], rows, (moe.num_experts, config.hidden_size, moe.top_k)),
     ]  # fmt: skip
-    return [Sample(f"torch.{op}", dtype, number, shape, seconds, ranks) for op, seconds, number, shape in parts]
+    return [
+        Sample(f"torch.{op}", dtype, number, shape, seconds, ranks)
+        for op, seconds, number, shape in parts if seconds > LEAST
+    ]  # fmt: skip
 
 
 def native_samples(layers: NativeLayers, rows: int, context: int) -> list[Sample]:
@@ -85,14 +88,18 @@ def native_samples(layers: NativeLayers, rows: int, context: int) -> list[Sample
         ("router", rows, (moe.num_experts, hidden, moe.top_k), routed),
         ("experts", rows * moe.top_k, experts, took["feed"] - routed),
     ]  # fmt: skip
-    return [Sample(f"fused.{op}", dtype, number, shape, seconds) for op, number, shape, seconds in parts]
+    return [
+        Sample(f"fused.{op}", dtype, number, shape, seconds)
+        for op, number, shape, seconds in parts if seconds > LEAST
+    ]  # fmt: skip
 
 
 def native_attention(layers: NativeLayers, rows: int, context: int) -> list[Sample]:
     """Attention alone."""
     a, dtype = layers.config.attention, str(layers.dtype).removeprefix("torch.")
     shape = context, a.num_heads, a.num_kv_heads, a.head_dim
-    return [Sample("fused.attention", dtype, rows, shape, layers.attention(rows, context))]
+    seconds = layers.attention(rows, context)
+    return [Sample("fused.attention", dtype, rows, shape, seconds)] if seconds > LEAST else []
 
 
 def _experts_shape(config: ModelConfig, rows: int) -> tuple[float, float, float]:

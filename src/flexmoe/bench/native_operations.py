@@ -1,7 +1,8 @@
 """What the operations of a decode step take in the C kernels. Enters: a ModelConfig, rows, contexts. Leaves: seconds.
 
 The kernels compute a step part by part: attention with its projections, feed-forward, head. Attention proper is what a
-long context takes more than one of a single key. Layers rotate, so that weights come from memory.
+long context takes more than one of a single key; it is below 0 if that is lost in noise. Layers rotate, so that weights
+come from memory.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class NativeLayers:
         """Seconds of "projections", "attention" and "feed" of a layer, and of "head"."""
         short, long = self._seconds(Part.ATTEND, rows, 1), self._seconds(Part.ATTEND, rows, context)
         return {
-            "projections": short, "attention": max(1e-7, long - short),
+            "projections": short, "attention": long - short,
             "feed": self._seconds(Part.FEED, rows, context), "head": self._seconds(Part.HEAD, rows, 1),
         }  # fmt: skip
 
@@ -53,7 +54,7 @@ class NativeLayers:
 
     def attention(self, rows: int, context: int) -> float:
         """Of a layer, projections apart."""
-        return max(1e-7, self._seconds(Part.ATTEND, rows, context) - self._seconds(Part.ATTEND, rows, 1))
+        return self._seconds(Part.ATTEND, rows, context) - self._seconds(Part.ATTEND, rows, 1)
 
     def _seconds(self, part: Part, rows: int, context: int) -> float:
         blocks = -(-context // _BLOCK)

@@ -1,7 +1,8 @@
 """What the operations of a layer take in torch, as prompts go through it. Enters: a ModelConfig, rows. Leaves: seconds.
 
 The parts are timed through the layer's own modules, and the layer as a whole; what it has beside attention and experts
-is called "router". Layers rotate, so that weights come from memory.
+is called "router". Attention proper is the module less its projections; such a difference is below 0 if it is lost in
+noise. Layers rotate, so that weights come from memory.
 """
 
 from __future__ import annotations
@@ -95,18 +96,8 @@ class TorchLayers:
             time_of(lambda layer, _: layer.attention.out(heads)),
         )
         experts = time_of(lambda layer, _: layer.moe.experts(x, ids, weights))  # type: ignore[union-attr]
-        least = 1e-7
-        return {
-            "qkv": qkv, "out": out, name: max(least, attention - qkv - out), "experts": experts,
-            "router": max(least, whole - attention - experts),
-        }  # fmt: skip
-
-    @torch.inference_mode()
-    def head(self, rows: int) -> float:
-        """Seconds of the language-model head for so many rows."""
-        hidden = torch.randn(rows, self.config.hidden_size, device=self.device).to(self.dtype)
-        assert self.model.lm_head is not None
-        return self.seconds(lambda _: self.model.lm_head(hidden))  # type: ignore[misc]
+        attended, rest = attention - qkv - out, whole - attention - experts
+        return {"qkv": qkv, "out": out, name: attended, "experts": experts, "router": rest}
 
     @torch.inference_mode()
     def host_seconds(self) -> float:

@@ -19,7 +19,7 @@ from flexmoe.planner.operations import Operation, roofline
 
 _GUESS = 1.25
 _FAR = math.log(8)  # of a size from that of the nearest sample
-_SHARP = 3  # power of the distance by which weights fall
+_SHARP = 2  # power of the distance by which weights fall
 
 
 @dataclass(frozen=True, slots=True)

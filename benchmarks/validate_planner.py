@@ -1,0 +1,123 @@
+"""Holds the planner's predictions against measurements that they were not fitted to.
+
+    python benchmarks/validate_planner.py --machine h200x1 --rows benchmarks/results/h200_latency.jsonl
+    python benchmarks/validate_planner.py --machine machine.json --measure [--out rows.jsonl]
+
+Operations of the machine's table are each predicted without their own sample. Steps are those of rows of `flexmoe bench
+latency`, or with --measure of models that are measured now, which the table has no shapes of. A model whose shapes it
+has is predicted twice: as it is, and as if it had never been measured. A row for each group of predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from flexmoe.bench.record import append, facts
+from flexmoe.config.machine import Machine
+from flexmoe.config.model import ModelConfig
+from flexmoe.models.presets import PRESETS
+from flexmoe.planner.validation import Check, Errors, leave_one_out, prompt_checks, step_checks, without_model
+
+# Measured with --measure on a CPU: model, changes, batches, prompt lengths. None of these shapes is in a table.
+_UNSEEN = (
+    ("tinymistral-6x248m", {"layers": 4}, (1, 4), (32, 256)),
+    ("olmoe-1b-7b", {"layers": 2, "experts": 16, "top_k": 4, "expert_width": 512}, (1, 4), (64,)),
+    ("qwen3-30b-a3b", {"layers": 2, "experts": 12, "top_k": 3, "expert_width": 384}, (1, 4), (64,)),
+)
+_NOISE = 3e-6  # seconds; operations of a GPU that take less are lost in the noise of a step
+
+
+def model_of(row: dict[str, Any]) -> ModelConfig | None:
+    """The model of a row, if it is a preset, changed or not."""
+    about = row["model"]
+    preset = PRESETS.get(about["name"])
+    if preset is None or preset.config.moe is None:
+        return None
+    config, moe = preset.config, preset.config.moe
+    fewer = replace(
+        moe, num_experts=about["experts"], top_k=about["top_k"], expert_width=about["expert_width"]
+    )  # fmt: skip
+    return replace(config, layers=config.layers[: about["layers"]], moe=fewer)
+
+
+def read_rows(paths: Sequence[Path], since: str) -> list[dict[str, Any]]:
+    """Rows of our engine's steps, not older than a date."""
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [row for row in rows if row.get("engine") == "flexmoe" and "ms" in row["result"] and row["time"] >= since]
+
+
+def measured_rows() -> Iterator[dict[str, Any]]:
+    """Steps of models that no table has."""
+    from flexmoe.bench.latency import LatencyOptions, measure
+    from flexmoe.bench.subject import Changes
+
+    for name, changes, batches, lengths in _UNSEEN:
+        for length in lengths:
+            options = LatencyOptions(
+                model=name, load_format="dummy", changes=Changes(**changes), batches=batches, prompt_len=length,
+                output_len=32, dtype="float32", device="cpu",
+            )  # fmt: skip
+            yield from measure(options, notify=print)
+
+
+def groups(machine: Machine, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Check]]]:
+    """Predictions by kind."""
+    least = _NOISE if machine.device.kind == "cuda" else 0.0
+    operations: dict[str, list[Check]] = {}
+    for check in leave_one_out(machine, least):
+        operations.setdefault(check.what.split()[0], []).append(check)
+    yield from operations.items()
+    if operations:
+        yield "operations", [check for checks in operations.values() for check in checks]
+    steps, unseen, prompts = [], [], []
+    for row in rows:
+        model = model_of(row)
+        if model is not None:
+            steps += step_checks(machine, model, [row])
+            unseen += step_checks(without_model(machine, model), model, [row])
+            prompts += prompt_checks(machine, model, [row])
+    yield "steps", steps
+    yield "steps of models not measured", unseen
+    yield "first tokens", prompts
+
+
+def main() -> None:
+    """Print, and append rows."""
+    args = _arguments()
+    machine = Machine.load(args.machine)
+    rows = list(measured_rows()) if args.measure else read_rows(args.rows, args.since)
+    for group, checks in groups(machine, rows):
+        if not checks:
+            continue
+        errors = Errors.of(checks)
+        print(
+            f"{group:>30}: {errors.count:4} predictions, mean error {errors.mean:6.1%}, 95% below {errors.p95:6.1%}, "
+            f"worst {errors.worst:6.1%}"
+        )
+        if args.verbose:
+            for check in checks:
+                print(f"{check.error:+8.1%}  {check.measured * 1e3:9.3f} ms  {check.what}")
+        if args.out:
+            about = {"benchmark": "validate_planner", "machine": machine.name, "group": group}
+            result = asdict(errors) | {"checks": [asdict(check) for check in checks]}
+            append(args.out, about | {"result": result} | facts())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--machine", required=True, help="a file, or the name of a machine that comes along")
+    parser.add_argument("--rows", type=Path, nargs="*", default=[])
+    parser.add_argument("--since", default="", help="leave out rows that are older than this date")
+    parser.add_argument("--measure", action="store_true", help="measure steps on this CPU now")
+    parser.add_argument("--verbose", action="store_true", help="each prediction")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How far predictions are from what was measured. Enters: a machine, rows of `flexmoe bench latency`. Leaves: errors.
+
+Nothing is judged by what it was fitted to: an operation is predicted without its own sample, a step of a model without
+all samples of that model's shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flexmoe.config.machine import Machine, Sample
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.planner.cost_model import Chunk, CostModel, StepShape
+from flexmoe.planner.lookup import Lookup
+from flexmoe.planner.operations import Operation
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One prediction beside its measurement, in seconds."""
+
+    what: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Relative; above 0 where too much was predicted."""
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Of several checks, without sign."""
+
+    count: int
+    mean: float
+    p95: float
+    worst: float
+
+    @classmethod
+    def of(cls, checks: Iterable[Check]) -> Errors:
+        """Raises ValueError if there are none."""
+        errors = sorted(abs(check.error) for check in checks)
+        if not errors:
+            raise ValueError("nothing was checked")
+        return cls(len(errors), sum(errors) / len(errors), errors[int(0.95 * (len(errors) - 1))], errors[-1])
+
+
+def leave_one_out(machine: Machine, least: float = 0.0) -> Iterator[Check]:
+    """Each operation that takes `least` seconds, as the others predict it; ends of the table, which they do not reach,
+    are extrapolated and left out.
+    """
+    for number, sample in enumerate(machine.samples):
+        path, _, name = sample.op.partition(".")
+        others = [s for i, s in enumerate(machine.samples) if i != number and _is_alike(s, sample)]
+        if sample.seconds < least or not others:
+            continue
+        lookup = Lookup(replace(machine, samples=tuple(others)), sample.dtype, ranks=sample.ranks)
+        found = lookup.estimate(path, Operation(name, sample.rows, sample.shape))
+        if not found.extrapolated:
+            yield Check(f"{sample.op} {sample.rows} {list(sample.shape)}", found.seconds, sample.seconds)
+
+
+def _is_alike(one: Sample, other: Sample) -> bool:
+    return (one.op, one.dtype, one.ranks) == (other.op, other.dtype, other.ranks)
+
+
+def without_model(machine: Machine, model: ModelConfig) -> Machine:
+    """The machine as if this model had not been measured."""
+    kept = tuple(sample for sample in machine.samples if not _is_of(sample, model))
+    return replace(machine, samples=kept)
+
+
+def _is_of(sample: Sample, model: ModelConfig) -> bool:
+    a, moe, hidden = model.attention, model.moe, model.hidden_size
+    heads = a.num_heads, a.num_kv_heads, a.head_dim
+    match sample.op.partition(".")[2]:
+        case "linear":
+            shapes = (model.qkv_size, hidden), (hidden, a.num_heads * a.head_dim), (model.vocab_size, hidden)
+            return sample.shape in shapes
+        case "attention" | "prompt":
+            return sample.shape[1:] == heads
+        case "experts":
+            return moe is not None and sample.shape[1:] == (hidden, moe.expert_width)
+        case _:
+            return moe is not None and sample.shape == (moe.num_experts, hidden, moe.top_k)
+
+
+def step_checks(machine: Machine, model: ModelConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """Decode steps of `flexmoe bench latency` rows of this model, in the middle of their answers."""
+    models: dict[str, CostModel] = {}
+    for row in rows:
+        params, result = row["params"], row["result"]
+        cost = models.setdefault(params["dtype"], CostModel(machine, model, ParallelPlan(), dtype=params["dtype"]))
+        shape = StepShape(params["batch"], params["prompt_len"] + params["output_len"] / 2)
+        yield Check(_name(row), cost.step(shape).seconds, result["ms"] * 1e-3)
+
+
+def prompt_checks(machine: Machine, model: ModelConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+    """The time to the first token, of all prompts computed in one step."""
+    for row in rows:
+        params, result = row["params"], row["result"]
+        if params["batch"] * params["prompt_len"] <= row["config"]["max_num_batched_tokens"]:
+            cost = CostModel(machine, model, ParallelPlan(), dtype=params["dtype"])
+            shape = StepShape(chunks=(Chunk(params["prompt_len"]),) * params["batch"])
+            yield Check(_name(row), cost.step(shape).seconds, result["first_token_ms"] * 1e-3)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    params = row["params"]
+    return f"{row['model']['label']}, batch {params['batch']}, {params['prompt_len']} + {params['output_len']} tokens"

@@ -1,0 +1,115 @@
+"""`flexmoe bench machine` on this CPU: what it times exists and adds up, in bounded time, and its file is read back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from flexmoe.bench import machine_cpu
+from flexmoe.bench.machine_jobs import Lazy, run_jobs
+from flexmoe.bench.machine_samples import native_samples, prompt_samples, step_samples, torch_decode_samples
+from flexmoe.bench.machine_shapes import builtin_shape, cpu_shapes, cpu_slices, gpu_shapes, gpu_slices
+from flexmoe.bench.native_operations import NativeLayers
+from flexmoe.bench.torch_operations import TorchLayers
+from flexmoe.cli.main import main
+from flexmoe.config.machine import Machine, Sample
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.models.presets import PRESETS
+from flexmoe.planner.cost_model import CostModel, StepShape
+from flexmoe.planner.operations import Operation
+
+BUILTIN = builtin_shape().config
+CPU = torch.device("cpu")
+
+
+def known(samples: list[Sample]) -> list[Sample]:
+    """All of them, which the planner can price."""
+    for sample in samples:
+        assert Operation(sample.op.partition(".")[2], sample.rows, sample.shape).work.flops > 0
+        assert sample.seconds > 0
+    return samples
+
+
+def test_operations_of_a_prompt_add_up_to_the_layer() -> None:
+    layers = TorchLayers(BUILTIN, torch.float32, CPU)
+    took = layers.prompt(32)
+    assert set(took) == {"qkv", "out", "prompt", "experts", "router"}
+    assert sum(took.values()) > took["experts"] > 0
+    assert {s.op for s in known(prompt_samples(layers, 32))} >= {"torch.linear", "torch.experts"}
+    assert known(torch_decode_samples(layers, 4, 64, ranks=2))[0].ranks == 2
+
+
+def test_a_prompt_behind_others_sees_them() -> None:
+    layers = TorchLayers(BUILTIN, torch.float32, CPU)
+    shape = next(s.shape for s in prompt_samples(layers, 64, 512) if s.op == "torch.prompt")
+    a = BUILTIN.attention
+    assert shape == (512, a.num_heads, a.num_kv_heads, a.head_dim)
+
+
+def test_parts_of_a_step_in_c() -> None:
+    layers = NativeLayers(BUILTIN, torch.float32, 1)
+    samples = known(native_samples(layers, 4, 64))
+    linears = [sample for sample in samples if sample.op == "fused.linear"]
+    a = BUILTIN.attention
+    assert [s.shape for s in linears] == [
+        (BUILTIN.qkv_size, BUILTIN.hidden_size), (BUILTIN.hidden_size, a.num_heads * a.head_dim),
+        (BUILTIN.vocab_size, BUILTIN.hidden_size),
+    ]  # fmt: skip
+    assert layers.whole(4, 64) > max(sample.seconds for sample in samples)
+
+
+def test_operations_of_a_step_on_a_gpu_by_name() -> None:
+    config = PRESETS["olmoe-1b-7b"].config
+    added = {"rest": 1.0, "qkv": 2e-6, "decode_attention": 3e-6, "route": 4e-6, "topk": 1e-6, "combine": -1e-6,
+             "expert_gate_up_grouped": 5e-6, "expert_down_grouped": 6e-6}  # fmt: skip
+    found = {sample.op: sample for sample in step_samples(config, added, 8, 256)}
+    assert found["fused.router"].seconds == pytest.approx(5e-6)
+    assert found["fused.experts"].seconds == pytest.approx(10e-6)
+    assert found["fused.experts"].shape == (42.01, 2048, 1024)
+    assert found["fused.experts"].rows == 64
+    assert found["fused.attention"].shape[0] == 256
+
+
+def test_shapes_can_be_made() -> None:
+    for shape in [*gpu_shapes(), *gpu_slices(), *cpu_shapes(), *cpu_slices(2), *cpu_slices(4)]:
+        moe = shape.config.moe
+        assert moe is not None, shape.name
+        assert 0 < moe.top_k <= moe.num_experts, shape.name
+        assert all(layer.is_moe for layer in shape.config.layers), shape.name
+
+
+def test_jobs_end_with_the_time() -> None:
+    said: list[str] = []
+    sample = Sample("torch.linear", "float32", 1, (1, 1), 1.0)
+
+    def slow() -> list[Sample]:
+        time.sleep(0.06)
+        return [sample]
+
+    assert run_jobs([("a", slow), ("b", slow), ("c", slow)], 0.05, said.append) == [sample]
+    assert said == ["a", "no time is left for b and what comes after it"]
+
+
+def test_models_are_made_once() -> None:
+    made: list[int] = []
+    lazy = Lazy(lambda: made.append(1) or len(made))
+    assert (lazy(), lazy(), made) == (1, 1, [1])
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine_cpu, "read_bandwidth", lambda _: 1e10)  # it takes a second, and half a gigabyte
+    out = tmp_path / "here.json"
+    done = CliRunner().invoke(
+        main, ["bench", "machine", "--device", "cpu", "--name", "here", "--seconds", "1", "--out", str(out)]
+    )
+    assert done.exit_code == 0, done.output
+    machine = Machine.load(out)
+    assert machine.name == "here"
+    assert machine.is_shared
+    assert "exchanges among ranks" in machine.extrapolated
+    assert machine.samples
+    assert 0 < CostModel(machine, BUILTIN, ParallelPlan(), dtype="float32").step(StepShape(1, 64)).seconds < 10

@@ -1,0 +1,71 @@
+"""Predictions for an H200 stay near the rows that were measured on one, also for models whose shapes are left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexmoe.config.machine import Machine
+from flexmoe.models.presets import PRESETS
+from flexmoe.planner.validation import Check, Errors, leave_one_out, step_checks, without_model
+
+ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200_latency.jsonl"
+H200 = Machine.load("h200x1")
+MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """Steps of the model as it is, of the kernels' latest version."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    whole = PRESETS[name].config.num_layers
+    return [
+        row for row in rows
+        if row["engine"] == "flexmoe" and row["model"]["label"] == name and row["model"]["layers"] == whole
+        and row["time"] >= "2026-11-28"
+    ]  # fmt: skip
+
+
+def steps(machine: Machine, names: Sequence[str]) -> list[Check]:
+    return [check for name in names for check in step_checks(machine, PRESETS[name].config, rows_of(name))]
+
+
+def test_steps_of_measured_models() -> None:
+    errors = Errors.of(steps(H200, MODELS))
+    assert errors.count == 24
+    assert errors.mean <= 0.10
+    assert errors.worst <= 0.20
+
+
+def test_steps_of_models_that_were_left_out() -> None:
+    checks = [
+        check for name in MODELS for check in steps(without_model(H200, PRESETS[name].config), [name])
+    ]  # fmt: skip
+    errors = Errors.of(checks)
+    assert errors.mean <= 0.10
+    assert errors.worst <= 0.20
+
+
+def test_leaving_a_model_out_leaves_its_shapes_out() -> None:
+    config = PRESETS["mixtral-8x7b"].config
+    left = without_model(H200, config)
+    assert 0 < len(left.samples) < len(H200.samples)
+    assert not any(sample.shape[-1] == 14336 for sample in left.samples)
+    assert without_model(left, config) == left
+
+
+def test_operations_that_count_without_their_own_sample() -> None:
+    errors = Errors.of(check for check in leave_one_out(H200) if check.what.startswith("fused.experts"))
+    assert errors.mean <= 0.10
+
+
+def test_errors_of_checks() -> None:
+    errors = Errors.of([Check("a", 1.1, 1.0), Check("b", 0.7, 1.0)])
+    assert (errors.count, errors.worst) == (2, pytest.approx(0.3))
+    assert errors.mean == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="nothing"):
+        Errors.of(leave_one_out(replace(H200, samples=())))
