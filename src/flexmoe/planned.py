@@ -56,8 +56,9 @@ def make_engine(options: Mapping[str, Any]) -> Engine:
     if auto:
         config = replace(config, parallel=_search(setting, config, own))
     engine = Engine(config)
-    # The number format that the engine chose, which may depend on this machine.
-    engine.watch(replace(setting, dtype=engine.describe()["dtype"]).steps(config.parallel, config.scheduler).terms)
+    if "machine" in own:  # one that was assumed predicts nothing of this one
+        dtype = engine.describe()["dtype"]  # which the engine chose, perhaps by a probe
+        engine.watch(replace(setting, dtype=dtype).steps(config.parallel, config.scheduler).terms)
     return engine
 
 

@@ -1,7 +1,7 @@
 """estimate: what a plan would give a workload. Enters: a candidate, its step times, a demand. Leaves: an Estimate.
 
 A replica in its steady state has B requests that decode together. Between two tokens of theirs, B / (tokens an answer)
-new prompts are computed, since as many requests end. So a token takes
+new prompts are computed, since as many requests end; where they are several, together. So a token takes
 
     tpot(B) = decode(B) + B / output x prompt        and B requests give B / tpot(B) tokens a second.
 
@@ -89,7 +89,7 @@ class _Steady:
         self.rate = demand.rate / candidate.replicas
         self.context = round(demand.mean_input + demand.mean_output / 2)
         self.prompt = steps.prompt(round(demand.mean_input))
-        self.prompt_each = sum(self.prompt.values()) / self.data_ranks  # all data ranks compute one at once
+        self.together = max(1, steps.step_tokens // round(demand.mean_input))  # prompts that fit into one step
         tokens = demand.mean_input + demand.mean_output
         by_memory = self.data_ranks * int(steps.kv_tokens / tokens)
         seats = self.data_ranks * limits.max_num_seqs
@@ -135,15 +135,21 @@ class _Steady:
     def _token(self, batch: int) -> Terms:
         """Terms of the time between two tokens of a request, with so many at once."""
         share = min(1.0, self.rate * self.demand.mean_output) if batch == 1 else batch
-        prompts = share / self.demand.mean_output * self.prompt_each
+        prompts = share / self.demand.mean_output * self._prompt_each(batch)
         return {**self._decode(batch), PROMPTS: prompts}
+
+    def _prompt_each(self, batch: int) -> float:
+        """Seconds of one prompt, beside others that are computed with it: all data ranks compute as many at once."""
+        ended = batch / self.data_ranks / self.demand.mean_output  # requests in a step, on each data rank
+        count = max(1, min(self.together, round(ended)))
+        return self.steps.prompts(count, round(self.demand.mean_input)) / (count * self.data_ranks)
 
     def _decode(self, batch: int) -> Terms:
         return self.steps.decode(-(-batch // self.data_ranks), self.context)
 
     def _first(self, batch: int) -> Terms:
         """Terms of the time to a first token, with so many requests decoding beside it."""
-        decode, prompt = sum(self._decode(batch).values()), self.prompt_each
+        decode, prompt = sum(self._decode(batch).values()), self._prompt_each(batch)
         busy = min(_BUSIEST, batch / self._token_seconds(batch) / self.demand.mean_output * prompt)
         queue = busy / (2 * (1 - busy)) * prompt
         return {**self.prompt, WAITING: queue + decode * 1.5}

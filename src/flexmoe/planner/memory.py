@@ -85,13 +85,16 @@ def _unlike_ranks(plan: ParallelPlan, model: ModelConfig) -> list[int]:
     for rank in range(plan.num_ranks):
         shard = Shard(plan, model, rank)
         place = shard.place
-        key = [place.pp, len(shard.heads), len(shard.kv_heads), len(shard.vocab), len(shard.dense_width)]
+        stage = [model.layers[index].is_moe for index in shard.layers]
+        key = [int(place.pp == 0), int(shard.is_last_stage), len(stage), sum(stage)]
+        key += [len(shard.heads), len(shard.kv_heads), len(shard.vocab), len(shard.dense_width)]
         if model.moe is not None:
             key += [
                 len(shard.expert_width),
                 len(even_share(model.moe.num_experts, plan.expert_parallel_size, place.ep)),
             ]
-            key += [len(placement.slots[place.ep]) for placement in plan.placements.values()]
+            placed = [plan.placements[index] for index in shard.layers if index in plan.placements]
+            key += [sum(len(placement.slots[place.ep]) for placement in placed)]
         first.setdefault(tuple(key), rank)
     return list(first.values())
 

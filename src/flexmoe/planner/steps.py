@@ -69,6 +69,12 @@ class Steps:
                 total[name] = total.get(name, 0.0) + seconds
         return total
 
+    def prompts(self, count: int, tokens: int) -> float:
+        """Seconds of so many prompts, each as long, in one step if they fit into one, else one after the other."""
+        if count * tokens > self.step_tokens:
+            return count * sum(self.prompt(tokens).values())
+        return sum(self._lookup((0, 0, count, count * tokens, 0)).values())
+
     def decode(self, rows: int, context: int) -> Terms:
         """Of one token for each of so many requests on each data rank."""
         return self._lookup((rows, context, 0, 0, 0))
