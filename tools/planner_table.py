@@ -26,10 +26,12 @@ MODELS = {"mixtral-8x7b": "Mixtral-8x7B", "qwen3-30b-a3b": "Qwen3-30B-A3B", "olm
 MACHINES = {"NVLink": "h200x64", "PCIe": "h200x8-pcie"}
 GPUS = (1, 2, 4, 8, 64)
 LIMITS = SchedulerConfig(max_num_seqs=256)
-TPOT_MS = 50.0
-HEAD = """| model | GPUs | most tokens a second | tok/s | the next, and why it lost | shortest TPOT | ms | the next, and why it lost |
-|---|---|---|---|---|---|---|---|
-"""
+TPOT_MS = 100.0
+COLUMNS = (
+    "model", "GPUs", "most tokens a second", "tok/s", "the next, and why it lost", "shortest TPOT", "ms",
+    "the next, and why it lost",
+)  # fmt: skip
+HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
 
 
 def machine(link: str) -> Machine:

@@ -89,7 +89,6 @@ class _Steady:
         self.rate = demand.rate / candidate.replicas
         self.context = round(demand.mean_input + demand.mean_output / 2)
         self.prompt = steps.prompt(round(demand.mean_input))
-        self.together = max(1, steps.step_tokens // round(demand.mean_input))  # prompts that fit into one step
         tokens = demand.mean_input + demand.mean_output
         by_memory = self.data_ranks * int(steps.kv_tokens / tokens)
         seats = self.data_ranks * limits.max_num_seqs
@@ -134,23 +133,28 @@ class _Steady:
 
     def _token(self, batch: int) -> Terms:
         """Terms of the time between two tokens of a request, with so many at once."""
-        share = min(1.0, self.rate * self.demand.mean_output) if batch == 1 else batch
-        prompts = share / self.demand.mean_output * self._prompt_each(batch)
-        return {**self._decode(batch), PROMPTS: prompts}
+        return {**self._decode(batch), PROMPTS: self._prompts(self._ended(batch))}
 
-    def _prompt_each(self, batch: int) -> float:
-        """Seconds of one prompt, beside others that are computed with it: all data ranks compute as many at once."""
-        ended = batch / self.data_ranks / self.demand.mean_output  # requests in a step, on each data rank
-        count = max(1, min(self.together, round(ended)))
-        return self.steps.prompts(count, round(self.demand.mean_input)) / (count * self.data_ranks)
+    def _ended(self, batch: int) -> float:
+        """Requests that end in a step, and are replaced by new prompts."""
+        return (min(1.0, self.rate * self.demand.mean_output) if batch == 1 else batch) / self.demand.mean_output
+
+    def _prompts(self, ended: float) -> float:
+        """Seconds that a step has for so many prompts, on average: of whole numbers of them the two beside."""
+        # Data ranks compute theirs at once, if they have some at the same time.
+        number = max(ended / self.data_ranks, min(1.0, ended))
+        below = int(number)
+        low, high = (self.steps.prompts(count, round(self.demand.mean_input)) for count in (below, below + 1))
+        return low + (number - below) * (high - low)
 
     def _decode(self, batch: int) -> Terms:
         return self.steps.decode(-(-batch // self.data_ranks), self.context)
 
     def _first(self, batch: int) -> Terms:
         """Terms of the time to a first token, with so many requests decoding beside it."""
-        decode, prompt = sum(self._decode(batch).values()), self._prompt_each(batch)
-        busy = min(_BUSIEST, batch / self._token_seconds(batch) / self.demand.mean_output * prompt)
+        ended = self._ended(batch)
+        decode, prompts = sum(self._decode(batch).values()), self._prompts(ended)
+        prompt, busy = prompts / ended, min(_BUSIEST, prompts / (decode + prompts))
         queue = busy / (2 * (1 - busy)) * prompt
         return {**self.prompt, WAITING: queue + decode * 1.5}
 

@@ -70,10 +70,15 @@ class Steps:
         return total
 
     def prompts(self, count: int, tokens: int) -> float:
-        """Seconds of so many prompts, each as long, in one step if they fit into one, else one after the other."""
-        if count * tokens > self.step_tokens:
+        """Seconds of so many prompts, each as long: as many in one step as fit into it, and so on."""
+        if tokens > self.step_tokens:
             return count * sum(self.prompt(tokens).values())
-        return sum(self._lookup((0, 0, count, count * tokens, 0)).values())
+        steps, rest = divmod(count, self.step_tokens // tokens)
+        full = self.step_tokens // tokens
+        return sum(
+            times * sum(self._lookup((0, 0, number, number * tokens, 0)).values())
+            for times, number in ((steps, full), (1, rest)) if times and number
+        )  # fmt: skip
 
     def decode(self, rows: int, context: int) -> Terms:
         """Of one token for each of so many requests on each data rank."""
