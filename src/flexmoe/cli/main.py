@@ -36,6 +36,8 @@ _COMMANDS = (
     "profile",
     "report",
     "tune",
+    "plan",
+    "simulate",
     "balance",
     "run",
     "incr_decoding",

@@ -30,6 +30,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import Admission
 from flexmoe.engine.chat_template import ChatTemplate
 from flexmoe.engine.device import tokens_on
+from flexmoe.engine.drift import Drift, Predict
 from flexmoe.engine.grammar import Grammars
 from flexmoe.engine.launched import Launched
 from flexmoe.engine.metrics import EngineMetrics
@@ -54,8 +55,11 @@ T = TypeVar("T")
 class Engine:
     """Runs a model for many requests at once."""
 
-    def __init__(self, options: EngineConfig, ranks: Supervisor | None = None) -> None:
-        """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own."""
+    def __init__(self, options: EngineConfig, ranks: Supervisor | None = None, predict: Predict | None = None) -> None:
+        """ranks: processes to use, if the plan has several ranks; they outlive the engine. None: it starts its own.
+
+        predict: what each step should take, to compare with what it takes.
+        """
         self.options = options
         self.scheduler: Scheduler | DataRanks
         self._started: Started | StartedRanks
@@ -68,6 +72,7 @@ class Engine:
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self.metrics = EngineMetrics()
+        self.drift: Drift | None = None
         self._start_anew()
         self._numbers = itertools.count()
         self._closed = False
@@ -234,6 +239,10 @@ class Engine:
         self._check_open()
         return self.runner.expert_loads(self._started.source.name)
 
+    def watch(self, predict: Predict) -> None:
+        """Compare from now on what each step takes with its prediction."""
+        self.drift = Drift(predict)
+
     @property
     def local_runner(self) -> ModelRunner:
         """The runner of a model in this process. Raises ConfigError if the model is spread over several."""
@@ -311,6 +320,8 @@ class Engine:
         sampled = launched.flight.wait()
         now = time.monotonic()
         self.scheduler.observe(launched.step, now - max(launched.since, self._landed))
+        if self.drift is not None:
+            self.drift.add(launched.step, launched.since, now)
         self._landed = now
         return sampled
 
