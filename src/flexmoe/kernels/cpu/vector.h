@@ -34,12 +34,25 @@ typedef uint16_t v16h __attribute__((vector_size(32)));
 typedef float reg __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t regu __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t regh __attribute__((vector_size(2 * WIDTH)));
+
+/* WIDTH numbers of 16 bits as the high halves of 32. Told what to use: by itself GCC converts half a register at a time,
+ * and reads memory twice. */
+INLINE regu widen_halves(const uint16_t *from) {
+#if WIDTH == 16
+    return (regu)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif WIDTH == 8
+    return (regu)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#else
+    regh h;
+    memcpy(&h, from, sizeof h);
+    return __builtin_convertvector(h, regu) << 16;
+#endif
+}
+
 INLINE reg load_reg(const void *p, int64_t i, int half) {
     reg f;
     if (half) {
-        regh h;
-        memcpy(&h, (const uint16_t *)p + i, sizeof h);
-        regu wide = __builtin_convertvector(h, regu) << 16;
+        regu wide = widen_halves((const uint16_t *)p + i);
         memcpy(&f, &wide, sizeof f);
     } else {
         memcpy(&f, (const float *)p + i, sizeof f);
@@ -188,6 +201,9 @@ INLINE float load_weight(Rows w, int64_t r, int64_t k, int64_t i, int format) {
 INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, int count, int rows, int tokens,
                          int format, reg (*sums)[PARTS]) {
     float scales[ROWS];
+    /* Short rows of several at a time are too little for the processor to guess what comes next: rows after the next. */
+    for (int r = 0; r < rows; r++)
+        __builtin_prefetch(w.values + (r + 2 * ROWS) * row_bytes(k, format) + row_bytes(i, format));
     for (int r = 0; r < rows; r++)
         scales[r] = format >= INT8 ? load1(w.scales, r * groups(k) + i / GROUP, 1) : 1.0f;
     for (int at = 0; at < count; at += WIDTH) {
