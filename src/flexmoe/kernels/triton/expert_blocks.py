@@ -36,6 +36,24 @@ def block_rows(tokens: int, top_k: int, slots: int) -> int:
 
 
 @triton.jit
+def in_groups(GROUP: tl.constexpr):
+    """(block of rows, block of columns) of this program in the order of a grid (blocks, columns); 0: as they come.
+
+    GROUP blocks of rows meet all columns before the next ones do: then the programs at work at one time share both
+    rows and weights in the L2 cache, where rows of all blocks would not fit.
+    """
+    block, column = tl.program_id(0), tl.program_id(1)
+    if GROUP > 0:
+        blocks, columns = tl.num_programs(0), tl.num_programs(1)
+        index = column * blocks + block
+        before = index // (GROUP * columns) * GROUP
+        high = tl.minimum(blocks - before, GROUP)
+        index = index % (GROUP * columns)
+        block, column = before + index % high, index // high
+    return block, column
+
+
+@triton.jit
 def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, ONE_EACH: tl.constexpr):
     """The index-th block, slot after slot: (slot, first row, rows of the slot); no rows: there is no such block.
 
