@@ -154,6 +154,9 @@ def default_gemv_tile(top_k: int, width: int, dtype: torch.dtype) -> DownGemvTil
     return DownGemvTile(2, min(columns, 4096 // dtype.itemsize), 8)
 
 
+_MANY_PROGRAMS = 400  # three for each processor of an H200
+
+
 @dataclass(frozen=True, slots=True)
 class DownTile:
     """Tile of the kernel for many rows; blocks are powers of two, at least 16.
@@ -246,14 +249,13 @@ def expert_down_grouped(
 
 def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> DownTile:
     """A tile for `rows` tokens of uniform routing, by how many of them an expert that gets any may expect."""
-    del hidden  # it has been long next to every tile so far
     if dtype is torch.float32:  # no tensor cores for exact fp32
         return DownTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
         # Measured on an H200, Mixtral's shape: 577 TFLOP/s at 2,048 tokens (529 without TMA); at 512 a tile half as
         # wide has programs enough, 380 (337).
-        wide = rows * top_k >= 256 * num_experts
+        wide = (rows * top_k // 128 + num_experts // 2) * hidden >= 256 * _MANY_PROGRAMS
         group = group_for(rows * top_k * width * dtype.itemsize)
         tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True, group=group)
     elif block == 16:  # measured inside decode steps on an H200: up to 16% less than 64 columns and five stages
