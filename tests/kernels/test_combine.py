@@ -73,3 +73,15 @@ def test_norms_what_it_added(T: int, K: int, H: int, dtype: torch.dtype) -> None
     combine_norm(y, ids, before, weight, 1e-5, again)
     assert torch.equal(before, x.tensor)
     assert torch.equal(again, normed.tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "K", "H"), [(1, 1, 64), (5, 3, 100)])
+def test_every_row_counts_without_ids(T: int, K: int, H: int, dtype: torch.dtype) -> None:
+    y, before, weight = normal(T * K, H, dtype=dtype), normal(T, H), normal(H, dtype=dtype)
+    x, normed = Guarded(T, H), Guarded(T, H, dtype=dtype)
+    x.tensor.copy_(before)
+    combine_norm(y, None, x.tensor, weight, 1e-5, normed.tensor)
+    expected = before + y.view(T, K, H).float().sum(1)
+    assert_near(x.check(), expected, torch.float32)
+    assert_near(normed.check(), rms_norm(expected, weight.float(), 1e-5), dtype)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexmoe.kernels.triton.expert_blocks import find_block, grid_blocks
+from flexmoe.kernels.triton.expert_blocks import find_block, grid_blocks, in_groups
 from tests.kernels.support import DEVICE
 
 
@@ -31,6 +31,29 @@ def test_every_row_is_in_one_block(T: int, K: int, S: int, crowded: bool) -> Non
     _found[(blocks,)](counts, out, S=S, BLOCK_M=block, ONE_EACH=one_each)
     wanted = [(s, first, n) for s, n in enumerate(counts.tolist()) for first in range(0, n, block)]
     assert [(s, first, n) for s, first, n in out.tolist() if first < n] == wanted
+
+
+@triton.jit
+def _grouped(out_ptr, GROUP: tl.constexpr):
+    block, column = in_groups(GROUP)
+    index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)  # as programs start
+    tl.store(out_ptr + index * 2, block)
+    tl.store(out_ptr + index * 2 + 1, column)
+
+
+@pytest.mark.parametrize("group", [0, 1, 2, 3, 4, 16])
+@pytest.mark.parametrize(("blocks", "columns"), [(1, 1), (7, 3), (8, 1), (1, 5), (6, 4)])
+def test_groups_of_blocks_meet_all_columns_one_after_the_other(blocks: int, columns: int, group: int) -> None:
+    out = torch.full((blocks * columns, 2), -1, dtype=torch.int32, device=DEVICE)
+    _grouped[(blocks, columns)](out, GROUP=group)
+    size = group or blocks
+    wanted = [
+        [block, column]
+        for first in range(0, blocks, size)
+        for column in range(columns)
+        for block in range(first, min(blocks, first + size))
+    ]
+    assert out.tolist() == wanted
 
 
 def test_the_grid_is_no_larger_than_it_must_be() -> None:

@@ -38,7 +38,7 @@ GEMV_TILES = [
 ]
 TILES = [
     DownTile(16, 16, 32, num_stages=2),
-    DownTile(16, 32, 16, num_stages=3, swap=False),
+    DownTile(16, 32, 16, num_stages=3, swap=False, group=2),
     *([DownTile(16, 64, 64, num_stages=4), DownTile(64, 128, 64, num_stages=3, swap=False)] if ON_GPU else []),
 ]
 

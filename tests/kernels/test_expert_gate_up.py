@@ -37,7 +37,7 @@ GEMV_TILES = [
 ]
 TILES = [
     GateUpTile(16, 16, 32, num_stages=2),
-    GateUpTile(16, 32, 16, num_stages=3, swap=False),
+    GateUpTile(16, 32, 16, num_stages=3, swap=False, group=2),
     *([GateUpTile(16, 64, 64, num_stages=4), GateUpTile(64, 64, 64, num_stages=3, swap=False)] if ON_GPU else []),
 ]
 

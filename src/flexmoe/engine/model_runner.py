@@ -146,10 +146,8 @@ class ModelRunner:
         graphed = self._graphed
         if graphed is not None and decodes_only(step, graphed.max_rows):
             self._check_process()
-            tap = self._tap(step, states)
             with computing_on(self.device):
-                flight = graphed.launch(step, states, sources, tap or self.probe)
-            return flight if tap is None else TappedFlight(flight, tap)
+                return self._decode(step, states, sources)
         if graphed is not None and self._flies_mixed(step, states):
             self._check_process()
             with computing_on(self.device):
@@ -172,11 +170,11 @@ class ModelRunner:
         decodes, path = step.num_decodes, self._graphed or self.model.native
         if path is None or most_rows is not None or not 0 < decodes <= path.max_rows:
             return self._run(step, states, most_rows)
-        sampled = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
+        flight = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
         if decodes == len(step.chunks):
-            return sampled
-        others = self._run(Step(step.chunks[decodes:], 0, []), states[decodes:])
-        return sampled.plus(others)
+            return flight.wait()
+        others = self._run(Step(step.chunks[decodes:], 0, []), states[decodes:])  # launched while decodes run
+        return flight.wait().plus(others)
 
     def _check_process(self) -> None:
         """A fork has none of the threads, torch's or ours, and would wait for them for ever."""
@@ -186,15 +184,16 @@ class ModelRunner:
                 "that uses it, for instance with multiprocessing.get_context('spawn')."
             )
 
-    def _decode(self, step: Step, states: Sequence[SamplingState]) -> SampleOutput:
+    def _decode(self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None = None) -> Flight:
+        """A step of decodes alone, on the path that these have. sources: see `launch_rows`."""
         tap = self._tap(step, states)
         probe = tap or self.probe
         if self._graphed is not None:
-            sampled = self._graphed.launch(step, states, None, probe).wait()
-        else:
-            assert self.model.native is not None
-            sampled = self._decode_native(self.model.native, step, states, probe)
-        return sampled if tap is None else tap.annotate(sampled)
+            flight = self._graphed.launch(step, states, sources, probe)
+            return flight if tap is None else TappedFlight(flight, tap)
+        assert self.model.native is not None
+        sampled = self._decode_native(self.model.native, step, states, probe)
+        return Landed(sampled if tap is None else tap.annotate(sampled))
 
     def _tap(self, step: Step, states: Sequence[SamplingState]) -> ChoiceTap | None:
         """A look at the experts of this pass, if a row asks for it."""

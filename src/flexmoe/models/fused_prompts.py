@@ -22,6 +22,7 @@ from flexmoe.kernels.triton.prefill_attention import default_tile, prefill_atten
 from flexmoe.kernels.triton.rms_norm import rms_norm
 from flexmoe.kernels.triton.rotate_and_store import rotate_and_store
 from flexmoe.kernels.triton.route import many_rows_tile, route
+from flexmoe.kernels.triton.tiles import TileTable, tiles_for
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
@@ -31,6 +32,7 @@ from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import PromptRows
 from flexmoe.models.fused import narrowest, qk_norm, weight_of
 from flexmoe.models.fused_ranks import slots_by_row
+from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.seen import Seen
 from flexmoe.moe.block import MoEBlock
 from flexmoe.parallel.mesh import Mesh
@@ -39,8 +41,11 @@ from flexmoe.parallel.mesh import Mesh
 class PromptLayer:
     """One decoder layer. following: the norm that comes after it."""
 
-    def __init__(self, layer: DecoderLayer, following: RMSNorm, mesh: Mesh, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: DecoderLayer, following: RMSNorm, tiles: StepTiles, mesh: Mesh, dtype: torch.dtype
+    ) -> None:
         self.layer, self.index, self._following, self._mesh = layer, layer.index, following, mesh
+        self._tiles = tiles
         self.stage = "mlp" if layer.moe is None else "moe"
         self._norm = qk_norm(layer.attention)
         if layer.moe is not None:
@@ -88,8 +93,7 @@ class PromptLayer:
     def _add(self, x: Tensor, part: Tensor, norm: RMSNorm) -> Tensor:
         """x += part; returns the sum normed: what `combine_norm` does for one expert a row."""
         out = torch.empty_like(part)
-        alone = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
-        combine_norm(part, alone, x, norm.weight.data, norm.eps, out)
+        combine_norm(part, None, x, norm.weight.data, norm.eps, out)
         return out
 
     def _route(self, moe: MoEBlock, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,22 +118,25 @@ class PromptLayer:
         rows = torch.empty(S, T, dtype=torch.int32, device=places.device)
         counts = torch.empty(S, dtype=torch.int32, device=places.device)
         hidden = normed.new_empty(T * K, experts.width)
+        first, second = self._tiles.many_experts(T)
         group_by_expert(places, S, rows, counts)
-        expert_gate_up_grouped(normed, rows, counts, experts.gate_up.data, hidden, top_k=K)
-        expert_down_grouped(hidden, rows, counts, weights, experts.down.data, y)
+        expert_gate_up_grouped(normed, rows, counts, experts.gate_up.data, hidden, top_k=K, tile=first)
+        expert_down_grouped(hidden, rows, counts, weights, experts.down.data, y, tile=second)
         return y
 
 
 class PromptDecoder:
     """Computes prompts of a loaded Decoder, all of whose layers are here; see `DevicePrompts`."""
 
-    def __init__(self, model: Decoder, max_position: int, device: torch.device) -> None:
+    def __init__(self, model: Decoder, max_position: int, device: torch.device, table: TileTable | None = None) -> None:
+        """table: measured tiles; None: those of the package and of the user for this GPU."""
         self._model, dtype = model, model.norm.weight.dtype
-        layers = model.decoder_layers
+        layers, local = model.decoder_layers, model.mesh.shard(model.config).local
+        tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype)
         following = [*(layer.input_norm for layer in layers[1:]), model.norm]
         self._first = layers[0].input_norm
         self._layers = [
-            PromptLayer(layer, norm, model.mesh, dtype) for layer, norm in zip(layers, following, strict=True)
+            PromptLayer(layer, norm, tiles, model.mesh, dtype) for layer, norm in zip(layers, following, strict=True)
         ]
         cos, sin = rotary_tables(model.config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)

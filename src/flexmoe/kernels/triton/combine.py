@@ -102,7 +102,9 @@ def _combine_norm(
     x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0)
     total = tl.zeros([BLOCK_H], tl.float32)
     for k in tl.static_range(K):
-        here = (h < H) & (tl.load(ids_ptr + row * K + k) >= 0)
+        here = h < H
+        if ids_ptr is not None:
+            here = here & (tl.load(ids_ptr + row * K + k) >= 0)
         total += tl.load(y_ptr + (row * K + k) * H + h, mask=here, other=0.0).to(tl.float32)
     x += total
     tl.store(x_ptr + row * H + h, x, mask=h < H)
@@ -111,10 +113,14 @@ def _combine_norm(
 
 
 def combine_norm(
-    y: Tensor, topk_ids: Tensor, x: Tensor, norm_weight: Tensor, eps: float, normed: Tensor, *, pdl: bool = False
+    y: Tensor, topk_ids: Tensor | None, x: Tensor, norm_weight: Tensor, eps: float, normed: Tensor, *, pdl: bool = False
 ) -> None:
-    """x fp32 [T, H] += the sum over k of y [T * K, H], as `combine`; normed [T, H] = rms_norm(x), rounded once."""
-    (T, K), H = topk_ids.shape, x.shape[1]
+    """x fp32 [T, H] += the sum over k of y [T * K, H], as `combine`; normed [T, H] = rms_norm(x), rounded once.
+
+    topk_ids: None where every row of y counts.
+    """
+    T, H = x.shape
+    K = len(y) // T
     block = triton.next_power_of_2(H)
     _combine_norm[(T,)](
         y, topk_ids, x, norm_weight, normed,

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks
+from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, group_for, in_groups
 from flexmoe.kernels.triton.topk import select_experts
 
 
@@ -154,11 +154,14 @@ def default_gemv_tile(top_k: int, width: int, dtype: torch.dtype) -> DownGemvTil
     return DownGemvTile(2, min(columns, 4096 // dtype.itemsize), 8)
 
 
+_MANY_PROGRAMS = 400  # three for each processor of an H200
+
+
 @dataclass(frozen=True, slots=True)
 class DownTile:
     """Tile of the kernel for many rows; blocks are powers of two, at least 16.
 
-    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap and tma: as in GateUpTile.
+    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap, tma and group: as in GateUpTile.
     """
 
     block_m: int = 16
@@ -168,6 +171,7 @@ class DownTile:
     num_stages: int = 5
     swap: bool = True
     tma: bool = False
+    group: int = 0
 
 
 @triton.jit
@@ -175,18 +179,19 @@ def _down_grouped(
     hidden_ptr, rows_ptr, counts_ptr, weights_ptr, down_ptr, y_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, ONE_EACH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # size: a kernel's prologue, loop and epilogue share their registers
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    slot, first, count = find_block(counts_ptr, tl.program_id(0), S, BLOCK_M, ONE_EACH)
+    block, column = in_groups(GROUP)
+    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, ONE_EACH)
     if first < count:
         i = first + tl.arange(0, BLOCK_M)
         a = tl.load(rows_ptr + slot.to(tl.int64) * capacity + i, mask=i < count, other=0)
         scale = tl.load(weights_ptr + a, mask=i < count, other=0.0)
-        first_n = tl.program_id(1) * BLOCK_N
+        first_n = column * BLOCK_N
         n = first_n + tl.arange(0, BLOCK_N)
         hidden_at = hidden_ptr + a.to(tl.int64)[:, None] * F
         if not TMA:
@@ -238,21 +243,21 @@ def expert_down_grouped(
     _down_grouped[(blocks, triton.cdiv(H, tile.block_n))](
         hidden, rows, counts, topk_weights, weights, y, rows.stride(0), F, H=H, F=F, S=S,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
-        TMA=tma, ONE_EACH=one_each, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        TMA=tma, ONE_EACH=one_each, GROUP=tile.group, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 
 def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> DownTile:
     """A tile for `rows` tokens of uniform routing, by how many of them an expert that gets any may expect."""
-    del hidden, width  # both have been long next to every tile so far
     if dtype is torch.float32:  # no tensor cores for exact fp32
         return DownTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
         # Measured on an H200, Mixtral's shape: 577 TFLOP/s at 2,048 tokens (529 without TMA); at 512 a tile half as
         # wide has programs enough, 380 (337).
-        wide = rows * top_k >= 256 * num_experts
-        tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True)
+        wide = (rows * top_k // 128 + num_experts // 2) * hidden >= 256 * _MANY_PROGRAMS
+        group = group_for(rows * top_k * width * dtype.itemsize)
+        tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True, group=group)
     elif block == 16:  # measured inside decode steps on an H200: up to 16% less than 64 columns and five stages
         tile = DownTile(block, block_k=128, num_stages=4)
     else:

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks
+from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, group_for, in_groups
 from flexmoe.kernels.triton.topk import select_expert
 
 
@@ -52,7 +52,7 @@ class GateUpTile:
     block_m: rows of one expert. block_n: of F, for gate and up each. block_k: of H, loaded at once. swap: weights stand
     on the left of the product, so that Hopper's large multiplication (64 rows or more) fits however few tokens there
     are; then take block_n from 64 on. tma: weights come through the tensor memory accelerator instead of each thread's
-    own copies; where rows of weights are not multiples of 16 bytes this has no effect.
+    own copies; where rows of weights are not multiples of 16 bytes this has no effect. group: see `in_groups`.
     """
 
     block_m: int = 16
@@ -62,6 +62,7 @@ class GateUpTile:
     num_stages: int = 5
     swap: bool = True
     tma: bool = False
+    group: int = 0
 
 
 @triton.jit
@@ -236,17 +237,18 @@ def _gate_up_grouped(
     x_ptr, rows_ptr, counts_ptr, gate_up_ptr, hidden_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, ONE_EACH: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, ONE_EACH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # size: a kernel's prologue, loop and epilogue share their registers
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    slot, first, count = find_block(counts_ptr, tl.program_id(0), S, BLOCK_M, ONE_EACH)
+    block, column = in_groups(GROUP)
+    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, ONE_EACH)
     if first < count:
         i = first + tl.arange(0, BLOCK_M)
         a = tl.load(rows_ptr + slot.to(tl.int64) * capacity + i, mask=i < count, other=0)
-        first_n = tl.program_id(1) * BLOCK_N
+        first_n = column * BLOCK_N
         n = first_n + tl.arange(0, BLOCK_N)
         x_at = x_ptr + (a // TOP_K).to(tl.int64)[:, None] * H
         if not TMA:
@@ -305,18 +307,19 @@ def expert_gate_up_grouped(
     _gate_up_grouped[(blocks, triton.cdiv(F, tile.block_n))](
         x, rows, counts, weights, hidden, rows.stride(0), H, H=H, F=F, S=S, TOP_K=top_k,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
-        TMA=tma, ONE_EACH=one_each, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        TMA=tma, ONE_EACH=one_each, GROUP=tile.group, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 
 def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> GateUpTile:
     """A tile for `rows` tokens of uniform routing, by how many of them an expert that gets any may expect."""
-    del hidden, width  # both have been long next to every tile so far
+    del width  # it has been long next to every tile so far
     if dtype is torch.float32:  # no tensor cores for exact fp32
         return GateUpTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
-        tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False)
+        group = group_for(rows * hidden * dtype.itemsize)
+        tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False, group=group)
     else:
         tile = GateUpTile(block, 64, 64, num_stages=5 if block <= 32 else 4)
     stage = (tile.block_m + 2 * tile.block_n) * tile.block_k * dtype.itemsize

@@ -48,18 +48,25 @@ def default_tile(head_dim: int, dtype: torch.dtype) -> PrefillAttentionTile:
 def _meet(
     q, top, total, acc, cache_ptr, table_ptr, position, first, last, d,
     HKV: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    KEYS: tl.constexpr, MASKED: tl.constexpr,
+    KEYS: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Keys first..last - 1 into the running maximum, sum and output. Without MASKED all rows see all of them."""
     for start in tl.range(first, last, KEYS):
         n = start + tl.arange(0, KEYS)
         here = n < last
-        block = tl.load(table_ptr + n // BLOCK_SIZE, mask=here, other=0)
+        if MASKED:
+            block = tl.load(table_ptr + n // BLOCK_SIZE, mask=here, other=0)
+        else:
+            block = tl.load(table_ptr + n // BLOCK_SIZE)
         slots = (block * BLOCK_SIZE + n % BLOCK_SIZE).to(tl.int64)
         at = cache_ptr + slots[:, None] * (2 * HKV * D) + d[None, :]
-        inside = here[:, None] & (d < D)[None, :]
-        k = tl.load(at, mask=inside, other=0.0)
-        v = tl.load(at + HKV * D, mask=inside, other=0.0)
+        if MASKED or BLOCK_D > D:
+            inside = here[:, None] & (d < D)[None, :]
+            k = tl.load(at, mask=inside, other=0.0)
+            v = tl.load(at + HKV * D, mask=inside, other=0.0)
+        else:
+            k = tl.load(at)
+            v = tl.load(at + HKV * D)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         if MASKED:
             seen = here[None, :] & (n[None, :] <= position[:, None])
@@ -103,13 +110,13 @@ def _prefill_attention(
         whole = (start + 1) // KEYS * KEYS  # keys up to here all rows see
         top, total, acc = _meet(
             q, top, total, acc, head_ptr, table_ptr, position, 0, whole, d,
-            HKV, D, BLOCK_SIZE, WINDOW, SCALE, KEYS, False,
+            HKV, D, BLOCK_SIZE, WINDOW, SCALE, KEYS, BLOCK_D, False,
         )  # fmt: skip
     else:
         whole = tl.maximum(0, start + 1 - WINDOW) // KEYS * KEYS
     top, total, acc = _meet(
         q, top, total, acc, head_ptr, table_ptr, position, whole, stop, d,
-        HKV, D, BLOCK_SIZE, WINDOW, SCALE, KEYS, True,
+        HKV, D, BLOCK_SIZE, WINDOW, SCALE, KEYS, BLOCK_D, True,
     )  # fmt: skip
     total = tl.where(m < count, total, 1.0)  # rows of padding may have seen nothing
     tl.store(out_ptr + at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)

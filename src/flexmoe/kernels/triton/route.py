@@ -53,12 +53,19 @@ def default_tile(T: int, H: int, E: int, itemsize: int) -> RouteTile:
 def many_rows_tile(T: int, E: int, itemsize: int) -> RouteTile:
     """Of the way of many rows, which takes them normed."""
     exact = itemsize == 4  # several products a step: shorter steps, or registers run out
-    if T <= 512 or E <= 16:
-        side = 16 if T <= 128 else 32
-        k, warps = 32 if exact else 128, 2 if side == 16 else 4
-        return RouteTile(block_t=side, block_e=min(side, _at_least_16(E)), block_k=k, num_warps=warps, num_stages=4)
-    k = 32 if exact else 64
-    return RouteTile(block_t=64, block_e=min(64, _at_least_16(E)), block_k=k, num_warps=4, num_stages=3)
+    side = 16 if T <= 128 else 32 if T <= 256 else _side(T, E)
+    block_e = min(side, _at_least_16(E))
+    if side == 64:
+        return RouteTile(block_t=64, block_e=block_e, block_k=32 if exact else 64, num_warps=4, num_stages=3)
+    k, warps = 32 if exact else 128, 2 if side == 16 else 4
+    return RouteTile(block_t=side, block_e=block_e, block_k=k, num_warps=warps, num_stages=4)
+
+
+def _side(T: int, E: int) -> int:
+    """The largest block of rows with which programs fill the card."""
+    sides = (64, 32)
+    filling = (s for s in sides if triton.cdiv(T, s) * triton.cdiv(E, min(s, _at_least_16(E))) >= _PROGRAMS)
+    return next(filling, 16)
 
 
 def _at_least_16(number: int) -> int:
