@@ -258,7 +258,10 @@ class ModelRunner:
         assert before is None, "torch lays out tokens that the host knows"
         _use_torch_threads(self._threads)
         batch = build_batch(step, self.cache.block_size, self._windows, self.device, probe, most_rows)
-        return self.model.logits(self.model(batch, self.cache), batch)
+        hidden: Tensor = self.model(batch, self.cache)
+        if not step.num_samples:
+            return hidden.new_empty(0, self.model.config.vocab_size)
+        return self.model.logits(hidden, batch)
 
 
 def decodes_only(step: Step, max_rows: int) -> bool:
