@@ -103,6 +103,61 @@ def test_a_prefill_that_does_not_end_its_prompt_gives_no_token() -> None:
     assert all(layer[new].isfinite().all() for layer in cache.layers)
 
 
+def test_in_one_pass_decodes_are_computed_with_the_prompts() -> None:
+    model = decoder(CONFIG)
+    assert model.native is not None
+    watched = Watched(model.native, 9)
+    model.native = watched  # type: ignore[assignment]
+    step, num_blocks = make_step(2, 1)
+    cache = filled_cache(CONFIG, [chunk.request for chunk in step.chunks], num_blocks, BLOCK, torch.float32)
+    tokens = ModelRunner(model, cache, CPU, one_pass=True).run(step, states(step)).token_ids
+    assert watched.calls == []
+    assert tokens == run(model, step, cache).token_ids
+    assert watched.calls == [2]
+    ModelRunner(model, cache, CPU, one_pass=True).run(make_step(2, 0)[0], states(make_step(2, 0)[0]))
+    assert watched.calls == [2, 2]  # decodes alone keep their path
+
+
+class Device:
+    """A device's decoder and its prompts, that note what they are given. tokens: of the step before."""
+
+    max_rows, block_rows = 8, 16
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.in_graph, self.passed = tokens, 0, list[int]()
+
+    def launch_mixed(self, step: Step, states: Any, sources: Any, decodes: int, others: Any) -> Any:
+        self.in_graph = decodes
+        return others()
+
+    def tokens_of(self, sources: list[int]) -> torch.Tensor:
+        return torch.tensor([self.tokens[place] if place >= 0 else -1 for place in sources])
+
+    def logits(self, rows: Any, *_: Any) -> torch.Tensor:
+        self.passed = rows.token_ids.tolist()
+        return torch.eye(len(rows.sample_rows), CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize(("one_pass", "in_graph"), [(False, 2), (True, 0)])
+def test_a_step_with_prompts_leaves_its_tokens_on_the_device(one_pass: bool, in_graph: int) -> None:
+    """Two decodes, of which the device alone knows the first one's token, and a prompt."""
+    device = Device([41, 42])
+    step, _ = make_step(2, 1)
+    pending, known = step.chunks[0].request, step.chunks[1].request
+    step.chunks[0] = ScheduledChunk(pending, pending.num_tokens, 1, True)
+    pending.blocks = pending.blocks * 2
+    prompt = step.chunks[2]
+    runner = ModelRunner(decoder(CONFIG), None, CPU, device, device, one_pass=one_pass)  # type: ignore[arg-type]
+    runner.cache = type("Cache", (), {"block_size": BLOCK})()
+    assert runner.can_run_ahead(step, states(step))
+    chosen = runner.launch_rows(step, states(step), [1, -1])
+    assert device.in_graph == in_graph
+    theirs = prompt.request.token_ids[prompt.start : prompt.start + 3]
+    assert device.passed == ([42, known.token_ids[-1], *theirs] if one_pass else theirs)
+    assert chosen.tolist() == list(range(3 - in_graph))  # type: ignore[attr-defined]
+    assert not runner.can_run_ahead(step, states(step, logprobs=1))
+
+
 def test_torch_has_its_threads_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder(CONFIG)
     step, num_blocks = make_step(2, 0)

@@ -258,8 +258,10 @@ def _check(step: Step, device: Clocked, tokens: StepTokens) -> None:
     assert step.num_tokens <= tokens.most
     prompts = step.chunks[step.num_decodes :]
     owed = min(tokens.least, tokens.most - step.num_decodes)
-    given_up = sum(chunk.num_tokens for chunk in prompts)
+    given = sum(chunk.num_tokens for chunk in prompts)
+    # A prompt of one token, or the last token of one, stands among the decodes.
+    given += sum(chunk.start < chunk.request.num_prompt_tokens for chunk in step.chunks[: step.num_decodes])
     unfinished = [chunk for chunk in prompts if not chunk.samples]
     assert len(unfinished) <= 1
     if unfinished:  # cut short by the budget and by nothing else
-        assert given_up >= owed
+        assert given >= owed

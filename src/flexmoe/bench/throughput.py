@@ -48,6 +48,7 @@ class ThroughputOptions:
     output_len: int = 128
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    one_pass: bool = False
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -148,6 +149,7 @@ def _llm_options(subject: Subject, options: ThroughputOptions) -> Row:
         "dtype": options.dtype,
         "device": options.device,
         "threads": options.threads,
+        "one_pass": options.one_pass,
         "seed": options.seed,
         "max_num_seqs": options.seats,
         "max_model_len": min(longest, subject.config.max_position),

@@ -41,6 +41,7 @@ def _engines(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
 @click.option(
     "--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: the engine's choice]"
 )
+@click.option("--one-pass", is_flag=True, help="Compute decodes beside prompts in one pass over the weights.")
 @click.option(
     "--load-format",
     type=click.Choice(LOAD_FORMATS),

@@ -124,6 +124,13 @@ _MODEL_OPTIONS = (
         f"[default: {_default(SchedulerConfig, 'max_decode_slowdown')}]",
     ),
     click.option(
+        "--one-pass",
+        is_flag=True,
+        default=None,
+        help="Compute decodes beside prompts in one pass over the weights: quicker on a GPU, but in bf16 a request's "
+        "tokens may then depend on what else is computed.",
+    ),
+    click.option(
         "--kv-cache-memory",
         metavar="BYTES",
         callback=byte_size,
@@ -184,6 +191,7 @@ _MODEL_NAMES = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_decode_slowdown",
+    "one_pass",
     "kv_cache_memory",
     "block_size",
     "seed",

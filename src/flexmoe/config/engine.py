@@ -50,7 +50,8 @@ class DeviceConfig:
 
     threads: None means one a physical core. isa: the instruction set of the C kernels on a CPU; "auto" is its best.
     quantization: hold weights in "int8" or "int4"; dtype is then that of all the rest. On a CPU only. None: as the
-    checkpoint does.
+    checkpoint does. one_pass: compute decodes beside prompts in the prompts' pass, which reads all weights once, not
+    twice; then a request's rounding, in bf16 its tokens too, depends on whether others' prompts come meanwhile.
     """
 
     device: str = "auto"
@@ -59,6 +60,7 @@ class DeviceConfig:
     expert_backend: str = "auto"
     isa: str = "auto"
     quantization: str | None = None
+    one_pass: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +151,7 @@ class EngineConfig:
             if not isinstance(value, str) and (value is not None or name == "device"):
                 raise ConfigError(f"{name}={value!r} is not a string.")
         flags: dict[str, object] = {"progress": load.progress, "force_download": load.force_download}
-        flags["enable_prefix_caching"] = self.cache.enable_prefix_caching
+        flags |= {"enable_prefix_caching": self.cache.enable_prefix_caching, "one_pass": self.device.one_pass}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ConfigError(f"{name}={flag!r} is neither True nor False.")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmoe.engine.device import to_device
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.layers.forward_batch import Probe
@@ -140,19 +141,25 @@ class GraphedDecoder:
         step: Step,
         states: Sequence[SamplingState],
         sources: Sequence[int] | None,
-        prompts: Callable[[], Tensor | None],
+        decodes: int,
+        others: Callable[[], Tensor | None],
     ) -> GraphFlight:
-        """Start a step whose tokens the device chooses: its decodes, of which `sources` tells, then `prompts`.
+        """Start a step whose tokens the device chooses: the first `decodes` chunks by a graph, the rest by `others`.
 
-        prompts: launches the rest and gives its tokens, [n] on the device, in which the host is not interested yet.
+        sources: as for `launch`. others: gives the tokens of what it launched, [n] on the device; None if it has none.
         """
-        decodes = step.num_decodes
         if decodes:
             self._compute(step.chunks[:decodes], states[:decodes], states[:decodes], sources, None)
-        others = prompts()
-        if others is not None:
-            self._model.sampled[decodes : decodes + len(others)].copy_(others)
+        tokens = others()
+        if tokens is not None:
+            self._model.sampled[decodes : decodes + len(tokens)].copy_(tokens)
         return self._fly(step, len(states), ())
+
+    @torch.inference_mode()
+    def tokens_of(self, sources: Sequence[int]) -> Tensor:
+        """On the device, of the step launched last the tokens with these places, -1 where that is -1: int64 [n]."""
+        places = to_device(torch.tensor(sources, dtype=torch.int64), self._device)
+        return torch.where(places >= 0, self._model.sampled[places.clamp(min=0)], -1)
 
     def _compute(
         self,

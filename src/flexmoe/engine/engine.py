@@ -68,7 +68,10 @@ class Engine:
             self._started, self.runner = start_ranks(options, ranks)
         else:
             self._started = started = start(options)
-            self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed, started.prompts)
+            self.runner = ModelRunner(
+                started.model, started.cache, started.device, started.graphed, started.prompts,
+                one_pass=options.device.one_pass,
+            )  # fmt: skip
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self.metrics = EngineMetrics()
@@ -222,6 +225,7 @@ class Engine:
             "block_size": self.options.cache.block_size,
             "kv_cache_bytes": s.cache.num_bytes,
             "prefix_caching": self.options.cache.enable_prefix_caching,
+            "one_pass": self.options.device.one_pass,
         } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
 
     def count_experts(self, on: bool) -> None:

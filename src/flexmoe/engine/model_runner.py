@@ -73,11 +73,17 @@ class ModelRunner:
         device: torch.device,
         graphed: GraphedDecoder | None = None,
         prompts: DevicePrompts | None = None,
+        *,
+        one_pass: bool = False,
     ) -> None:
-        """graphed: the model's decode steps as CUDA graphs on this cache. prompts: its prompts in Triton kernels."""
+        """graphed: the model's decode steps as CUDA graphs on this cache. prompts: its prompts in Triton kernels.
+
+        one_pass: compute decodes beside prompts in the pass of these.
+        """
         self.model, self.cache, self.device = model, cache, device
-        self._graphed, self._prompts = graphed, prompts
-        self.mixes_ahead = graphed is not None and model.mesh.world.size == 1  # other ranks do not know prompts' tokens
+        self._graphed, self._prompts, self._one_pass = graphed, prompts, one_pass
+        # Other ranks do not know prompts' tokens.
+        self.mixes_ahead = graphed is not None and prompts is not None and model.mesh.world.size == 1
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
         self._counter: ExpertCounter | None = None  # once made it stays: graphs count into its memory
         self._sampler = Sampler()
@@ -151,7 +157,7 @@ class ModelRunner:
         if graphed is not None and self._flies_mixed(step, states):
             self._check_process()
             with computing_on(self.device):
-                return graphed.launch_mixed(step, states, sources, lambda: self._choose_of_prompts(step, states))
+                return self._launch_mixed(graphed, step, states, sources)
         assert sources is None, "can_run_ahead was false"
         with computing_on(self.device):
             return Landed(self.run(step, states, most_rows))
@@ -161,14 +167,16 @@ class ModelRunner:
 
         states: one for each chunk that samples, in order. most_rows: of any data rank in this step; None: there is one.
 
-        Decodes and prompts are two passes: otherwise a request's rounding, in bf16 its tokens too, would depend on
-        whether another one's prompt is computed in the same step. Measured on a CPU, the two passes take as long as
-        one. Data ranks, which would have to agree on the passes, take one. Beyond `max_rows` decodes, and for prompts,
-        rounding depends on the shape of torch's products; in fp32 that has not been seen to change a token.
+        Decodes and prompts are two passes, unless one_pass is asked for: otherwise a request's rounding, in bf16 its
+        tokens too, would depend on whether another one's prompt is computed in the same step. Measured on a CPU, the
+        two passes take as long as one; on a GPU the second reads most weights again. Data ranks, which would have to
+        agree on the passes, take one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of
+        torch's products; in fp32 that has not been seen to change a token.
         """
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
-        if path is None or most_rows is not None or not 0 < decodes <= path.max_rows:
+        together = self._one_pass and decodes < len(step.chunks)
+        if path is None or most_rows is not None or together or not 0 < decodes <= path.max_rows:
             return self._run(step, states, most_rows)
         flight = self._decode(Step(step.chunks[:decodes], decodes, []), states[:decodes])
         if decodes == len(step.chunks):
@@ -212,11 +220,19 @@ class ModelRunner:
         finally:
             _use_torch_threads(self._threads)
 
-    def _choose_of_prompts(self, step: Step, states: Sequence[SamplingState]) -> Tensor | None:
-        """Launch what stands behind the decodes. Its tokens [n], on the device; None if no prompt is complete."""
-        decodes = step.num_decodes
-        logits = self._logits(Step(step.chunks[decodes:], 0, []), None, None)
-        return self._sampler.choose(logits, states[decodes:]) if len(logits) else None
+    def _launch_mixed(
+        self, graphed: GraphedDecoder, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None
+    ) -> GraphFlight:
+        """Launch decodes and prompts, one behind the other or in one pass."""
+        first = 0 if self._one_pass else step.num_decodes  # chunk of the pass that is not a graph
+        rest = Step(step.chunks[first:], step.num_decodes - first, [])
+        before = graphed.tokens_of(sources) if sources and self._one_pass else None
+
+        def launch() -> Tensor | None:
+            logits = self._logits(rest, None, None, before)
+            return self._sampler.choose(logits, states[first:]) if len(logits) else None
+
+        return graphed.launch_mixed(step, states, sources, first, launch)
 
     @torch.inference_mode()
     def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
@@ -227,14 +243,24 @@ class ModelRunner:
         sampled = self._sampler.sample(logits, states)
         return sampled if tap is None else tap.annotate(sampled)
 
-    def _logits(self, step: Step, probe: Probe | None, most_rows: int | None) -> Tensor:
-        """Logits of the chunks that sample, [N, V]; [0, V] on ranks that do not."""
+    def _logits(self, step: Step, probe: Probe | None, most_rows: int | None, before: Tensor | None = None) -> Tensor:
+        """Logits of the chunks that sample, [N, V]; [0, V] on ranks that do not.
+
+        before: int64, the token of each decode that only the device knows, -1 for the others.
+        """
         if self._prompts is not None:
             rows = lay_out(step.chunks, self.cache.block_size, self._prompts.block_rows, self.device)
+            if before is not None:
+                decodes = rows.token_ids[: len(before)]
+                decodes.copy_(torch.where(before >= 0, before, decodes))
             return self._prompts.logits(rows, self.cache, probe)
+        assert before is None, "torch lays out tokens that the host knows"
         _use_torch_threads(self._threads)
         batch = build_batch(step, self.cache.block_size, self._windows, self.device, probe, most_rows)
-        return self.model.logits(self.model(batch, self.cache), batch)
+        hidden: Tensor = self.model(batch, self.cache)
+        if not step.num_samples:
+            return hidden.new_empty(0, self.model.config.vocab_size)
+        return self.model.logits(hidden, batch)
 
 
 def decodes_only(step: Step, max_rows: int) -> bool:

@@ -30,7 +30,7 @@ def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, 
     last = spans[:, 0] + spans[:, 1] - 1
     parts = _sent(
         {
-            "token_ids": np.array([t for c in chunks for t in c.request.token_ids[c.start : c.start + c.num_tokens]]),
+            "token_ids": np.array([token for chunk in chunks for token in _tokens(chunk)]),
             "positions": np.concatenate(at),
             "slots": np.concatenate(places),
             "sample_rows": last[[chunk.samples for chunk in chunks]],
@@ -42,6 +42,11 @@ def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, 
     )
     given = Spans(parts["spans"].view(-1, 4), parts["tables"], parts["blocks"].view(-1, 2), block_rows, block_size)
     return PromptRows(parts["token_ids"], parts["positions"], parts["slots"], given, parts["sample_rows"])
+
+
+def _tokens(chunk: ScheduledChunk) -> Sequence[int]:
+    """0 for a decode whose token only the device knows."""
+    return chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or (0,)
 
 
 def _blocks(spans: Ints, block_rows: int) -> Ints:

@@ -75,7 +75,9 @@ class Worker:
         self.connect(options, device)
         started = start(options, self.mesh)
         graphed = started.graphed
-        self.runner = ModelRunner(started.model, started.cache, started.device, graphed, started.prompts)
+        self.runner = ModelRunner(
+            started.model, started.cache, started.device, graphed, started.prompts, one_pass=options.device.one_pass
+        )
         return RankReport(
             started.num_blocks, started.cache.num_bytes, started.threads, started.backend, started.decode_kernels,
             started.max_model_len, 0 if graphed is None else graphed.max_rows,
