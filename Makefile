@@ -21,7 +21,7 @@ REPORT_READY := $(VENV)/.ready-report
 
 .DEFAULT_GOAL := help
 .PHONY: help serve smoke chromium poster test test-beside test-in-turns check check-style check-types check-imports check-size format \
-        performance-docs cli-docs clean
+        performance-docs planner-docs cli-docs clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -72,6 +72,9 @@ format: $(TEST_READY)  ## mend what the linter and the formatter can mend
 
 performance-docs: $(TEST_READY)  ## write docs/performance.md and its picture from the recorded measurements
 	$(BIN)/python tools/performance_page.py
+
+planner-docs: $(TEST_READY)  ## write the plans in docs/planner.md from the planner itself
+	$(BIN)/python tools/planner_table.py
 
 cli-docs: $(TEST_READY)  ## write docs/cli.md from the command line's own help
 	$(BIN)/python tools/cli_help.py

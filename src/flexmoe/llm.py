@@ -8,7 +8,6 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, TypeAlias, TypeGuard
 
-from flexmoe.config.engine import EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import is_list
@@ -17,6 +16,7 @@ from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.routing import RoutingRecorder, recording
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import EngineError, RequestError, RequestFailedError
+from flexmoe.planned import make_engine
 
 Prompt: TypeAlias = str | Sequence[int]
 Message: TypeAlias = Mapping[str, Any]
@@ -26,13 +26,14 @@ class LLM:
     """A model that generates text in this process, for one thread at a time.
 
     model: a folder, a Hugging Face hub id, or None for the built-in model. Options are those of `EngineConfig`'s
-    parts by their flat names, e.g. `LLM("folder", dtype="float32", max_num_seqs=8, kv_cache_memory=2**30)`.
+    parts by their flat names, e.g. `LLM("folder", dtype="float32", max_num_seqs=8, kv_cache_memory=2**30)`, and those
+    of the planner: plan="auto", machine, workload, objective, search_budget (planned.py).
 
     Raises ConfigError for an option or config.json that cannot be served, CheckpointError for damaged files.
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **options: Any) -> None:
-        self._engine = Engine(EngineConfig.from_options({"model": model, **options}))
+        self._engine = make_engine({"model": model, **options})
         self._unseen: dict[str, RequestOutput | None] = {}  # by request: its latest output, until its caller has it
 
     @property

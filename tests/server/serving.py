@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx2 as httpx
 
-from flexmoe.config.engine import EngineConfig
 from flexmoe.config.server import ServerConfig
 from flexmoe.engine.engine import Engine
+from flexmoe.planned import make_engine
 from flexmoe.server.run import Server, listening
 from flexmoe.server.service import Service
 
@@ -74,7 +74,7 @@ def running(engine: dict[str, Any] | None = None, **config: Any) -> Iterator[Run
         ready.set()
 
     with listening(options) as listener:
-        server = Server(Engine(EngineConfig.from_options({**ENGINE, **(engine or {})})), options, listener, announce)
+        server = Server(make_engine({**ENGINE, **(engine or {})}), options, listener, announce)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

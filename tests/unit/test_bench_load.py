@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe.bench.arrivals import poisson
 from flexmoe.bench.load import LoadOptions, plan, read_prompts, warm_up
-from flexmoe.bench.trace import TraceRequest, read_trace
 from flexmoe.errors import ConfigError
+from flexmoe.planner.arrivals import poisson
+from flexmoe.planner.trace import TraceRequest, read_trace
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

@@ -70,11 +70,11 @@ def test_wrong_use(config: object, options: dict[str, object], kind: type[Except
 def test_what_has_no_effect_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for _ in range(2):
-        init({**REQUIRED, "fusion": True, "num_cpus": 4, "offload": False, "search_budget": 30, "llm_model": "x"})
+        init({**REQUIRED, "fusion": True, "num_cpus": 4, "offload": False, "search_alpha": 1.2, "llm_model": "x"})
     said = [record.getMessage() for record in caplog.records]
     assert said[:3] == [
         "no effect in FlexMoE: num_cpus, fusion.",
-        "this version does not search for a strategy; no effect: search_budget.",
+        "no effect, for the search costs every plan within its budget: search_alpha.",
         "keys that init leaves alone: llm_model.",
     ]
     assert len(said) == 4

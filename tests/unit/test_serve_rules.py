@@ -20,9 +20,10 @@ from flexmoe.serve.translate import Limits
 from flexmoe.serve.types import DataType
 
 FOLDER = Path(flexmoe.serve.__file__).parent
-# The vocabulary, the one face of the engine, what tells a model by its config.json, and how much a rank holds of it.
+# The vocabulary, the one face of the engine, what tells a model by its config.json, how much a rank holds of it, and
+# who finds a strategy.
 ALLOWED = ("flexmoe.config", "flexmoe.errors", "flexmoe.llm", "flexmoe.serve")
-ALLOWED += ("flexmoe.models.hub", "flexmoe.models.slices")
+ALLOWED += ("flexmoe.models.hub", "flexmoe.models.slices", "flexmoe.planner")
 FACE = {"flexmoe.LLM", "flexmoe.RequestOutput"}
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from flexmoe.bench.arrivals import poisson
-from flexmoe.bench.trace import BLOCK_TOKENS, TraceRequest, read_trace
 from flexmoe.errors import ConfigError
+from flexmoe.planner.arrivals import poisson
+from flexmoe.planner.trace import BLOCK_TOKENS, TraceRequest, read_trace
 
 Prompt = str | list[int] | list[dict[str, Any]]  # text, token ids, or the messages of a chat
 Range = tuple[int, int]  # both ends included

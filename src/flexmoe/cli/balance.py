@@ -15,7 +15,6 @@ import click
 from flexmoe.cli.options import debug_option
 from flexmoe.config.plan import MOE_DISPATCH, ExpertPlacement, ParallelPlan
 from flexmoe.config.routing import LayerLoad, imbalance, rank_active, read_recording
-from flexmoe.errors import ConfigError
 from flexmoe.planner.balance import balanced_plan, rank_imbalance
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def balance(recording: str, ranks: int, spare_slots: int, moe_dispatch: str, out
     loads = read_recording(recording)
     plan = balanced_plan(loads, ranks, spare_slots, moe_dispatch)
     if out is not None:
-        _write(plan, out)
+        plan.write(out)
     rows = [_row(load, plan) for load in loads]
     if as_json:
         about = {"model": loads[0].model, "ranks": ranks, "spare_slots": spare_slots}
@@ -86,13 +85,6 @@ def balance(recording: str, ranks: int, spare_slots: int, moe_dispatch: str, out
     Console().print(_table(loads, rows))
     if out is not None:
         click.echo(f"The plan is in {out}: use it by --plan.", err=True)
-
-
-def _write(plan: ParallelPlan, path: str) -> None:
-    try:
-        plan.write(path)
-    except OSError as error:
-        raise ConfigError(f"the plan {path} cannot be written: {error.strerror}.") from error
 
 
 def _row(load: LayerLoad, plan: ParallelPlan) -> Row:

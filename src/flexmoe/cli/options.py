@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -50,6 +51,13 @@ def numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...
     if not all(word.isascii() and word.isdigit() and int(word) for word in words):
         raise click.BadParameter(f"{value!r} is not a list of positive integers; use for instance 1,8,32.")
     return tuple(dict.fromkeys(map(int, words)))
+
+
+def _plan(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """`auto`, or a file that is there."""
+    if value not in (None, "auto") and not Path(value).is_file():
+        raise click.BadParameter(f"{value!r} is neither auto nor a file.")
+    return value
 
 
 def _default(part: type, name: str) -> Any:
@@ -107,7 +115,13 @@ _MODEL_OPTIONS = (
     click.option(
         "--max-num-batched-tokens",
         type=_positive,
-        help=f"Tokens computed together.  [default: {_default(SchedulerConfig, 'max_num_batched_tokens')}]",
+        help="Tokens computed together.  [default: what pays on the device, 2048 to 8192]",
+    ),
+    click.option(
+        "--max-decode-slowdown",
+        type=float,
+        help="How much longer a step may take for prompts computed beside streamed answers, as a factor.  "
+        f"[default: {_default(SchedulerConfig, 'max_decode_slowdown')}]",
     ),
     click.option(
         "--kv-cache-memory",
@@ -136,7 +150,18 @@ _MODEL_OPTIONS = (
         type=click.Choice(MOE_DISPATCH),
         help="Add the ranks' results, or send tokens to their experts.  [default: auto]",
     ),
-    click.option("--plan", type=click.Path(exists=True, dir_okay=False), help="A plan as a JSON file, for all these."),
+    click.option(
+        "--plan",
+        metavar="auto|FILE",
+        callback=_plan,
+        help="A plan as a JSON file, for all these; `auto`: the best for the machine, as `flexmoe plan` finds it.",
+    ),
+    click.option(
+        "--machine",
+        metavar="NAME|FILE",
+        help="What it runs on: for `--plan auto`, and to compare steps with their prediction.",
+    ),
+    click.option("--workload", type=click.Path(exists=True, dir_okay=False), help="File of what `--plan auto` is for."),
     click.option(
         "--launcher",
         type=click.Choice(LAUNCHERS),
@@ -158,12 +183,15 @@ _MODEL_NAMES = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "max_decode_slowdown",
     "kv_cache_memory",
     "block_size",
     "seed",
     *DEGREES,
     "moe_dispatch",
     "plan",
+    "machine",
+    "workload",
     "launcher",
 )
 

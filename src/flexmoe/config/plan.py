@@ -158,8 +158,11 @@ class ParallelPlan:
             raise ConfigError(f"the plan {path} is refused: {reason}") from error
 
     def write(self, path: str | Path) -> None:
-        """Write the plan as a JSON file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write the plan as a JSON file. Raises ConfigError if that fails."""
+        try:
+            Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"the plan {path} cannot be written: {error.strerror}.") from error
 
     def _check_expert_degree(self) -> None:
         ep, stage = self.expert_parallel_size, self.stage_size

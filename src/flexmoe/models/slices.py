@@ -41,8 +41,8 @@ class Cut:
 
 def cuts(shard: Shard) -> dict[str, Cut]:
     """What the rank holds of each parameter, those of layers of other stages left out."""
-    parameters = families.parameters(shard.config).items()
-    return {name: _cut(parameter, shard) for name, parameter in parameters if _is_on_stage(name, shard)}
+    parameters, stage = families.parameters(shard.config).items(), shard.layers
+    return {name: _cut(parameter, shard) for name, parameter in parameters if _is_on_stage(name, stage)}
 
 
 def num_parameters(shard: Shard) -> int:
@@ -51,9 +51,9 @@ def num_parameters(shard: Shard) -> int:
     return sum(math.prod(cut.shape(whole[name].shape)) for name, cut in cuts(shard).items())
 
 
-def _is_on_stage(name: str, shard: Shard) -> bool:
+def _is_on_stage(name: str, stage: range) -> bool:
     layer = _LAYER.match(name)
-    return layer is None or int(layer[1]) in shard.layers
+    return layer is None or int(layer[1]) in stage
 
 
 def _cut(parameter: Parameter, shard: Shard) -> Cut:

@@ -1,1 +1,1 @@
-"""What a machine should do with a model: where experts go. Plain Python, no tensors."""
+"""What a machine should do with a model, and how long that takes. Plain Python, no tensors."""

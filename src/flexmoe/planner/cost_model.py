@@ -21,7 +21,7 @@ from flexmoe.planner.collectives import exchange_seconds
 from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.memory import MemoryUse, memory_use
 from flexmoe.planner.operations import BITS, Operation
-from flexmoe.planner.routing import ExpertLoads, Load, Routing
+from flexmoe.planner.routing import Load, Routing, expert_loads
 
 TERMS = (
     "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
@@ -133,14 +133,13 @@ class CostModel:
                 "devices; use a smaller plan or a larger machine."
             )
         self.machine, self.model, self.plan, self.dtype = machine, model, plan, dtype
-        self._quantization = quantization
+        self.quantization = quantization
         per_node = min(plan.num_ranks, machine.devices_per_node) if machine.nodes > 1 else plan.num_ranks
         self._lookup = Lookup(machine, dtype, quantization, per_node if machine.is_shared else 1)
         self._stages = [
             _stage(Shard(plan, model, place * plan.stage_size)) for place in range(plan.pipeline_parallel_size)
         ]
         self._routing = routing or Routing()
-        self._loads: dict[ExpertPlacement, ExpertLoads] = {}
         self._fixed = functools.lru_cache(maxsize=4096)(self._without_attention)
 
     def step(self, shape: StepShape) -> StepCost:
@@ -159,7 +158,7 @@ class CostModel:
     def memory(self, max_tokens: int, step_tokens: int = 2048) -> MemoryUse:
         """With so many tokens in the KV cache of each data rank, and so many computed together."""
         return memory_use(
-            self.machine, self.model, self.plan, self.dtype, self._quantization, max_tokens, step_tokens
+            self.machine, self.model, self.plan, self.dtype, self.quantization, max_tokens, step_tokens
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ passes
@@ -184,7 +183,7 @@ class CostModel:
             return 0 if spread else most
         if plan.num_ranks > 1 or self.dtype not in _WORTH_TORCH:
             return 0
-        if self._quantization is not None:
+        if self.quantization is not None:
             return most
         model = self.model
         weights = model.num_active_parameters() - model.vocab_size * model.hidden_size
@@ -231,10 +230,8 @@ class CostModel:
         return cost.plus(self._exchange(path, stage, load, rows))
 
     def _load(self, placement: ExpertPlacement, rows: int) -> Load:
-        if placement not in self._loads:
-            assert self.model.moe is not None
-            self._loads[placement] = ExpertLoads(self.model.moe, placement, self._routing)
-        return self._loads[placement].load(rows)
+        assert self.model.moe is not None
+        return expert_loads(self.model.moe, placement, self._routing).load(rows)
 
     def _feed_forward(self, path: str, width: int, rows: int) -> StepCost:
         hidden = self.model.hidden_size

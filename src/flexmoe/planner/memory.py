@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flexmoe.config.machine import Machine
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
-from flexmoe.config.shard import Shard
+from flexmoe.config.shard import Shard, even_share
 from flexmoe.models import slices
 from flexmoe.planner.operations import BITS
 
@@ -63,9 +63,10 @@ def memory_use(
     step_tokens: int,
 ) -> MemoryUse:
     """max_tokens: in the KV cache of each data rank; step_tokens: computed together by each."""
-    weights = [_weight_bytes(Shard(plan, model, rank), dtype, quantization) for rank in range(plan.num_ranks)]
-    kept = [_kv_per_token(Shard(plan, model, rank).local, dtype) for rank in range(plan.num_ranks)]
-    rank = max(range(plan.num_ranks), key=lambda r: weights[r] + kept[r] * max_tokens)
+    ranks = _unlike_ranks(plan, model)
+    weights = {rank: _weight_bytes(Shard(plan, model, rank), dtype, quantization) for rank in ranks}
+    kept = {rank: _kv_per_token(Shard(plan, model, rank).local, dtype) for rank in ranks}
+    rank = max(ranks, key=lambda r: weights[r] + kept[r] * max_tokens)
     share = min(plan.num_ranks, machine.devices_per_node) if machine.is_shared else 1
     return MemoryUse(
         rank=rank,
@@ -76,6 +77,26 @@ def memory_use(
         reserve=machine.reserve_bytes // share,
         capacity=machine.device.memory_bytes // share,
     )
+
+
+def _unlike_ranks(plan: ParallelPlan, model: ModelConfig) -> list[int]:
+    """The first rank of each kind: all others hold as much as one of these. Counting weights takes milliseconds."""
+    first: dict[tuple[int, ...], int] = {}
+    for rank in range(plan.num_ranks):
+        shard = Shard(plan, model, rank)
+        place = shard.place
+        stage = [model.layers[index].is_moe for index in shard.layers]
+        key = [int(place.pp == 0), int(shard.is_last_stage), len(stage), sum(stage)]
+        key += [len(shard.heads), len(shard.kv_heads), len(shard.vocab), len(shard.dense_width)]
+        if model.moe is not None:
+            key += [
+                len(shard.expert_width),
+                len(even_share(model.moe.num_experts, plan.expert_parallel_size, place.ep)),
+            ]
+            placed = [plan.placements[index] for index in shard.layers if index in plan.placements]
+            key += [sum(len(placement.slots[place.ep]) for placement in placed)]
+        first.setdefault(tuple(key), rank)
+    return list(first.values())
 
 
 def _weight_bytes(shard: Shard, dtype: str, quantization: str | None) -> int:

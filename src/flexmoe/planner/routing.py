@@ -95,6 +95,12 @@ class ExpertLoads:
         return pairs / rows, active, reached
 
 
+@functools.lru_cache(maxsize=1024)
+def expert_loads(moe: MoEConfig, placement: ExpertPlacement, routing: Routing) -> ExpertLoads:
+    """Those of equal placements are drawn once, whichever plans they are in."""
+    return ExpertLoads(moe, placement, routing)
+
+
 def _choose(rng: np.random.Generator, popularity: Sequence[float], rows: int, top_k: int) -> npt.NDArray[np.int64]:
     """Experts of each row [T, K], without one twice: the K first of a race in which each runs by its popularity."""
     times = rng.exponential(size=(rows, len(popularity))) / np.asarray(popularity)  # [T, E]

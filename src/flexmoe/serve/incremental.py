@@ -13,7 +13,7 @@ from flexmoe.serve import files
 from flexmoe.serve.errors import UnknownArgumentError, WrongTypeError
 from flexmoe.serve.llm import LLM
 from flexmoe.serve.requests import GenerationConfig, GenerationResult, Request
-from flexmoe.serve.settings import KNOWN, SEARCH, init
+from flexmoe.serve.settings import KNOWN, SEARCH, STRATEGY, init
 from flexmoe.serve.types import DataType
 
 # Keys of a configuration that are not for `init`, with what FlexFlow's program takes for them.
@@ -61,7 +61,9 @@ _SWITCHES = frozenset(
 # Read over, with their values: of Legion, Realm and GASNet, and of FlexFlow's own load test.
 _IGNORED = ("ll:", "lg:", "gex:", "cuda:", "level", "logfile", "qps", "profiling-folder", "warmup", "nodes")
 _NUMBERS: Mapping[str, Callable[[str], Any]] = {"temperature": float, "topp": float}
-_TEXTS = frozenset((*(key for key, value in DEFAULTS.items() if value == ""), "config_file", "moe_strategy"))
+_TEXTS = frozenset(
+    (*SEARCH, *STRATEGY[1:], *(key for key, value in DEFAULTS.items() if value == ""), "config_file", "moe_strategy")
+)
 
 
 def parse(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -96,7 +98,7 @@ def _value(flag: str, rest: list[str]) -> str:
 
 
 def _typed(flag: str, key: str, value: Any) -> Any:
-    if value is True or key in _TEXTS or key in SEARCH:
+    if value is True or key in _TEXTS:
         return value
     try:
         return _NUMBERS.get(key, int)(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 from flexmoe.errors import ConfigError
@@ -69,22 +70,19 @@ _NO_EFFECT = (
     "log_instance_cration",
     "log_instance_creation",
 )
+# What serve/strategy.py acts on; the others steer a search of another kind than ours.
+STRATEGY = ("search_budget", "import_strategy", "export_strategy", "machine_model_file", "only_data_parallel")
 SEARCH = (
-    "search_budget",
     "search_alpha",
-    "import_strategy",
-    "export_strategy",
     "machine_model_version",
-    "machine_model_file",
     "simulator_workspace_size",
     "substitution_json_path",
     "perform_memory_search",
-    "only_data_parallel",
     "enable_parameter_parallel",
     "enable_attribute_parallel",
     "base_optimize_threshold",
 )
-KNOWN = (*REQUIRED, *DEFAULTS, "log_instance_creation", *SEARCH)
+KNOWN = (*REQUIRED, *DEFAULTS, "log_instance_creation", *STRATEGY, *SEARCH)
 
 _log = logging.getLogger("flexmoe.serve")
 
@@ -160,6 +158,7 @@ def _check(config: Mapping[str, Any]) -> None:
     if strategy is not None and strategy not in STRATEGIES:
         raise ConfigError(f"moe_strategy={strategy!r} is not one of {', '.join(STRATEGIES)}.")
     _check_served(config)
+    check_strategy(config)
 
 
 def _check_served(config: Mapping[str, Any]) -> None:
@@ -174,6 +173,31 @@ def _check_served(config: Mapping[str, Any]) -> None:
         raise NotServedError(f"peft_support_mode={mode_name}: {NO_ADAPTERS} PEFT_DISABLED serves the model alone.")
 
 
+def check_strategy(config: Mapping[str, Any]) -> None:
+    """Raise WrongTypeError or ConfigError for values that are no strategy."""
+    for name in ("import_strategy", "export_strategy", "machine_model_file"):
+        value = config.get(name)
+        if value is not None and not isinstance(value, str | PathLike):
+            raise WrongTypeError(f"{name}={value!r} is a {type(value).__name__}; give the name of a file.")
+    budget, only_data = config.get("search_budget"), config.get("only_data_parallel")
+    if budget is not None and type(budget) is not int:
+        raise WrongTypeError(f"search_budget={budget!r} is a {type(budget).__name__}, not an int.")
+    if budget is not None and budget < -1:
+        raise ConfigError(f"search_budget={budget} is below -1; use a number of plans, or -1 for all.")
+    if only_data is not None and type(only_data) is not bool:
+        raise WrongTypeError(f"only_data_parallel={only_data!r} is neither True nor False.")
+    if wants_search(config) and config.get("import_strategy"):
+        raise ConfigError("import_strategy names a plan, so nothing is searched; leave it or search_budget out.")
+    given = [name for name in DEGREES if (config.get(name) or 1) > 1]
+    if given and (wants_search(config) or config.get("import_strategy")):
+        raise ConfigError(f"{given[0]}={config[given[0]]} is what a strategy says; leave it or the strategy out.")
+
+
+def wants_search(settings: Mapping[str, Any]) -> bool:
+    """Whether a strategy is to be searched. FlexFlow's budget of 0 is none."""
+    return bool(settings.get("search_budget") or settings.get("only_data_parallel"))
+
+
 def _speak(config: Mapping[str, Any]) -> None:
     """Name once what has no effect (a warning) and what is not ours (a note in the log)."""
     set_ = {name for name, value in config.items() if value is not None and value is not False}
@@ -182,7 +206,7 @@ def _speak(config: Mapping[str, Any]) -> None:
         _log.warning("no effect in FlexMoE: %s.", ", ".join(idle))
     search = process.unsaid(name for name in SEARCH if name in set_)
     if search:
-        _log.warning("this version does not search for a strategy; no effect: %s.", ", ".join(search))
+        _log.warning("no effect, for the search costs every plan within its budget: %s.", ", ".join(search))
     foreign = process.unsaid(str(name) for name in config if name not in KNOWN)
     if foreign:
         _log.info("keys that init leaves alone: %s.", ", ".join(foreign))

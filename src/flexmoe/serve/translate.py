@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard, check
@@ -16,6 +17,7 @@ from flexmoe.errors import ConfigError, RequestError
 from flexmoe.models.slices import num_parameters
 from flexmoe.serve.errors import WrongTypeError
 from flexmoe.serve.settings import DEGREES
+from flexmoe.serve.strategy import plan_in_force
 from flexmoe.serve.types import DataType
 
 _log = logging.getLogger("flexmoe.serve")
@@ -103,20 +105,26 @@ def engine_options(
     """
     length = within_context(limits, config)
     sizes = parallel_sizes(settings)
+    scheduler = SchedulerConfig(
+        max_num_seqs=limits.max_requests_per_batch,
+        max_num_batched_tokens=limits.max_tokens_per_batch,
+        max_model_len=length,
+    )
+    plan = plan_in_force(settings, ParallelPlan.from_json(sizes), config, scheduler, dtype, cuda=cuda)
     options: dict[str, Any] = {
         "dtype": dtype,
         "max_num_seqs": limits.max_requests_per_batch,
         "max_model_len": length,
         "max_num_batched_tokens": limits.max_tokens_per_batch,
         "block_size": _BLOCK,
-        **sizes,
+        **(sizes if plan == ParallelPlan.from_json(sizes) else {"plan": plan}),
     }
     if settings.get("benchmarking"):
         options["load_format"] = "dummy"
     if limits.num_kv_cache_slots != -1:
         options["num_blocks"] = -(-limits.num_kv_cache_slots // _BLOCK)
     if cuda and settings.get("memory_per_gpu"):
-        options |= _within_memory(limits, length, config, sizes, settings["memory_per_gpu"], _BYTES[dtype])
+        options |= _within_memory(limits, length, config, plan, settings["memory_per_gpu"], _BYTES[dtype])
     return options
 
 
@@ -140,10 +148,9 @@ def parallel_sizes(settings: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _within_memory(
-    limits: Limits, length: int, config: ModelConfig, sizes: Mapping[str, int], memory_mb: int, element: int
+    limits: Limits, length: int, config: ModelConfig, plan: ParallelPlan, memory_mb: int, element: int
 ) -> dict[str, int]:
     """The KV cache that weights leave of memory_per_gpu on the fullest GPU, if it must be smaller than asked for."""
-    plan = ParallelPlan.from_json(sizes)
     check(plan, config)
     context = -(-length // _BLOCK)
     asked = limits.max_requests_per_batch * context

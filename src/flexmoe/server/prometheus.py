@@ -35,6 +35,7 @@ class _Figures(Collector):
         yield from self._counters()
         yield from self._histograms()
         yield from self._experts()
+        yield from self._drift()
         http = CounterMetricFamily(_PREFIX + "http_requests", "HTTP requests.", labels=["route", "status"])
         for (route, status), count in list(self._service.http.items()):
             http.add_metric([route, str(status or "disconnected")], count)
@@ -95,6 +96,17 @@ class _Figures(Collector):
             imbalance.add_metric(place, experts.imbalance(layer))
             active.add_metric(place, load.mean_active)
         yield from (chosen, imbalance, active)
+
+    def _drift(self) -> Iterator[Metric]:
+        """Only of an engine that was planned for a machine."""
+        drift = self._service.engine.engine.drift
+        if drift is not None:
+            yield self._counter(
+                "step_seconds_predicted", "Seconds that the steps were predicted to take.", drift.predicted
+            )
+            yield self._counter("step_seconds_measured", "Seconds that they took.", drift.measured)
+            what = "Median of measured over predicted time, of the last steps."
+            yield self._gauge("step_time_ratio", what, drift.ratio)
 
     def _gauge(self, name: str, what: str, value: float, **labels: str) -> Metric:
         family = GaugeMetricFamily(_PREFIX + name, what, labels=["model", *labels])

@@ -18,11 +18,11 @@ from typing import Any
 
 import uvicorn
 
-from flexmoe.config.engine import EngineConfig
 from flexmoe.config.server import ServerConfig
 from flexmoe.engine.async_engine import AsyncEngine
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError, EngineError
+from flexmoe.planned import make_engine
 from flexmoe.server.app import build_app
 from flexmoe.server.connection import patient_protocol
 from flexmoe.server.logs import JSONFormatter
@@ -46,7 +46,7 @@ def serve(options: Mapping[str, Any], config: ServerConfig, announce: Callable[[
     Raises ConfigError if the address cannot be had, and what the engine raises at its start.
     """
     with listening(config) as listener:
-        engine = Engine(EngineConfig.from_options(options))
+        engine = make_engine(options)
         _start_log()
         sys.setswitchinterval(_SWITCH_SECONDS)
         server = Server(engine, config, listener, announce)

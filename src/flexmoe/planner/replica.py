@@ -1,0 +1,150 @@
+"""Replica: one engine on a virtual clock. Enters: requests, and what a step takes. Leaves: when each got its tokens.
+
+The scheduler, the block manager and the prefix cache are the engine's own; only the model is missing. As in an engine,
+a step is chosen when the one before has ended, and a request's tokens are there at the end of their step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+
+from flexmoe.config.engine import SchedulerConfig
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.planner.trace import BLOCK_TOKENS, TraceRequest
+from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.data_ranks import DataRanks
+from flexmoe.scheduling.request import Request
+from flexmoe.scheduling.scheduler import Scheduler, Step
+
+StepSeconds = Callable[[Step], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What a simulated engine has: limits of a step, and the KV cache, of each of its data ranks."""
+
+    scheduler: SchedulerConfig
+    num_blocks: int
+    block_size: int = 16
+    data_ranks: int = 1
+    prefix_caching: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        room = self.num_blocks * self.block_size
+        return min(room, self.scheduler.max_model_len or room)
+
+    def make_scheduler(self) -> Scheduler | DataRanks:
+        """The engine's own scheduler, empty."""
+        blocks = [BlockManager(self.num_blocks, self.block_size, self.prefix_caching) for _ in range(self.data_ranks)]
+        return Scheduler(self.scheduler, blocks[0]) if len(blocks) == 1 else DataRanks(self.scheduler, blocks)
+
+
+@dataclass(slots=True, eq=False)
+class Served:
+    """A request and its moments, in seconds after the start. None: not yet. cut: tokens that were more than fit."""
+
+    arrival: float
+    input_len: int
+    output_len: int
+    cut: int = 0
+    first: float | None = None
+    end: float | None = None
+
+    @property
+    def ttft(self) -> float:
+        assert self.first is not None
+        return self.first - self.arrival
+
+    @property
+    def tpot(self) -> float | None:
+        """None for an answer of one token."""
+        if self.output_len < 2 or self.end is None or self.first is None:
+            return None
+        return (self.end - self.first) / (self.output_len - 1)
+
+
+@dataclass(slots=True)
+class Replica:
+    """An engine that is simulated. outstanding: tokens of its requests that have not ended, as the router counts."""
+
+    limits: EngineLimits
+    seconds: StepSeconds
+    busy: float = 0.0
+    steps: int = 0
+    preemptions: int = 0
+    outstanding: int = 0
+    scheduler: Scheduler | DataRanks = field(init=False)
+    _step: Step | None = None
+    _served: dict[str, Served] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.scheduler = self.limits.make_scheduler()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._step is None
+
+    @property
+    def kv_used(self) -> float:
+        """Share of the blocks that requests hold."""
+        blocks = self.scheduler.blocks
+        return 1 - blocks.num_free / blocks.num_blocks
+
+    def add(self, number: int, asked: TraceRequest) -> Served:
+        """A request arrives. Its lengths are cut to what the engine takes."""
+        prompt = min(asked.input_len, self.limits.longest - 1)
+        answer = min(max(1, asked.output_len), self.limits.longest - prompt)
+        served = Served(asked.arrival, prompt, answer, asked.input_len + max(1, asked.output_len) - prompt - answer)
+        request = Request(
+            str(number), _tokens(number, asked, prompt), _sampling(answer), eos_token_ids=(),
+            max_total_tokens=self.limits.longest,
+        )  # fmt: skip
+        self.scheduler.add(request)
+        self._served[request.request_id] = served
+        self.outstanding += prompt + answer
+        return served
+
+    def begin(self) -> float | None:
+        """Choose the next step. Returns the seconds that it takes, None if there is nothing to do."""
+        step = self.scheduler.schedule()
+        self.preemptions += len(step.preempted)
+        if not step.chunks:
+            self._step = None
+            return None
+        self._step = step
+        self.steps += 1
+        seconds = self.seconds(step)
+        self.busy += seconds
+        return seconds
+
+    def finish(self, now: float) -> int:
+        """The step has ended. Returns how many tokens it gave."""
+        step = self._step
+        assert step is not None, "no step is being computed"
+        tokens = step.num_samples
+        ended = self.scheduler.update(step, [0] * tokens)
+        for chunk in step.chunks:
+            request = chunk.request
+            if chunk.samples and len(request.token_ids) - request.num_prompt_tokens == 1:
+                self._served[request.request_id].first = now
+        for request in ended:
+            served = self._served.pop(request.request_id)
+            served.end = now
+            self.outstanding -= served.input_len + served.output_len
+        return tokens
+
+
+@lru_cache(maxsize=4096)
+def _sampling(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+
+def _tokens(number: int, asked: TraceRequest, length: int) -> list[int]:
+    """A prompt that shares with others what the trace says it shares, and nothing else."""
+    shared = list(chain.from_iterable([block] * BLOCK_TOKENS for block in asked.blocks))[:length]
+    return shared + [-1 - number] * (length - len(shared))
