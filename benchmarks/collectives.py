@@ -3,7 +3,9 @@
     python benchmarks/collectives.py [--ranks 2] [--device cuda] [--sizes 4KiB-64MiB] [--out rows.jsonl]
 
 All-reduce, all-gather, reduce-scatter and all-to-all of a bf16 tensor of `bytes` in all (of an all-gather the result),
-one at a time: called from Python, and on GPUs as a CUDA graph of several, replayed. A figure is of the slowest rank.
+one at a time: called from Python, and on GPUs as a CUDA graph of several, replayed. There also `one_shot`, the sum that
+decode steps take where GPUs read each other's memory, with the addition to the residual stream and the norm that it
+does as well. A figure is of the slowest rank.
 `sent` is what a rank sends at least (docs/parallel.md), `gb_s` that over the time. A row is one JSON line.
 """
 

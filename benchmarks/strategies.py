@@ -42,6 +42,7 @@ Row = dict[str, Any]
 Bytes = dict[str, float]
 
 _COUNT_BYTES, _BEST_BYTES, _ROUTING_BYTES = 8, 8, 4  # int64s, and each slot and weight of a token sent
+_SQUARES_BYTES = 8  # of a row's queries and of its keys, fp32
 _REPEATS = 3
 
 
@@ -83,20 +84,24 @@ class Choices:
 
 
 def formula(
-    config: ModelConfig, plan: ParallelPlan, batch: int, itemsize: int, choices: Choices, *, fused: bool = False
-) -> Bytes:
+    config: ModelConfig, plan: ParallelPlan, batch: int, itemsize: int, choices: Choices, *, fused: bool = False,
+    one_shot: bool = False,
+) -> Bytes:  # fmt: skip
     """Bytes by label that all ranks send for a token of a decode step, if experts are chosen like that.
 
-    fused: each rank sends the others the best of its words, and not the first one all.
+    fused: each rank sends the others the best of its words, and not the first one all. one_shot: each sends the others
+    its whole part of a sum.
     """
     P, H = plan.num_ranks, config.hidden_size
     moe_layers = sum(layer.is_moe for layer in config.layers)
-    all_reduce = 2 * (P - 1) * H * itemsize
+    all_reduce = (P if one_shot else 2) * (P - 1) * H * itemsize
     sent: Bytes = {
         "embedding": all_reduce,
         "linear": (2 * config.num_layers - moe_layers) * all_reduce,  # attention, and dense feed-forwards
         "logits": P * (P - 1) * _BEST_BYTES if fused else (P - 1) * -(-config.vocab_size // P) * itemsize,
     }
+    if config.attention.qk_norm == "full":
+        sent["qk_norm"] = config.num_layers * (P if one_shot else 2) * (P - 1) * _SQUARES_BYTES
     if not plan.uses_all_to_all:
         return sent | {"combine": moe_layers * all_reduce}
     assert config.moe is not None
@@ -176,7 +181,12 @@ class Ours:
     @property
     def fused(self) -> bool:
         """Whether decode steps run in Triton kernels."""
-        return bool(self.llm.describe()["decode_kernels"] == "Triton")
+        return str(self.llm.describe()["decode_kernels"]).startswith("Triton")
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether ranks read each other's parts of a sum."""
+        return str(self.llm.describe()["decode_kernels"]).endswith("one launch")
 
     def about(self) -> Row:
         return self.llm.describe() | {"model": self._name}
@@ -281,7 +291,9 @@ class Bench:
         found: Row = {"sent_bytes_per_token": _rounded(sent), "sent_in_all": round(sum(sent.values()), 1)}
         if choices is not None:
             itemsize = getattr(torch, self.args.dtype).itemsize
-            expected = formula(config, plan, batch, itemsize, choices, fused=engine.fused)
+            expected = formula(
+                config, plan, batch, itemsize, choices, fused=engine.fused, one_shot=engine.one_shot
+            )  # fmt: skip
             found |= {
                 "formula_bytes_per_token": _rounded(expected), "imbalance": imbalance(config, plan, choices),
             }  # fmt: skip

@@ -1,11 +1,13 @@
 """Holds the planner's predictions against measurements that they were not fitted to.
 
     python benchmarks/validate_planner.py --machine h200x1 --rows benchmarks/results/h200_latency.jsonl
+    python benchmarks/validate_planner.py --machine h200x2 --rows benchmarks/results/h200_strategies.jsonl
     python benchmarks/validate_planner.py --machine machine.json --measure [--out rows.jsonl]
 
 Operations of the machine's table are each predicted without their own sample. Steps are those of rows of `flexmoe bench
-latency`, or with --measure of models that are measured now, which the table has no shapes of. A model whose shapes it
-has is predicted twice: as it is, and as if it had never been measured. A row for each group of predictions.
+latency` and benchmarks/strategies.py, or with --measure of models that are measured now, which the table has no shapes
+of. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs ranks count
+whose sums are one launch, as today's are. A row for each group of predictions.
 """
 
 from __future__ import annotations
@@ -48,7 +50,13 @@ def model_of(row: dict[str, Any]) -> ModelConfig | None:
 def read_rows(paths: Sequence[Path], since: str) -> list[dict[str, Any]]:
     """Rows of our engine's steps, not older than a date."""
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    return [row for row in rows if row.get("engine") == "flexmoe" and "ms" in row["result"] and row["time"] >= since]
+    return [row for row in rows if row.get("engine") == "flexmoe" and row["time"] >= since and _is_current(row)]
+
+
+def _is_current(row: dict[str, Any]) -> bool:
+    """Whether it was measured as decodes are computed today."""
+    ranks = row["config"].get("ranks", 1)
+    return "error" not in row["result"] and (ranks == 1 or "one launch" in row["config"]["decode_kernels"])
 
 
 def measured_rows() -> Iterator[dict[str, Any]]:
@@ -80,7 +88,7 @@ def groups(machine: Machine, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[s
         if model is not None:
             steps += step_checks(machine, model, [row])
             unseen += step_checks(without_model(machine, model), model, [row])
-            prompts += prompt_checks(machine, model, [row])
+            prompts += prompt_checks(machine, model, [row]) if "ms" in row["result"] else []
     yield "steps", steps
     yield "steps of models not measured", unseen
     yield "first tokens", prompts

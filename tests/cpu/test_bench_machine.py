@@ -94,6 +94,17 @@ def test_jobs_end_with_the_time() -> None:
     assert said == ["a", "no time is left for b and what comes after it"]
 
 
+def test_a_job_that_fails_is_told() -> None:
+    said: list[str] = []
+    sample = Sample("torch.linear", "float32", 1, (1, 1), 1.0)
+
+    def failing() -> list[Sample]:
+        raise RuntimeError("no such shape\nand more")
+
+    assert run_jobs([("a", failing), ("b", lambda: [sample])], 1, said.append) == [sample]
+    assert said == ["a", "a failed: RuntimeError: no such shape", "b"]
+
+
 def test_models_are_made_once() -> None:
     made: list[int] = []
     lazy = Lazy(lambda: made.append(1) or len(made))

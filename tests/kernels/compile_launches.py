@@ -22,12 +22,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.kernels.decode_attention import QKNormWeights
 from flexmoe.kernels.sample import SampleParams
 from flexmoe.kernels.triton import argmax, embed
+from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.combine import combine
 from flexmoe.kernels.triton.count_choices import count_choices
 from flexmoe.kernels.triton.expert_down import expert_down_gemv
 from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv
+from flexmoe.kernels.triton.norm_linear import NormAfter
+from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
@@ -106,6 +110,12 @@ def ranks() -> None:
     argmax.winner(torch.zeros(2, T, dtype=torch.int64), words)
     embed.embed(words, lengths, words, torch.zeros(V, H, dtype=BF16), x, words, first=V)
     count_choices(torch.stack([ids] * 3), torch.zeros(3, E).long(), torch.zeros(3, E).long())
+    for size in (2, 4, 8):
+        peers = PeerRows(x, words.new_zeros(size), words.new_zeros(size), 1)
+        all_reduce(peers, x.float(), accumulate=False)
+        all_reduce(peers, x.float(), accumulate=True, norm=NormAfter(x[0], 1e-5, x))
+        heads = QKNormWeights(x[0], x[0, : H // 4], 1e-5, full=True)
+        qk_norm_over_ranks(replace(peers, part=weights), torch.zeros(T, H + H // 2, dtype=BF16), heads)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 from flexmoe.config.machine import DeviceSpec, Exchange, Link, Machine, Sample, shipped_machines
 from flexmoe.errors import ConfigError
 
-GPU = DeviceSpec("cuda", "a GPU", 80 * 2**30, 3e12, {"bfloat16": 7e14, "float32": 5e13}, 2e-6, 3e-5, 1e-6, 1e-3)
+GPU = DeviceSpec("cuda", "a GPU", 80 * 2**30, 3e12, {"bfloat16": 7e14, "float32": 5e13}, 2e-6, 3e-5, 1e-6, 1e-3, 5e-5)
 LINKS = (
     Link("nvlink", 4, 4e-6, 3e11, (Exchange("all_reduce", 2, 4096, 9e-6, captured=True),)),
     Link("network", 0, 2e-5, 4e10),

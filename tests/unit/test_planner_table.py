@@ -1,4 +1,4 @@
-"""The tables in docs/planner.md are what tools/planner_table.py writes. 8 and 64 GPUs take a minute, and are counted."""
+"""The tables of docs/planner.md are as tools/planner_table.py writes them; those of 8 and 64 GPUs take it too long."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from flexmoe.config.machine import Machine
 from flexmoe.models.presets import PRESETS
 from flexmoe.planner.validation import Check, Errors, leave_one_out, step_checks, without_model
 
-ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200_latency.jsonl"
-H200 = Machine.load("h200x1")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+H200, TWO = Machine.load("h200x1"), Machine.load("h200x2")
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Steps of the model as it is, of the kernels' latest version."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    rows = [json.loads(line) for line in (RESULTS / "h200_latency.jsonl").read_text().splitlines()]
     whole = PRESETS[name].config.num_layers
     return [
         row for row in rows
@@ -48,6 +48,41 @@ def test_steps_of_models_that_were_left_out() -> None:
     errors = Errors.of(checks)
     assert errors.mean <= 0.10
     assert errors.worst <= 0.20
+
+
+def strategy_rows() -> list[dict[str, Any]]:
+    """Steps on one and two GPUs, where sums over ranks are one launch."""
+    rows = [json.loads(line) for line in (RESULTS / "h200_strategies.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["config"]["ranks"] == 1 or "one launch" in row["config"]["decode_kernels"]]
+
+
+def strategy_checks() -> list[tuple[dict[str, Any], Check]]:
+    found = []
+    for row in strategy_rows():
+        config = PRESETS[row["model"]["name"]].config
+        config = replace(config, layers=config.layers[: row["model"]["layers"]])
+        found.append((row, next(iter(step_checks(TWO, config, [row])))))
+    return found
+
+
+def test_steps_of_two_gpus() -> None:
+    errors = Errors.of(check for row, check in strategy_checks() if row["config"]["ranks"] == 2)
+    assert errors.count >= 12
+    assert errors.mean <= 0.10
+    assert errors.worst <= 0.30
+
+
+def test_the_plan_that_is_chosen_is_near_the_best() -> None:
+    """Of one GPU, tensor and expert: what is predicted to be fastest is measured within 5% of what was."""
+    cases: dict[tuple[str, int], dict[str, Check]] = {}
+    for row, check in strategy_checks():
+        case = cases.setdefault((row["model"]["name"], row["params"]["batch"]), {})
+        case[row["config"]["strategy"]] = check
+    compared = [case for case in cases.values() if len(case) > 1]
+    assert len(compared) >= 6
+    for case in compared:
+        chosen = min(case.values(), key=lambda check: check.predicted)
+        assert chosen.measured <= 1.05 * min(check.measured for check in case.values()), chosen.what
 
 
 def test_leaving_a_model_out_leaves_its_shapes_out() -> None:

@@ -13,7 +13,7 @@ from flexmoe.report.charts import cpu, experts, figures, latency, operations, pr
 from flexmoe.report.headlines import headlines
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
 from flexmoe.report.tables import latency as latency_table
-from flexmoe.report.tables import markdown, three
+from flexmoe.report.tables import markdown, spread, three
 
 CPU = {"kind": "cpu", "name": "A Processor"}
 
@@ -52,6 +52,30 @@ def test_rows_of_a_changed_model_an_error_or_another_prompt_length_stay_out() ->
     assert figure is not None
     assert len(figure.panels) == 1
     assert [point.value.cells[0].line for point in figure.panels[0].series[1].points] == [1, 2]
+
+
+def test_strategies_on_gpus_stand_beside_one_gpu_of_the_same_run() -> None:
+    def step(line: int, ranks: int, ms: float, commit: str, **config: Any) -> Row:
+        result = {"step_ms": {"median": ms}, "imbalance": {"step": 1.5}}
+        about = {"ranks": ranks, "strategy": "tensor" if ranks > 1 else "one process"} | config
+        device = {"kind": "cuda", "name": "A GPU"}
+        return row(line, benchmark="strategies", device=device, config=about, result=result, commit=commit)
+
+    by_nccl = {"decode_kernels": "Triton, sums over ranks by all-reduce: the ranks are on several machines"}
+    by_launch = {"decode_kernels": "Triton, sums over ranks by one launch"}
+    rows = [
+        step(1, 1, 4.0, "a"),
+        step(2, 1, 5.0, "b"),
+        step(3, 2, 3.0, "a", **by_launch),
+        step(4, 4, 2.0, "b", **by_nccl),
+    ]
+    table = spread([*rows, step(5, 8, 1.0, "c")])
+    assert table is not None
+    assert [[shown.text for shown in line[2:]] for line in table.rows] == [
+        ["2", "tensor", "3.00", "4.00", "0.75", "1.50", "one launch"],
+        ["4", "tensor", "2.00", "5.00", "0.40", "1.50", "all-reduce"],
+    ]
+    assert spread([row(1)]) is None
 
 
 def test_cited_rows_of_another_device_are_not_set_beside_ours() -> None:

@@ -28,6 +28,7 @@ _BATCHES, _OTHER_BATCHES = (1, 8, 32, 128), (2, 4, 16, 64, 256)
 _CONTEXT, _LONG, _LONG_BATCHES = 256, (1024, 4096), (1, 8, 64)
 _MOST_KEYS = 2**18  # of all rows together: memory
 _PROMPTS, _BEHIND = (64, 512, 2048, 8192), 4096
+_CHUNKS = 9  # prompts in one step
 _DENSE = 8192  # rows, columns and depth of the product whose speed is the peak
 _RESERVE = 3 * 2**30  # what engine/startup.py leaves free, and the context of CUDA
 
@@ -43,14 +44,14 @@ def measure_gpu(name: str, device: torch.device, seconds: float, notify: Notify)
         launch_s=_launch_seconds(device), host_s=0.0,
     )  # fmt: skip
     steps: list[float] = []  # what they have beside operations
-    launching: list[float] = []
+    launching: list[tuple[float, float]] = []
     samples = run_jobs(_jobs(device, steps, launching), seconds, notify)
-    host, layer = statistics.median(steps or [0.0]), statistics.median(launching or [0.0])
-    spec = replace(spec, host_s=host, torch_layer_s=layer)
+    layer, chunk = (statistics.median(times) for times in zip(*(launching or [(0.0, 0.0)]), strict=True))
+    spec = replace(spec, host_s=statistics.median(steps or [0.0]), torch_layer_s=layer, torch_chunk_s=max(0.0, chunk))
     return Machine(name, 1, 1, spec, samples=tuple(samples), reserve_bytes=_RESERVE, notes=facts(device))
 
 
-def _jobs(device: torch.device, steps: list[float], launching: list[float]) -> Iterator[Job]:
+def _jobs(device: torch.device, steps: list[float], launching: list[tuple[float, float]]) -> Iterator[Job]:
     """The most telling first. Models are made when their turn comes, one at a time. Lists: where else times go."""
     for shape in gpu_shapes():
         prompts = _Prompts(Lazy(partial(TorchLayers, shape.config, torch.bfloat16, device)), launching)
@@ -69,14 +70,15 @@ def _jobs(device: torch.device, steps: list[float], launching: list[float]) -> I
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """Prompts of one model. launching: seconds of a layer's launches."""
+    """Prompts of one model. launching: seconds of a layer's launches, and of each prompt more."""
 
     layers: Lazy[TorchLayers]
-    launching: list[float]
+    launching: list[tuple[float, float]]
 
     def prompt(self, rows: int, before: int = 0) -> list[Sample]:
         if not before:
-            self.launching.append(self.layers().host_seconds())
+            alone, many = (self.layers().host_seconds(chunks) for chunks in (1, _CHUNKS))
+            self.launching.append((alone, (many - alone) / (_CHUNKS - 1)))
         return prompt_samples(self.layers(), rows, before)
 
     def decode(self, rows: int) -> list[Sample]:

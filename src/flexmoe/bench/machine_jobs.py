@@ -33,12 +33,15 @@ class Lazy(Generic[Made]):
 
 
 def run_jobs(jobs: Iterable[Job], seconds: float, notify: Notify) -> list[Sample]:
-    """What the jobs found that began within the time."""
+    """What the jobs found that began within the time. One that fails is told, and adds nothing."""
     end, found = time.monotonic() + seconds, list[Sample]()
     for what, job in jobs:
         if time.monotonic() > end:
             notify(f"no time is left for {what} and what comes after it")
             break
         notify(what)
-        found += job()
+        try:
+            found += job()
+        except Exception as error:  # noqa: BLE001 - a shape that cannot be computed here is told, and missing
+            notify(f"{what} failed: {type(error).__name__}: {error}".splitlines()[0])
     return found

@@ -29,6 +29,7 @@ from flexmoe.models.loader import fill_dummy
 _BLOCK = 16
 _FEWEST, _MOST = 5, 30  # times that a call is timed
 _SECONDS = 0.15  # for one operation
+_SHORT = 16  # tokens of a prompt that leaves a GPU waiting
 _AHEAD = 8_000_000  # cycles that a GPU is kept busy while calls pile up
 
 Call = Callable[[int], Any]  # of the layer with that number
@@ -100,11 +101,13 @@ class TorchLayers:
         return {"qkv": qkv, "out": out, name: attended, "experts": experts, "router": rest}
 
     @torch.inference_mode()
-    def host_seconds(self) -> float:
-        """What the host takes to launch one layer of a prompt so short that a GPU waits for it."""
-        cache, positions = self._cache(16), torch.arange(16, device=self.device)
-        batch = ForwardBatch(positions, positions, positions, {None: [PrefillSpan(slice(0, 16), slice(0, 16), None)]})
-        x = torch.randn(16, self.config.hidden_size, device=self.device).to(self.dtype)
+    def host_seconds(self, chunks: int = 1) -> float:
+        """What the host takes to launch one layer, for prompts so short that a GPU waits for it."""
+        rows = _SHORT * chunks
+        cache, positions = self._cache(rows), torch.arange(rows, device=self.device)
+        parts = [slice(start, start + _SHORT) for start in range(0, rows, _SHORT)]
+        batch = ForwardBatch(positions, positions, positions, {None: [PrefillSpan(part, part, None) for part in parts]})
+        x = torch.randn(rows, self.config.hidden_size, device=self.device).to(self.dtype)
         cos, sin = self.model.rotary(positions)
         took = []
         for _ in range(_MOST):

@@ -20,7 +20,7 @@ from flexmoe.errors import ConfigError, UnknownOptionError
 KINDS = ("cuda", "cpu")
 _KEYS = ("machine", "version", "devices_per_node", "nodes", "device", "links", "reserve_gib", "extrapolated", "notes",
          "samples")  # fmt: skip
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "one_shot", "send")
 _VERSION = 1
 _GIB = 2**30
 _SHIPPED = files("flexmoe") / "assets" / "machines"
@@ -32,8 +32,8 @@ class DeviceSpec:
 
     read_bandwidth: bytes a second of a plain stream. peak_flops: of matrix products, by dtype. launch_s: what an
     operation takes that has next to nothing to do. host_s and host_row_s: what a step, and each of its rows,
-    takes beside operations. torch_layer_s: what the host takes to launch a layer in torch, while a GPU computes what
-    was launched before. cores: of a CPU.
+    takes beside operations. torch_layer_s and torch_chunk_s: what the host takes to launch a layer in torch, and for
+    each further prompt in it, while a GPU computes what was launched before. cores: of a CPU.
     """
 
     kind: str
@@ -45,6 +45,7 @@ class DeviceSpec:
     host_s: float
     host_row_s: float = 0.0
     torch_layer_s: float = 0.0
+    torch_chunk_s: float = 0.0
     cores: int = 0
 
     def flops(self, dtype: str) -> float:
@@ -56,7 +57,7 @@ class DeviceSpec:
 class Exchange:
     """One collective as it was measured. num_bytes: of the whole tensor, as benchmarks/collectives.py counts it.
 
-    captured: inside a CUDA graph, where no host calls it.
+    captured: inside a CUDA graph, where no host calls it. one_shot: a sum of ranks that read each other's memory.
     """
 
     op: str
@@ -68,7 +69,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How ranks reach each other within groups of `size` devices. latency_s: of one message; bandwidth: of one rank.
+    """How ranks reach each other within groups of `size` devices. latency_s: of two ranks; bandwidth: of one rank.
 
     size 0: all devices of the machine. Where something was measured, that goes before latency and bandwidth.
     """
@@ -191,7 +192,8 @@ def _text(machine: Machine) -> str:
             "tflops": {dtype: _digits(flops / 1e12) for dtype, flops in device.peak_flops.items()},
             "launch_us": _digits(device.launch_s * 1e6), "host_us": _digits(device.host_s * 1e6),
             "host_row_us": _digits(device.host_row_s * 1e6),
-            "torch_layer_us": _digits(device.torch_layer_s * 1e6), "cores": device.cores,
+            "torch_layer_us": _digits(device.torch_layer_s * 1e6),
+            "torch_chunk_us": _digits(device.torch_chunk_s * 1e6), "cores": device.cores,
         },
         "reserve_gib": _digits(machine.reserve_bytes / _GIB),
         "extrapolated": list(machine.extrapolated), "notes": dict(machine.notes),
@@ -278,6 +280,7 @@ def _device(data: Any) -> DeviceSpec:
         host_s=_number(data, "host_us", 0) / 1e6,
         host_row_s=_number(data, "host_row_us", 0) / 1e6,
         torch_layer_s=_number(data, "torch_layer_us", 0) / 1e6,
+        torch_chunk_s=_number(data, "torch_chunk_us", 0) / 1e6,
         cores=round(_number(data, "cores", 0)),
     )
 

@@ -122,7 +122,7 @@ def _graphed(
 
     most_blocks = -(-max_model_len // cache.block_size)
     fused = FusedDecoder(model, max_model_len, device)
-    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), "Triton"
+    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), fused.kernels
 
 
 def _why_no_graphs(plan: ParallelPlan) -> str:

@@ -54,11 +54,13 @@ class DeviceDecoder(Protocol):
 
     logits: fp32 [R, V]; sampled: int64 [R], R up to MAX_ROWS, -1 where logits are not numbers. Both of the latest step.
     spread: over ranks, which all take the same steps; then logits are only there after one with `sampling`.
+    kernels: what computes a step, in words.
     """
 
     logits: Tensor
     sampled: Tensor
     spread: bool
+    kernels: str
 
     def step(
         self,

@@ -43,7 +43,7 @@ from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import MAX_ROWS, PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused_buffers import Buffers
-from flexmoe.models.fused_ranks import SharedSums, slots_by_row
+from flexmoe.models.fused_ranks import SharedSums, slots_by_row, sums_of
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.fused_vocabulary import Vocabulary
 from flexmoe.models.seen import Seen
@@ -101,7 +101,7 @@ class FusedLayer:
             self._linear(x, self._qkv, qkv, norm=self._input_norm)
         norm = self._qk_norm
         if self._sums is not None and norm is not None and norm.full:  # over heads of other ranks, too
-            qkv, norm = self._attention.norm(qkv), None
+            qkv, norm = self._sums.norm_heads(qkv, norm, self._attention), None
         decode_attention(
             qkv, cache, rows, cos, sin, attended, norm=norm, clip=self._clip, window=self._window,
             workspace=b.attention, tile=self._tiles.attention(count, long=long), pdl=self._pdl,
@@ -111,12 +111,16 @@ class FusedLayer:
         return after is not None
 
     def _norm_after_attention(self, count: int) -> norm_linear.NormAfter | None:
-        """The norm of the feed-forward, where a launch of the output projection can do it and the router need not."""
-        if self._moe is None or self._sums is not None:
+        """The norm of the feed-forward, where a launch that there is anyway can do it and the router need not."""
+        if self._moe is None or not norms_first(self._tiles.route(count, self._router_weight)):
             return None
-        norm, router = self._mlp_norm, self._tiles.route(count, self._router_weight)
-        if not (norms_first(router) and norm_linear.norms_after(self._tile(count, self._out, norm=False))):
-            return None
+        if self._sums is None:
+            can = norm_linear.norms_after(self._tile(count, self._out, norm=False))
+        else:
+            can = self._sums.norms(count)
+        return self._norm_after(self._mlp_norm, count) if can else None
+
+    def _norm_after(self, norm: RMSNorm, count: int) -> norm_linear.NormAfter:
         return norm_linear.NormAfter(norm.weight.data, norm.eps, self._buffers.normed[:count])
 
     def feed(self, lengths: Tensor, *, normed: bool) -> bool:
@@ -130,23 +134,27 @@ class FusedLayer:
             return False
         self._route(lengths, is_normed=normed)
         if self._sums is not None:
-            self._feed_shared(self._moe, lengths, self._sums)
-            return False
+            return self._feed_shared(self._moe, lengths, self._sums)
         shared = self._moe.shared
         done = self._add_experts(self._moe, lengths, x, then=self._following if shared is None else None)
         if shared is not None:
             self._add_mlp(shared, rows, x, self._moe.shared_gate)
         return done
 
-    def _feed_shared(self, moe: MoEBlock, lengths: Tensor, sums: SharedSums) -> None:
-        """What this rank's experts, and its share of the one that every token takes, give; added with the others'."""
+    def _feed_shared(self, moe: MoEBlock, lengths: Tensor, sums: SharedSums) -> bool:
+        """What this rank's experts, and its share of the one that every token takes, give; added with the others'.
+
+        Returns as `feed`.
+        """
         b, count = self._buffers, len(lengths)
         part = sums.part(count)
         self._add_experts(moe, lengths, part)
         if moe.shared is not None:
             self._linear(self._hidden(moe.shared, b.normed[:count], moe.shared_gate), moe.shared.down, b.normed[:count])
             part += b.normed[:count]
-        sums.add_experts(b.x[:count])
+        norms = sums.norms(count)
+        sums.add_experts(b.x[:count], self._norm_after(self._following, count) if norms else None)
+        return norms
 
     def _route(self, lengths: Tensor, *, is_normed: bool) -> None:
         b, count = self._buffers, len(lengths)
@@ -248,7 +256,7 @@ class FusedLayer:
             self._linear(rows, linear, x, residual=True, after=after)
         else:
             self._linear(rows, linear, self._sums.part(len(x)))
-            self._sums.add_product(x)
+            self._sums.add_product(x, after)
 
     def _norm(self, x: Tensor, out: Tensor) -> None:
         rms_norm(x, self._mlp_norm.weight.data, self._mlp_norm.eps, out, pdl=self._pdl)
@@ -299,10 +307,11 @@ class FusedDecoder:
             (len(layer.moe.experts.gate_up) for layer in model.decoder_layers if layer.moe is not None), default=0
         )
         self._buffers = b = Buffers(config, shapes, slots, tiles, dtype, device, max_rows)
-        sums = None if mesh.stage.size == 1 else SharedSums(mesh, config.hidden_size, dtype, device, max_rows)
+        sums = sums_of(mesh, config.hidden_size, dtype, device, max_rows, pdl=self._pdl)
         self._vocabulary = Vocabulary(model, sums, device, max_rows, pdl=self._pdl)
         self.logits, self.sampled = self._vocabulary.whole, self._vocabulary.sampled
         self.spread = sums is not None
+        self.kernels = "Triton" if sums is None else f"Triton, sums over ranks by {sums.how}"
         cos, sin = rotary_tables(config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
         layers = model.decoder_layers

@@ -2,8 +2,12 @@
 
 Each rank writes what its own heads, columns or experts give to `part`; the sum over the ranks is then added to the
 residual stream. Parts travel in the model's dtype, as they do between the layers in torch: half the bytes of fp32, and
-each is rounded once. In an all-reduce every rank gets the same bits, so all go on with the same stream, and choose the
-same experts and tokens, without a word.
+each is rounded once. Every rank gets the same bits, so all go on with the same stream, and choose the same experts and
+tokens, without a word.
+
+Where GPUs can read each other's memory a sum is one launch, which norms the rows for what comes next as well
+(`OneShotSums`); elsewhere, and for parts so large that sending them once to everybody costs more, it is an all-reduce
+of torch.distributed (`SharedSums`).
 """
 
 from __future__ import annotations
@@ -11,32 +15,134 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexmoe.kernels.decode_attention import QKNormWeights
+from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
+from flexmoe.kernels.triton.norm_linear import NormAfter
+from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
+from flexmoe.layers.attention import Attention
 from flexmoe.moe.slots import SlotTable
 from flexmoe.parallel.mesh import Mesh
+from flexmoe.parallel.peers import share, why_not_shared
+
+_MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others; an all-reduce in rings sends less of large parts
 
 
 class SharedSums:
-    """Adds what ranks compute together to the residual stream x [T, H], fp32."""
+    """Adds what ranks compute together to the residual stream x [T, H], fp32. how: in words, for people."""
+
+    how = "all-reduce"
 
     def __init__(self, mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int) -> None:
         self._tensor, self._stage = mesh.tp, mesh.stage
         self._part = torch.empty(max_rows, hidden_size, dtype=dtype, device=device)
 
+    def start(self) -> None:
+        """A step begins."""
+
     def part(self, rows: int) -> Tensor:
-        """Where this rank's part goes: [rows, H]."""
+        """Where this rank's part of the next sum goes: [rows, H]."""
         return self._part[:rows]
+
+    def norms(self, rows: int) -> bool:
+        """Whether `add_product` and `add_experts` of so many rows can do a `NormAfter`."""
+        return False
+
+    def norm_heads(self, qkv: Tensor, norm: QKNormWeights, attention: Attention) -> Tensor:
+        """qkv [T, (Hq + 2 Hkv) D] with queries and keys normed over the heads of all ranks."""
+        return attention.norm(qkv)
 
     def begin(self, x: Tensor) -> None:
         """x = the sum of the embeddings that each rank has some of."""
         x.copy_(self._tensor.all_reduce(self.part(len(x)), "embedding"))
 
-    def add_product(self, x: Tensor) -> None:
+    def add_product(self, x: Tensor, norm: NormAfter | None = None) -> None:
         """x += the sum of a product whose columns the tensor group shares."""
+        assert norm is None
         x += self._tensor.all_reduce(self.part(len(x)), "linear")
 
-    def add_experts(self, x: Tensor) -> None:
+    def add_experts(self, x: Tensor, norm: NormAfter | None = None) -> None:
         """x += the sum of what the experts of all ranks of the stage give."""
+        assert norm is None
         x += self._stage.all_reduce(self.part(len(x)), "combine")
+
+
+class OneShotSums(SharedSums):
+    """The same by reading the other ranks' parts, for groups that are all ranks of the stage.
+
+    Parts are written in two memories in turn. Whoever has done a sum knows that all ranks had begun it, and so were
+    done with the one before, whose memory comes next. A step begins with the first; between it and the sum that the
+    step before ended with all ranks exchange the tokens they chose.
+    """
+
+    how = "one launch"
+
+    def __init__(
+        self, mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int, *, pdl: bool
+    ) -> None:
+        super().__init__(mesh, hidden_size, dtype, device, max_rows)
+        self._pdl, self._turn, self._memories = pdl, 0, []
+        for _ in range(2):
+            self._memories.append(self._shared(max_rows, hidden_size, dtype, device))
+        self._squares = self._shared(max_rows, 2, torch.float32, device)  # two sums lie between its uses
+
+    def _shared(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> PeerRows:
+        shared = share(self._stage, rows, width, dtype, device)
+        return PeerRows(shared.own, shared.rows, shared.flags, self._stage.index)
+
+    def start(self) -> None:
+        self._turn = 0
+
+    def norm_heads(self, qkv: Tensor, norm: QKNormWeights, attention: Attention) -> Tensor:
+        if not self.norms(len(qkv)):
+            return super().norm_heads(qkv, norm, attention)
+        self._stage.traffic.count("qk_norm", (self._stage.size - 1) * len(qkv) * 2 * 4)
+        qk_norm_over_ranks(self._squares, qkv, norm, pdl=self._pdl)
+        return qkv
+
+    def part(self, rows: int) -> Tensor:
+        return self._memories[self._turn].part[:rows] if self.norms(rows) else super().part(rows)
+
+    def norms(self, rows: int) -> bool:
+        """Small parts are exchanged like that."""
+        return (self._stage.size - 1) * rows * self._part.shape[1] * self._part.itemsize <= _MOST_ONE_SHOT
+
+    def begin(self, x: Tensor) -> None:
+        if self.norms(len(x)):
+            self._sum(x, "embedding", None, accumulate=False)
+        else:
+            super().begin(x)
+
+    def add_product(self, x: Tensor, norm: NormAfter | None = None) -> None:
+        if self.norms(len(x)):
+            self._sum(x, "linear", norm)
+        else:
+            super().add_product(x)
+
+    def add_experts(self, x: Tensor, norm: NormAfter | None = None) -> None:
+        if self.norms(len(x)):
+            self._sum(x, "combine", norm)
+        else:
+            super().add_experts(x)
+
+    def _sum(self, x: Tensor, label: str, norm: NormAfter | None, *, accumulate: bool = True) -> None:
+        memory = self._memories[self._turn]
+        self._stage.traffic.count(label, (self._stage.size - 1) * x.numel() * memory.part.itemsize)
+        all_reduce(memory, x, accumulate=accumulate, norm=norm, pdl=self._pdl)
+        self._turn = 1 - self._turn
+
+
+def sums_of(
+    mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int, *, pdl: bool
+) -> SharedSums | None:
+    """How the ranks of this stage add up; None for one rank. All of them call this together."""
+    if mesh.stage.size == 1:
+        return None
+    why_not = why_not_shared(mesh.stage, device, one_machine=mesh.machine_size == mesh.plan.num_ranks)
+    if mesh.tp.size == mesh.stage.size and not why_not:
+        return OneShotSums(mesh, hidden_size, dtype, device, max_rows, pdl=pdl)
+    sums = SharedSums(mesh, hidden_size, dtype, device, max_rows)
+    sums.how = f"all-reduce: {why_not}" if why_not else "all-reduce"
+    return sums
 
 
 def slots_by_row(mesh: Mesh, num_experts: int, layer: int, max_rows: int, device: torch.device) -> Tensor | None:

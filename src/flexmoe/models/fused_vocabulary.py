@@ -46,6 +46,7 @@ class Vocabulary:
         if self._sums is None:
             embed(*given, x, chosen, pdl=self._pdl)
             return
+        self._sums.start()
         embed(*given, self._sums.part(len(x)), chosen, first=self._here.start, pdl=self._pdl)
         self._sums.begin(x)
 

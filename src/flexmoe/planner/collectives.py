@@ -25,7 +25,7 @@ def exchange_seconds(
     nodes = {rank // per_node for rank in ranks}
     inside = len(ranks) // len(nodes)
     outer = machine.link(tuple(ranks))
-    if op == "send" or len(nodes) == 1 or inside == 1 or machine.is_shared:
+    if op in ("send", "one_shot") or len(nodes) == 1 or inside == 1 or machine.is_shared:
         return link_seconds(outer, op, len(ranks), num_bytes, captured=captured)
     inner = machine.link(tuple(rank for rank in ranks if rank // per_node == min(nodes)))
     between = link_seconds(outer, op, len(nodes), num_bytes / inside, captured=captured)
@@ -51,9 +51,13 @@ def is_measured(link: Link, op: str, ranks: int) -> bool:
 
 
 def _formula(link: Link, op: str, ranks: int, num_bytes: float) -> float:
-    """A rank sends at least its part of the tensor; a message's latency counts for each doubling of the ranks."""
-    sent = num_bytes if op == "send" else _WHOLE[op] * (ranks - 1) / ranks * num_bytes
-    return link.latency_s * math.log2(max(2, ranks)) + sent / link.bandwidth
+    """A rank sends at least its part of the tensor. Each doubling of the ranks adds half a latency, but not where all
+    read each other's memory at once.
+    """
+    if op in ("send", "one_shot"):
+        return link.latency_s + max(1, ranks - 1) * num_bytes / link.bandwidth
+    rounds = 0.5 + 0.5 * math.log2(max(2, ranks))
+    return link.latency_s * rounds + _WHOLE[op] * (ranks - 1) / ranks * num_bytes / link.bandwidth
 
 
 def _points(link: Link, op: str, ranks: int, *, captured: bool) -> list[Exchange]:

@@ -30,6 +30,7 @@ TERMS = (
 _FUSED_ROWS = {"cuda": 256, "cpu": 64}  # of decodes that the fused kernels take
 _WORTH_TORCH = {"float32": 400e6, "bfloat16": 200e6}  # multiply-adds a layer, see models/native.py
 _LEAST_ROWS = 4
+_MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others in one launch, see models/fused_ranks.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,8 @@ class CostModel:
             computed = self._fixed(each.path, each.rows, each.sampled).plus(self._attention(each))
             cost = cost.plus(computed)
             if each.path == "torch" and not self.machine.is_shared:  # the host launches while the GPU computes
-                launching = self.model.num_layers * device.torch_layer_s
+                parts = max(0, len(each.chunks) + each.decodes - 1)
+                launching = self.model.num_layers * (device.torch_layer_s + device.torch_chunk_s * parts)
                 cost = cost.plus(StepCost({"host": max(0.0, launching - computed.seconds)}))
         return cost
 
@@ -287,7 +289,13 @@ class CostModel:
         return StepCost({"all-to-all": seconds + self._collective(path, "all_gather", groups["tp"], rows * hidden)})
 
     def _all_reduce(self, path: str, ranks: tuple[int, ...], numbers: float) -> StepCost:
-        return StepCost({"all-reduce": self._collective(path, "all_reduce", ranks, numbers)} if len(ranks) > 1 else {})
+        if len(ranks) == 1:
+            return StepCost()
+        sent = (len(ranks) - 1) * numbers * BITS[self.dtype] / 8
+        apart = {rank // self.machine.devices_per_node for rank in ranks}
+        one_launch = path == "fused" and len(apart) == 1 and sent <= _MOST_ONE_SHOT
+        seconds = self._collective(path, "one_shot" if one_launch else "all_reduce", ranks, numbers)
+        return StepCost({"all-reduce": seconds})
 
     def _collective(self, path: str, op: str, ranks: tuple[int, ...], numbers: float) -> float:
         captured = path == "fused" and self.machine.device.kind == "cuda"

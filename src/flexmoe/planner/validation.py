@@ -1,4 +1,4 @@
-"""How far predictions are from what was measured. Enters: a machine, rows of `flexmoe bench latency`. Leaves: errors.
+"""How far predictions are from what was measured. Enters: a machine, rows of steps. Leaves: errors.
 
 Nothing is judged by what it was fitted to: an operation is predicted without its own sample, a step of a model without
 all samples of that model's shapes.
@@ -6,7 +6,7 @@ all samples of that model's shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,17 +90,20 @@ def _is_of(sample: Sample, model: ModelConfig) -> bool:
             return moe is not None and sample.shape == (moe.num_experts, hidden, moe.top_k)
 
 
-def step_checks(machine: Machine, model: ModelConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
-    """Decode steps of `flexmoe bench latency` rows of this model, in the middle of their answers."""
-    models: dict[str, CostModel] = {}
+def step_checks(machine: Machine, model: ModelConfig, rows: Iterable[Mapping[str, Any]]) -> Iterator[Check]:
+    """Decode steps of this model, in the middle of their answers: rows of `flexmoe bench latency`, or of
+    benchmarks/strategies.py with the plan of each.
+    """
     for row in rows:
         params, result = row["params"], row["result"]
-        cost = models.setdefault(params["dtype"], CostModel(machine, model, ParallelPlan(), dtype=params["dtype"]))
+        plan = ParallelPlan.from_json(row["config"].get("plan", {}))
+        cost = CostModel(machine, model, plan, dtype=params["dtype"])
         shape = StepShape(params["batch"], params["prompt_len"] + params["output_len"] / 2)
-        yield Check(_name(row), cost.step(shape).seconds, result["ms"] * 1e-3)
+        measured = result["ms"] if "ms" in result else result["step_ms"]["median"]
+        yield Check(_name(row), cost.step(shape).seconds, measured * 1e-3)
 
 
-def prompt_checks(machine: Machine, model: ModelConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[Check]:
+def prompt_checks(machine: Machine, model: ModelConfig, rows: Iterable[Mapping[str, Any]]) -> Iterator[Check]:
     """The time to the first token, of all prompts computed in one step."""
     for row in rows:
         params, result = row["params"], row["result"]
@@ -111,5 +114,6 @@ def prompt_checks(machine: Machine, model: ModelConfig, rows: Sequence[Mapping[s
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    params = row["params"]
-    return f"{row['model']['label']}, batch {params['batch']}, {params['prompt_len']} + {params['output_len']} tokens"
+    params, how = row["params"], row["config"].get("strategy", "one process")
+    lengths = f"{params['prompt_len']} + {params['output_len']} tokens"
+    return f"{row['model']['label']}, {how}, batch {params['batch']}, {lengths}"

@@ -36,7 +36,7 @@ class Table:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """All that these rows can fill."""
-    makers: tuple[Callable[[Sequence[Row]], Table | None], ...] = (latency, experts, cpu, published)
+    makers: tuple[Callable[[Sequence[Row]], Table | None], ...] = (latency, spread, experts, cpu, published)
     return [table for make in makers if (table := make(rows)) is not None]
 
 
@@ -93,6 +93,49 @@ def _latency_line(model: str, row: Row, peers: Sequence[Row], rows: Sequence[Row
     # As shown: a goal of 3.7 is not missed by what rounds to it.
     missed = bool(goals) and ours.number > goals[0].number * 1.0005
     return (*shown, _number(goals[0]) if missed else Shown(""))
+
+
+def spread(rows: Sequence[Row]) -> Table | None:
+    """Strategies on several GPUs, beside one GPU of the same run."""
+    steps = [row for row in rows if row.get("benchmark") == "strategies" and row.get("device.kind") == "cuda"]
+    steps = [row for row in steps if row.get("engine") == "flexmoe" and row.get("result.step_ms.median")]
+    one = {(row.get("commit"), *_step(row)): row for row in steps if row.get("config.ranks") == 1}
+    found = newest(
+        [row for row in steps if row.get("config.ranks") > 1 and (row.get("commit"), *_step(row)) in one],
+        ("model.label", "config.ranks", "params.batch", "config.strategy"),
+    )
+    if not found:
+        return None
+    found.sort(key=lambda row: (-row.get("model.parameters"), *_step(row), row.get("config.ranks")))
+    lines = tuple(_spread_line(row, one[(row.get("commit"), *_step(row))]) for row in found)
+    header = (
+        "model", "batch", "GPUs", "strategy", "ms a step", "one GPU, ms", "of its time", "busiest / mean", "sums",
+    )  # fmt: skip
+    about = f"{_versions(found[0])} {_dates(found)} " + (
+        "“Busiest / mean”: choices of the rank that got most of a step, over the mean. “Sums”: how ranks add up."
+    )
+    return Table("spread", "Several GPUs", header, lines, about)
+
+
+def _step(row: Row) -> tuple[str, int]:
+    return str(row.get("model.label")), int(row.get("params.batch"))
+
+
+def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
+    ours, one = row.value("result.step_ms.median"), alone.value("result.step_ms.median")
+    label = str(row.get("model.label"))
+    how = str(row.get("config.decode_kernels"))
+    return (
+        Shown(MODELS.get(label, label)),
+        Shown(str(row.get("params.batch")), row.value("params.batch")),
+        Shown(str(row.get("config.ranks")), row.value("config.ranks")),
+        Shown(str(row.get("config.strategy"))),
+        _number(ours),
+        _number(one),
+        _number(ours.over(one), "{:.2f}"),
+        _number(row.value("result.imbalance.step"), "{:.2f}"),
+        Shown("one launch" if how.endswith("one launch") else "all-reduce"),
+    )
 
 
 def experts(rows: Sequence[Row]) -> Table | None:
@@ -179,7 +222,7 @@ def texts(table: Table) -> list[list[str]]:
     """What is read in each row. Of several rows of one model, the first names it."""
     found = [[shown.text for shown in row] for row in table.rows]
     names = [row[0] for row in found]
-    if table.name == "latency":
+    if table.name in ("latency", "spread"):
         names = [name if name != before else "" for before, name in zip(["", *names], names, strict=False)]
     return [[name, *row[1:]] for name, row in zip(names, found, strict=True)]
 

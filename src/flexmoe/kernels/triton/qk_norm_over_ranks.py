@@ -1,0 +1,75 @@
+"""Norm of queries and keys over all heads of a token, of which each rank holds some, in one launch.
+
+Enters: this rank's rows [T, q + 2 kv], and memory for two sums a row that the other ranks can read. Leaves: the rows,
+their queries and keys normed in place. A program takes a row, as in `all_reduce.py`, whose rules for memory hold here.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexmoe.kernels.decode_attention import QKNormWeights
+from flexmoe.kernels.triton.all_reduce import PeerRows, tell_and_wait
+
+
+@triton.jit
+def _scaled(x, mean, eps, weight):
+    """x fp32, rounded to weight's dtype before the product."""
+    return (x * tl.rsqrt(mean + eps)).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+
+
+@triton.jit
+def _mean(addresses, row, part_ptr, valid, columns):
+    """Over all ranks, of the squares whose sums they left at `row`."""
+    found = tl.load(addresses.to(part_ptr.dtype) + row, mask=valid, other=0.0, volatile=True)
+    return tl.sum(found, 0) / columns
+
+
+@triton.jit
+def _qk_norm(
+    part_ptr, parts_ptr, flags_ptr, rows_ptr, query_weight_ptr, key_weight_ptr, rows, width,
+    Q: tl.constexpr, KV: tl.constexpr, EPS: tl.constexpr, RANK: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,)."""
+    row = tl.program_id(0).to(tl.int64)
+    q, k = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    query_weight = tl.load(query_weight_ptr + q, mask=q < Q, other=0.0)
+    key_weight = tl.load(key_weight_ptr + k, mask=k < KV, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    queries, keys = rows_ptr + row * width + q, rows_ptr + row * width + Q + k
+    query = tl.load(queries, mask=q < Q, other=0.0).to(tl.float32)
+    key = tl.load(keys, mask=k < KV, other=0.0).to(tl.float32)
+    tl.store(part_ptr + row * 2, tl.sum(query * query, 0))
+    tl.store(part_ptr + row * 2 + 1, tl.sum(key * key, 0))
+    tl.debug_barrier()  # other threads tell
+    tell_and_wait(flags_ptr, row, rows, RANK, P, BLOCK_P)
+    peers = tl.arange(0, BLOCK_P)
+    addresses = tl.load(parts_ptr + peers, mask=peers < P, other=0)
+    query_mean = _mean(addresses, row * 2, part_ptr, peers < P, P * Q)
+    key_mean = _mean(addresses, row * 2 + 1, part_ptr, peers < P, P * KV)
+    element = rows_ptr.dtype.element_ty
+    tl.store(queries, _scaled(query, query_mean, EPS, query_weight).to(element), mask=q < Q)
+    tl.store(keys, _scaled(key, key_mean, EPS, key_weight).to(element), mask=k < KV)
+
+
+def qk_norm_over_ranks(peers: PeerRows, rows: Tensor, norm: QKNormWeights, *, pdl: bool = False) -> None:
+    """Norms the queries and keys of rows [T, q + 2 kv], contiguous, by means over all ranks' columns.
+
+    peers: rows of two fp32 each. norm: weights of this rank's q and kv columns. All ranks launch this for the same T.
+    """
+    T, width = rows.shape
+    q, kv, P = len(norm.query), len(norm.key), peers.size
+    block_q = triton.next_power_of_2(q)
+    _qk_norm[(T,)](
+        peers.part, peers.parts, peers.flags, rows, norm.query, norm.key, len(peers.part), width,
+        Q=q, KV=kv, EPS=norm.eps, RANK=peers.rank, P=P, BLOCK_P=triton.next_power_of_2(P), BLOCK_Q=block_q,
+        BLOCK_KV=triton.next_power_of_2(kv), PDL=pdl, num_warps=max(1, min(8, block_q // 256)), launch_pdl=pdl,
+    )  # fmt: skip
