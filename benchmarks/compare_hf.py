@@ -15,10 +15,14 @@ from typing import IO, Any
 
 from harness import record, startup
 from harness.finals import Tally, play
+from harness.floors import Floors, measure_bandwidth
 from harness.pool import ROOT, Worker, WorkerError
 from harness.prompts import make_prompts
 from harness.setups import OURS, REFERENCE, Load, Setup, loads, transformers_setups
 from harness.table import Result, print_table
+
+from flexmoe.config.engine import LoadConfig
+from flexmoe.models.hub import open_model
 
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_compare_hf.jsonl"
 BUILTIN = ROOT / "src" / "flexmoe" / "assets" / "builtin"
@@ -31,6 +35,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, log: IO[str]) -> None:
         self.args, self.log = args, log
         self.facts = record.facts(args.model, args.threads) | {"benchmark": "cpu_compare_hf", "quick": args.quick}
+        self.floors = Floors(open_model(LoadConfig(model=str(args.model))).config, measure_bandwidth(args.threads))
         self.loads = loads(args.quick)
         self.rounds = args.rounds or (2 if args.quick else 9)
 
@@ -77,6 +82,10 @@ class Bench:
     def _save_startup(self, result: Result) -> None:
         kind, _, dtype = result.name.partition(" ")
         row = {"metric": result.metric, "phase": "final", "engine": kind, "config": {"dtype": dtype}}
+        if result.unit == "s":
+            own = self.floors.config.checkpoint_dtype
+            number = {"auto": own, "fp32": "float32", "bf16": "bfloat16"}[dtype]
+            row |= self.floors.of_start(result.median, number)
         self.save(row | {"unit": result.unit, "answers_equal_to_reference": result.answers} | result.summary)
 
     # ------------------------------------------------------------------ screening
@@ -135,11 +144,13 @@ class Bench:
                 say(f"finals: {load.metric}, {self.rounds} rounds")
                 setups = [*OURS, *best[load.metric]]
                 prompts = [self.prompts(load, number) for number in range(self.rounds + 1)]
+                # Counted once for all: the others choose the same experts, but for roundings.
+                distinct = workers[OURS[0].worker_key].distinct_experts(prompts[1], load.new)
                 tallies = play(load, setups, workers, prompts)
-                results += [self._result(load, s, tallies[s], workers[s.worker_key].about) for s in setups]
+                results += [self._result(load, s, tallies[s], workers[s.worker_key].about, distinct) for s in setups]
         return results
 
-    def _result(self, load: Load, setup: Setup, tally: Tally, about: dict[str, Any]) -> Result:
+    def _result(self, load: Load, setup: Setup, tally: Tally, about: dict[str, Any], distinct: list[float]) -> Result:
         answers = f"{tally.equal} of {self.rounds * load.batch}"
         result = Result(load.metric, str(setup), setup.ours, "ms", record.summary(tally.samples), answers)
         self.save(
@@ -154,6 +165,7 @@ class Bench:
                 "answers_equal_to_reference": answers,
                 "reference": str(REFERENCE),
                 "cpu_seconds_of_idle_workers": round(tally.idle, 3),
+                **self.floors.of_load(load, distinct, result.median, about.get("dtype", setup.dtype)),
                 **result.summary,
             }
         )

@@ -1,4 +1,4 @@
-"""Two engines behind one interface. Enters: prompts of token ids. Leaves: when tokens came, and which.
+"""Engines behind one interface. Enters: prompts of token ids. Leaves: when tokens came, and which.
 
 Used inside of a worker process (worker.py): one model in one configuration.
 """
@@ -51,6 +51,12 @@ class FlexMoEEngine:
         end = time.monotonic()
         first = max(output.metrics.first_token or end for output in outputs)
         return Timed(first - start, end - start, [list(output.token_ids) for output in outputs])
+
+    def distinct_experts(self, prompts: list[list[int]], max_tokens: int) -> list[float]:
+        """Of each MoE layer, how many experts a decode step of these prompts reads, on average."""
+        from flexmoe.bench.engines import distinct_experts
+
+        return distinct_experts(self._llm.engine, prompts, max_tokens)
 
 
 class TransformersEngine:
@@ -126,5 +132,9 @@ def _clock() -> Any:
 
 
 def make_engine(kind: str, options: dict[str, Any]) -> TimedEngine:
-    """kind: "flexmoe" or "transformers"."""
+    """kind: "flexmoe", "transformers" or "llama.cpp"."""
+    if kind == "llama.cpp":
+        from harness.llama import LlamaCppEngine  # imports what the environment of the others need not have
+
+        return LlamaCppEngine(**options)
     return {"flexmoe": FlexMoEEngine, "transformers": TransformersEngine}[kind](**options)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from harness.pool import Worker, cpu_seconds
 from harness.setups import REFERENCE, Load, Setup
@@ -12,8 +11,14 @@ from harness.setups import REFERENCE, Load, Setup
 Workers = Mapping[tuple[str, str, str], Worker]
 Prompts = list[list[int]]
 
-# Calls in a turn: the caches are cold after the others' turns, and compiled code must first see its shapes.
-_FIRST_WARMUP, _WARMUP, _REPEATS = 3, 1, 3
+
+@dataclass(frozen=True)
+class Pace:
+    """Calls in a turn: caches are cold after the others' turns, and compiled code must first see its shapes."""
+
+    first_warmup: int = 3
+    warmup: int = 1
+    repeats: int = 3
 
 
 @dataclass
@@ -25,24 +30,42 @@ class Tally:
     idle: float = 0.0
 
 
-def play(load: Load, setups: Sequence[Setup], workers: Workers, rounds: Sequence[Prompts]) -> dict[Setup, Tally]:
-    """rounds: the prompts of each. The first one only warms up."""
+def play(
+    load: Load,
+    setups: Sequence[Setup],
+    workers: Workers,
+    rounds: Iterable[Prompts],
+    reference: Setup | None = REFERENCE,
+    pace: Pace = Pace(),
+) -> dict[Setup, Tally]:
+    """rounds: the prompts of each. The first one only warms up. reference: whose answers to compare with, if any."""
     tallies = {setup: Tally() for setup in setups}
     for number, asked in enumerate(rounds):
-        reference = workers[REFERENCE.worker_key].run(asked, load.new, REFERENCE.variant, warmup=0, repeats=1)
+        expected: Prompts = [[]] * len(asked)
+        if reference is not None:
+            told = workers[reference.worker_key].run(asked, load.new, reference.variant, warmup=0, repeats=1)
+            expected = told["calls"][0]["tokens"]
         first = number % len(setups)
         for setup in [*setups[first:], *setups[:first]]:
             tally = tallies[setup] if number else Tally()
-            _turn(load, setup, workers, asked, tally, _WARMUP if number else _FIRST_WARMUP, reference["calls"][0])
+            warmup = pace.warmup if number else pace.first_warmup
+            _turn(load, setup, workers, asked, tally, warmup, pace.repeats, expected)
     return tallies
 
 
 def _turn(
-    load: Load, setup: Setup, workers: Workers, asked: Prompts, tally: Tally, warmup: int, reference: dict[str, Any]
+    load: Load,
+    setup: Setup,
+    workers: Workers,
+    asked: Prompts,
+    tally: Tally,
+    warmup: int,
+    repeats: int,
+    expected: Prompts,
 ) -> None:
     others = [worker for key, worker in workers.items() if key != setup.worker_key]
     before = cpu_seconds(others)
-    calls = workers[setup.worker_key].run(asked, load.new, setup.variant, warmup=warmup, repeats=_REPEATS)["calls"]
+    calls = workers[setup.worker_key].run(asked, load.new, setup.variant, warmup=warmup, repeats=repeats)["calls"]
     tally.idle += cpu_seconds(others) - before
-    tally.samples.append(sorted(load.value(call) for call in calls)[_REPEATS // 2])
-    tally.equal += sum(got == want for got, want in zip(calls[0]["tokens"], reference["tokens"], strict=True))
+    tally.samples.append(sorted(load.value(call) for call in calls)[repeats // 2])
+    tally.equal += sum(got == want for got, want in zip(calls[0]["tokens"], expected, strict=True))

@@ -28,10 +28,10 @@ def child_environment() -> dict[str, str]:
 class Worker:
     """One engine in a process of its own."""
 
-    def __init__(self, kind: str, options: dict[str, Any], log: IO[str]) -> None:
-        """Start and load. Raises WorkerError if the engine does not load."""
+    def __init__(self, kind: str, options: dict[str, Any], log: IO[str], python: str = sys.executable) -> None:
+        """Start and load. python: of the environment that has the engine. Raises WorkerError if it does not load."""
         self._process = subprocess.Popen(
-            [sys.executable, str(_SCRIPT)],
+            [python, str(_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -51,6 +51,11 @@ class Worker:
         """{"calls": [{"first", "total", "tokens"}], "peak_rss_mb"}. Raises WorkerError if the engine refuses."""
         request = {"prompts": prompts, "max_tokens": max_tokens, "variant": variant}
         return self._ask({**request, "warmup": warmup, "repeats": repeats})
+
+    def distinct_experts(self, prompts: list[list[int]], max_tokens: int) -> list[float]:
+        """Of each MoE layer, how many experts a decode step of these prompts reads; ours counts."""
+        found: list[float] = self._ask({"distinct": True, "prompts": prompts, "max_tokens": max_tokens})["distinct"]
+        return found
 
     @property
     def cpu_seconds(self) -> float:

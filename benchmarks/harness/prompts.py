@@ -31,6 +31,12 @@ def make_prompts(model: Path, count: int, length: int, seed: int) -> list[list[i
     return [_prompt(model, length, draw) for _ in range(count)]
 
 
+def random_prompts(vocab: int, count: int, length: int, seed: int) -> list[list[int]]:
+    """`count` prompts of random ids, for a model of random weights, to which all are alike."""
+    draw = random.Random(f"{seed} {length} {count}")
+    return [[draw.randrange(vocab) for _ in range(length)] for _ in range(count)]
+
+
 def _prompt(model: Path, length: int, draw: random.Random) -> list[int]:
     if not (model / "tokenizer.json").is_file():
         vocab = json.loads((model / "config.json").read_text())["vocab_size"]

@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of an engine. figure: "tpot", ms a token after the first, or "ttft", ms to the first."""
+    """What is asked of an engine.
+
+    figure: "tpot", ms a token after the first; "ttft", ms to the first; or "rate", all tokens a second.
+    """
 
     metric: str
     batch: int
@@ -17,10 +20,16 @@ class Load:
     figure: str
 
     def value(self, call: dict[str, Any]) -> float:
-        """The figure of one call, in ms."""
+        """The figure of one call."""
+        if self.figure == "rate":
+            return self.batch * self.new / float(call["total"])
         if self.figure == "ttft":
             return float(call["first"]) * 1e3
         return float(call["total"] - call["first"]) / (self.new - 1) * 1e3
+
+    @property
+    def unit(self) -> str:
+        return "tokens/s" if self.figure == "rate" else "ms"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ def serve() -> None:
             if engine is None:
                 engine = make_engine(request["kind"], request["options"])
                 answer = {"about": engine.about()}
+            elif request.get("distinct"):
+                answer = {"distinct": engine.distinct_experts(request["prompts"], request["max_tokens"])}  # type: ignore[attr-defined]
             else:
                 answer = run(engine, request)
         except Exception as error:  # noqa: BLE001 - the parent decides what a failure means

@@ -49,11 +49,11 @@ class LateFlight:
 
 
 class LateRunner(ModelRunner):
-    """num_ahead: how many launches followed one whose tokens were not known."""
+    """num_ahead: how many launches followed one whose tokens were not known; num_mixed_ahead: those with prompts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.num_ahead = 0
+        self.num_ahead = self.num_mixed_ahead = 0
         self._queue: deque[LateFlight] = deque()
 
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
@@ -67,10 +67,14 @@ class LateRunner(ModelRunner):
             assert isinstance(after, LateFlight)
             assert after is self._queue[-1], "not the flight launched last"
             assert not after.waited, "its tokens are known"
-            source = after, [after.sampling.index(chunk.request) for chunk in step.chunks]
+            source = after, [_place(after.sampling, chunk) for chunk in step.chunks]
             self.num_ahead += 1
-        chunks = [_copy(chunk, unknown) for chunk in step.chunks]
-        frozen = [_freeze(state, unknown) for state in states]
+            self.num_mixed_ahead += step.num_decodes < len(step.chunks)
+        pending = [0] * len(step.chunks) if source is None else [int(place >= 0) for place in source[1]]
+        assert self.mixes_ahead or all(pending) or not unknown, "this device was not to be given prompts ahead"
+        chunks = [_copy(chunk, of_chunk) for chunk, of_chunk in zip(step.chunks, pending, strict=True)]
+        of_states = [of_chunk for chunk, of_chunk in zip(step.chunks, pending, strict=True) if chunk.samples]
+        frozen = [_freeze(state, of_state) for state, of_state in zip(states, of_states, strict=True)]
         sampling = [chunk.request for chunk in step.chunks if chunk.samples]
         self._queue.append(LateFlight(self, Step(chunks, step.num_decodes, []), frozen, source, sampling))
         return self._queue[-1]
@@ -85,8 +89,22 @@ class LateRunner(ModelRunner):
             if before.sampled is None:
                 return  # it failed
             for chunk, place in zip(flight.step.chunks, places, strict=True):
-                chunk.request.token_ids.append(before.sampled.token_ids[place])
+                if place >= 0:
+                    chunk.request.token_ids.append(before.sampled.token_ids[place])
         flight.sampled = self.run(flight.step, flight.states)
+
+
+class MixedLateRunner(LateRunner):
+    """Takes prompts in steps that are launched ahead."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mixes_ahead = True
+
+
+def _place(sampling: list[Request], chunk: ScheduledChunk) -> int:
+    """Which of the tokens on their way the chunk is; -1 if its tokens are known."""
+    return sampling.index(chunk.request) if chunk.request in sampling else -1
 
 
 def _copy(chunk: ScheduledChunk, unknown: int) -> ScheduledChunk:
@@ -106,7 +124,7 @@ def _freeze(state: SamplingState, unknown: int) -> SamplingState:
 
 
 @contextmanager
-def late_device() -> Iterator[None]:
+def late_device(kind: type[LateRunner] = LateRunner) -> Iterator[None]:
     """Within, engines are made with a device that computes late."""
-    with patch.object(engine, "ModelRunner", LateRunner):
+    with patch.object(engine, "ModelRunner", kind):
         yield

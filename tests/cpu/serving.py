@@ -14,11 +14,11 @@ from flexmoe.engine import startup
 from flexmoe.engine.engine import Engine
 from flexmoe.kernels.cpu import library
 from flexmoe.scheduling.scheduler import Step
-from tests.cpu.late_device import LateRunner, late_device
+from tests.cpu.late_device import LateRunner, MixedLateRunner, late_device
 from tests.cpu.tiny_models import tiny
 
 # The ways to compute a step: few decodes in C; everything in torch with the CPU's experts; with the reference's; by a
-# device that computes late, so that the engine runs ahead.
+# device that computes late, so that the engine runs ahead. "late, mixed" also takes prompts ahead.
 WAYS = ("C", "cpu", "reference", "late")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -35,8 +35,8 @@ def open_llm(case: str = "mixtral", way: str = "C", **options: Any) -> LLM:
         return LLM(tiny(case), expert_backend="reference", **options)
     if way == "C":
         return LLM(tiny(case), **options)
-    if way == "late":
-        with late_device():
+    if way in ("late", "late, mixed"):
+        with late_device(LateRunner if way == "late" else MixedLateRunner):
             return LLM(tiny(case), **options)
     with patch.object(startup, "why_not_native", lambda *_: "switched off by a test"):
         return LLM(tiny(case), **options)

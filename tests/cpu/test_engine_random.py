@@ -58,7 +58,13 @@ def assert_begun(output: RequestOutput, expected: Answer) -> None:
 @pytest.mark.parametrize("seed", range(15))
 def test_everything_at_once(seed: int) -> None:
     rng = random.Random(seed)
-    everything_at_once(rng, KINDS, rng.choice(WAYS))
+    everything_at_once(rng, KINDS, rng.choice((*WAYS, "late, mixed")))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_everything_at_once_with_prompts_ahead(seed: int) -> None:
+    """Some of them cannot be chosen on the device."""
+    everything_at_once(random.Random(seed), KINDS, "late, mixed")
 
 
 def everything_at_once(rng: random.Random, kinds: Sequence[SamplingParams], way: str) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.packed_rows import PackedRows
-from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.engine.sampling_state import SamplingState, uniforms
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.scheduler import ScheduledChunk
 from tests.cpu.paging import decodes, request
@@ -32,7 +34,7 @@ def rows_of(lengths: Sequence[int], block_size: int = 16) -> list[Request]:
 def test_every_row_finds_its_blocks(most_blocks: int, bucket: int) -> None:
     requests = rows_of([16 * most_blocks - row % 16 for row in range(bucket)])
     packed = PackedRows(bucket, most_blocks, CPU)
-    packed.load(decodes(requests), [-1] * bucket, (), ahead=0)
+    packed.load(decodes(requests), [-1] * bucket, ())
     stride = int(packed.rows.table_stride)
     for row, sequence in enumerate(requests):
         found = packed.rows.tables[row * stride : row * stride + len(sequence.blocks)]
@@ -45,33 +47,71 @@ def test_every_row_finds_its_blocks(most_blocks: int, bucket: int) -> None:
 def test_padding_is_empty_and_greedy_after_a_fuller_step() -> None:
     packed = PackedRows(4, 2, CPU)
     states = [SamplingState(SamplingParams(temperature=0.7, top_k=3, top_p=0.5, min_p=0.1), seed) for seed in range(4)]
-    packed.load(decodes(rows_of([5, 6, 7, 8])), [-1] * 4, states, ahead=0)
+    packed.load(decodes(rows_of([5, 6, 7, 8])), [-1] * 4, states)
     for _ in range(3):  # every host buffer in turn
-        packed.load(decodes(rows_of([9])), [-1], states[:1], ahead=0)
+        packed.load(decodes(rows_of([9])), [-1], states[:1])
         assert packed.rows.lengths.tolist() == [9, 0, 0, 0]
         assert packed.rows.token_ids.tolist() == [8, 0, 0, 0]
         assert packed.sampling.temperature.tolist() == pytest.approx([0.7, 0, 0, 0])
 
 
 def test_rows_ahead_name_where_their_tokens_come_from() -> None:
-    first, second = rows_of([5, 9])
+    first, second = rows_of([6, 9])
     state = SamplingState(SamplingParams(temperature=1.0), 3)
     packed = PackedRows(2, 1, CPU)
     chunks = [ScheduledChunk(second, 9, 1, True), ScheduledChunk(first, 5, 1, True)]
-    packed.load(chunks, [1, 0], [state, state], ahead=1)
+    packed.load(chunks, [1, 0], [state, state])
     assert packed.rows.sources.tolist() == [1, 0]
     assert packed.rows.lengths.tolist() == [10, 6]
     assert packed.sampling.uniform.tolist() == [state.uniform(ahead=1)] * 2
+    packed.load(chunks, [1, -1], [state, state])  # a newcomer beside one whose token is on its way
+    assert packed.sampling.uniform.tolist() == [state.uniform(ahead=1), state.uniform()]
+    assert packed.rows.token_ids.tolist() == [0, first.token_ids[5]]
+
+
+def test_tables_are_right_however_rows_come_grow_and_go() -> None:
+    """Only what has changed is written; what a host buffer holds from three steps ago must not stay."""
+    rng = random.Random(0)
+    packed, running = PackedRows(4, 12, CPU), rows_of([16, 30, 90])
+    for step in range(300):
+        change = rng.random()
+        if change < 0.1 and len(running) > 1:
+            running.pop(rng.randrange(len(running)))
+        elif change < 0.2 and len(running) < 4:
+            blocks = [rng.randrange(1000) for _ in range(rng.randint(1, 8))]
+            running.insert(rng.randint(0, len(running)), request([1], blocks, f"r{step}"))
+        elif change < 0.3:
+            rng.shuffle(running)
+        elif change < 0.4:  # preempted, and admitted again elsewhere
+            again = rng.choice(running)
+            again.blocks = [rng.randrange(1000) for _ in again.blocks]
+        elif change < 0.8:
+            rng.choice(running).blocks.append(rng.randrange(1000))
+        running = [row for row in running if len(row.blocks) < 12] or rows_of([16])
+        packed.load([ScheduledChunk(row, 0, 1, True) for row in running], [-1] * len(running), ())
+        stride = int(packed.rows.table_stride)
+        for place, row in enumerate(running):
+            assert packed.rows.tables[place * stride : place * stride + len(row.blocks)].tolist() == row.blocks
+
+
+def test_numbers_drawn_together_are_those_drawn_one_by_one() -> None:
+    states = [SamplingState(SamplingParams(), seed) for seed in (0, 1, 2**63, 2**64 - 1, -5)]
+    for ahead in ([False] * 5, [True, False, True, False, True]):
+        drawn = uniforms(states, np.array(ahead)).tolist()
+        assert drawn == [state.uniform(int(one)) for state, one in zip(states, ahead, strict=True)]
+        for number, state in enumerate(states):
+            for _ in range(number * 1000):
+                state.accept(1)
 
 
 def test_a_temperature_too_cold_for_fp32_still_draws() -> None:
     packed = PackedRows(1, 1, CPU)
     state = SamplingState(SamplingParams(temperature=1e-60), 0)
-    packed.load(decodes(rows_of([4])), [-1], [state], ahead=0)
+    packed.load(decodes(rows_of([4])), [-1], [state])
     assert packed.sampling.temperature.item() > 0
 
 
 def test_a_top_k_beyond_all_numbers_of_the_device_keeps_all() -> None:
     packed = PackedRows(1, 1, CPU)
-    packed.load(decodes(rows_of([4])), [-1], [SamplingState(SamplingParams(top_k=2**40), 0)], ahead=0)
+    packed.load(decodes(rows_of([4])), [-1], [SamplingState(SamplingParams(top_k=2**40), 0)])
     assert packed.sampling.top_k.item() == 2**31 - 1

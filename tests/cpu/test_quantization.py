@@ -117,13 +117,13 @@ def test_the_bytes_that_are_planned_for(quantization: str) -> None:
     source = open_model(LoadConfig())
     model = empty(source.config, torch.bfloat16)
     plain = sum(w.numel() * 2 for w in model.weights().values())
-    assert weight_bytes(Shard(ParallelPlan(), source.config), torch.bfloat16, None) == plain
+    assert weight_bytes(Shard(ParallelPlan(), source.config), 2, None) == plain
     model.quantize(quantization)
     held = 0
     for w in model.weights().values():
         parts = (w.codes, w.scales) if isinstance(w, QuantizedMatrix) else (w,)
         held += sum(part.numel() * (1 if part.dtype in (torch.int8, torch.uint8) else 2) for part in parts)
-    planned = weight_bytes(Shard(ParallelPlan(), source.config), torch.bfloat16, quantization)
+    planned = weight_bytes(Shard(ParallelPlan(), source.config), 2, quantization)
     assert abs(planned - held) <= 0.01 * held
     assert held < 0.6 * plain
 

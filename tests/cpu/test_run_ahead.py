@@ -83,8 +83,21 @@ def test_what_needs_the_host_waits_for_it(llm: LLM, options: dict[str, Any], ahe
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_everything_at_once_ahead(seed: int) -> None:
-    everything_at_once(random.Random(seed), KINDS, "late")
+@pytest.mark.parametrize("way", ["late", "late, mixed"])
+def test_everything_at_once_ahead(seed: int, way: str) -> None:
+    everything_at_once(random.Random(seed), KINDS, way)
+
+
+def test_prompts_are_launched_ahead_and_answers_stay_the_same() -> None:
+    options: dict[str, Any] = {"block_size": 4, "num_blocks": 128, "max_num_batched_tokens": 8, "max_num_seqs": 3}
+    with open_llm(**options) as other:
+        expected = tokens(other.generate(PROMPTS * 2, SEEDED))
+    with open_llm(way="late, mixed", **options) as llm:
+        assert tokens(llm.generate(PROMPTS * 2, SEEDED)) == expected
+        runner = llm.engine.runner
+        assert isinstance(runner, LateRunner)
+        assert runner.num_mixed_ahead > 10
+        assert_idle(llm)
 
 
 # ------------------------------------------------------------------------------------------------- comings and goings

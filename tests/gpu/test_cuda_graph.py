@@ -79,6 +79,26 @@ def test_running_ahead_changes_no_token(params: SamplingParams) -> None:
         assert answers(llm, params)[0] == ahead
 
 
+@pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_prompts_in_steps_that_are_launched_ahead_change_no_token(params: SamplingParams) -> None:
+    """Three seats and eight tokens a step, so that prompts come in pieces beside others' decodes, all the time."""
+    tight = {"dtype": "float32", "device": "cuda", "num_blocks": 64, "max_num_seqs": 3, "max_num_batched_tokens": 8}
+    found = []
+    for ahead in (True, False):
+        with pytest.MonkeyPatch.context() as patch, LLM(str(tiny("mixtral")), **tight) as llm:
+            assert llm.engine.runner.mixes_ahead
+            launches: list[Any] = []
+            mixed = GraphedDecoder.launch_mixed
+            patch.setattr(
+                GraphedDecoder, "launch_mixed", lambda *args, m=mixed, kept=launches: kept.append(args) or m(*args)
+            )
+            if not ahead:
+                patch.setattr(type(llm.engine.runner), "can_run_ahead", lambda *args: False)
+            found.append([output.token_ids for output in llm.generate(PROMPTS * 2, params)])
+            assert any(sources is not None for _, _, _, sources, _ in launches) is ahead
+    assert found[0] == found[1]
+
+
 def test_no_step_waits_for_the_device() -> None:
     """Only the wait for a step's tokens may, which no torch operation does."""
     with make() as llm:

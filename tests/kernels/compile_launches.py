@@ -1,4 +1,4 @@
-"""Compile the launches of decode steps for an H100 where there is no GPU. Leaves: a JSON line, kernel by kernel.
+"""Compile what decode steps and prompts launch for an H100 where there is no GPU. Leaves: a JSON line, by kernel.
 
     python -m tests.kernels.compile_launches
 
@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.engine.prompt_rows import lay_out
 from flexmoe.kernels.decode_attention import QKNormWeights
 from flexmoe.kernels.sample import SampleParams
 from flexmoe.kernels.triton import argmax, embed
@@ -37,9 +38,13 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows, Sampling
 from flexmoe.models.fused import FusedDecoder
+from flexmoe.models.fused_prompts import PromptDecoder
 from flexmoe.models.presets import PRESETS
+from flexmoe.scheduling.scheduler import ScheduledChunk
+from tests.cpu.paging import scattered
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
+_PROMPTS = (("qwen3-30b-a3b", (700,)), ("olmoe-1b-7b", (5, 17)), ("mixtral-8x7b", (2048,)), ("mixtral-8x7b", (100,)))
 _STEPS = (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 32), ("olmoe-1b-7b", 8), ("mixtral-8x7b", 128))
 
 
@@ -87,6 +92,19 @@ def step(preset: str, rows: int) -> None:
     fused.step(on_device, Sampling(_params(rows), filtered=True), cache)
 
 
+def prompt(preset: str, counts: tuple[int, ...]) -> None:
+    """Prompts of one layer of a model."""
+    config = PRESETS[preset].config
+    config = replace(config, layers=config.layers[:1], vocab_size=1024)
+    model = Decoder(config, ParallelPlan(), "reference", 64, dtype=BF16, device=CPU).eval()
+    model.pack(in_place=True)
+    prompts = PromptDecoder(model, 4096, CPU)
+    requests, blocks = scattered(counts, 16, 1024)
+    chunks = [ScheduledChunk(request, 0, request.num_tokens, True) for request in requests]
+    cache = KVCache(config, blocks, 16, BF16, CPU)
+    prompts.logits(lay_out(chunks, 16, prompts.block_rows, CPU), cache)
+
+
 def _params(rows: int) -> SampleParams:
     ones = torch.ones(rows)
     return SampleParams(temperature=ones, top_k=ones.int(), top_p=ones, min_p=ones, uniform=ones.double())
@@ -124,6 +142,8 @@ def main() -> None:
     compile_only(compiled)
     for preset, rows in _STEPS:
         step(preset, rows)
+    for preset, counts in _PROMPTS:
+        prompt(preset, counts)
     ranks()
     sys.stdout.write(json.dumps(compiled) + "\n")
 

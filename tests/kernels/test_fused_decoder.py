@@ -63,7 +63,7 @@ def step(
 ) -> Recording:
     """One step padded to `bucket` rows, with what a probe sees of it."""
     packed = PackedRows(bucket, 32, DEVICE)
-    packed.load(decodes(requests), [-1] * len(requests), states, ahead=0)
+    packed.load(decodes(requests), [-1] * len(requests), states)
     recording = Recording()
     sampling = Sampling(packed.sampling, filtered=True) if states else None
     fused.step(packed.rows, sampling, cache, recording)
@@ -168,7 +168,7 @@ def test_tokens_that_are_only_on_the_device() -> None:
     packed = PackedRows(3, 32, DEVICE)
     chunks = decodes(ahead)
     chunks = [type(c)(c.request, c.start + 1, 1, True) for c in chunks]
-    packed.load(chunks, [2, 0], (), ahead=1)
+    packed.load(chunks, [2, 0], ())
     recording = Recording()
     fused.step(packed.rows, None, again, recording)
     for request, token in zip(requests, tokens, strict=True):

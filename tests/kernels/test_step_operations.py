@@ -14,7 +14,7 @@ from tests.kernels.support import DEVICE
 
 CONFIG = read_config(
     {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 32, "hidden_size": 32,
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 48, "hidden_size": 32,
         "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
         "rope_theta": 1e4, "tie_word_embeddings": False, "hidden_act": "silu",

@@ -57,6 +57,7 @@ def test_grouped_experts_are_near_if_they_get_as_many_rows() -> None:
     table = TileTable([measured(GROUPED, 8, GateUpTile())])
     assert table.tile(GROUPED, 1) == table.tile(GROUPED, 16) == GateUpTile()
     assert table.tile(GROUPED, 512) is None
+    assert TileTable([measured(GROUPED, 128, GateUpTile())]).tile(GROUPED, 256) is None  # 8 rows an expert, and 16
 
 
 def test_measured_but_not_beaten_is_known() -> None:

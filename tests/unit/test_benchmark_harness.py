@@ -110,3 +110,55 @@ def test_prompts_have_the_length_asked_for_and_follow_the_seed(tmp_path: Path) -
     assert [len(prompt) for prompt in first] == [20] * 3
     assert first == make_prompts(tmp_path, 3, 20, seed=1)
     assert first != make_prompts(tmp_path, 3, 20, seed=2)
+
+
+def test_a_throughput_is_all_tokens_a_second() -> None:
+    from harness.setups import Load
+
+    load = Load("m", 32, 64, 64, "rate")
+    assert load.value({"first": 0.5, "total": 4.0}) == 32 * 64 / 4
+    assert load.unit == "tokens/s"
+
+
+def test_ours_is_held_against_the_best_peer_of_equal_precision() -> None:
+    from harness.peers import Figure, verdicts
+    from harness.setups import Setup
+
+    def figure(kind: str, dtype: str, median: float, metric: str = "decode_bs1", unit: str = "ms") -> Any:
+        return Figure("60M", metric, Setup(kind, dtype), unit, {"median": median}, None)
+
+    bf16, int8, rate = verdicts(
+        [
+            figure("flexmoe", "bfloat16", 2.0),
+            figure("flexmoe", "int8", 1.0),
+            figure("llama.cpp", "bf16", 2.5),
+            figure("llama.cpp", "q8_0", 4.0),
+            figure("transformers", "bfloat16", 9.0),
+            figure("flexmoe", "bfloat16", 300.0, "throughput_32", "tokens/s"),
+            figure("llama.cpp", "bf16", 100.0, "throughput_32", "tokens/s"),
+            figure("transformers", "bfloat16", 200.0, "throughput_32", "tokens/s"),
+        ]
+    )
+    assert (bf16.peer.setup.kind, bf16.ratio, bf16.limit) == ("llama.cpp", 0.8, 0.9)
+    assert (int8.peer.setup.dtype, int8.ratio) == ("q8_0", 0.25)
+    assert (rate.peer.setup.kind, rate.ratio, rate.limit) == ("transformers", pytest.approx(2 / 3), None)
+
+
+def test_floors_of_loads_and_of_a_start() -> None:
+    from harness.floors import Floors
+    from harness.setups import Load
+
+    from flexmoe.models.presets import PRESETS
+
+    floors = Floors(PRESETS["mixtral-8x7b"].config, 100e9)
+    step = floors.of_load(Load("d", 1, 64, 24, "tpot"), [2.0] * 32, 510.0, "bfloat16")
+    assert step["floor_ms"] == pytest.approx(255, abs=1)  # 25.5 GB
+    assert step["percent_of_floor"] == pytest.approx(50, abs=0.3)
+    assert step["distinct_experts"] == 2.0
+    eight = floors.of_load(Load("d", 1, 64, 24, "tpot"), [2.0] * 32, 510.0, "bfloat16", "int8")
+    assert eight["floor_ms"] / step["floor_ms"] == pytest.approx(8.5 / 16, abs=1e-3)
+    rate = floors.of_load(Load("t", 1, 64, 24, "rate"), [2.0] * 32, 24 / (23 * 0.510), "bfloat16")
+    assert rate["percent_of_floor"] == pytest.approx(step["percent_of_floor"], abs=0.01)
+    prompt = floors.of_load(Load("p", 1, 512, 1, "ttft"), [2.0] * 32, 9310.0, "bfloat16")
+    assert (prompt["percent_of_floor"], prompt["distinct_experts"]) == (pytest.approx(10, abs=0.1), 8.0)
+    assert floors.of_start(9.34, "bfloat16")["percent_of_floor"] == pytest.approx(10, abs=0.1)  # 93.4 GB

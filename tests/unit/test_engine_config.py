@@ -18,7 +18,10 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
         CacheConfig,
         {"block_size": 8, "kv_cache_memory": 2**20, "num_blocks": 7, "enable_prefix_caching": False},
     ),
-    "scheduler": (SchedulerConfig, {"max_num_seqs": 3, "max_num_batched_tokens": 99, "max_model_len": 50}),
+    "scheduler": (
+        SchedulerConfig,
+        {"max_num_seqs": 3, "max_num_batched_tokens": 99, "max_model_len": 50, "max_decode_slowdown": 3.0},
+    ),
     "device": (
         DeviceConfig,
         {
@@ -44,8 +47,8 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
     "parallel": (ParallelPlan, {}),  # some of its defaults only, and degrees that go together: tested below
     "launch": (LaunchConfig, {"launcher": "spawn", "worker_timeout": 5.0}),
 }
-COUNTS = ["block_size", "max_num_seqs", "max_num_batched_tokens"]
-OPTIONAL_COUNTS = ["kv_cache_memory", "num_blocks", "max_model_len", "threads"]
+COUNTS = ["block_size", "max_num_seqs"]
+OPTIONAL_COUNTS = ["max_num_batched_tokens", "kv_cache_memory", "num_blocks", "max_model_len", "threads"]
 DEGREES = ["tensor_parallel_size", "expert_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
 FLAGS = ["enable_prefix_caching", "force_download", "progress"]
 TEXTS = ["device", "download_dir", "model", "revision"]
@@ -55,6 +58,11 @@ def refusal(**options: Any) -> str:
     with pytest.raises(ConfigError) as error:
         EngineConfig.from_options(options)
     return str(error.value)
+
+
+@pytest.mark.parametrize("value", [1, 0.5, -2.0, True, "2", None])
+def test_a_slowdown_that_is_none_is_refused(value: object) -> None:
+    assert f"max_decode_slowdown={value!r} is not a number above 1" in refusal(max_decode_slowdown=value)
 
 
 def test_no_options_give_the_defaults() -> None:

@@ -12,8 +12,9 @@ from flexmoe.errors import ConfigError
 from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled, strategies
 from flexmoe.report.headlines import headlines
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
+from flexmoe.report.tables import cpu as cpu_table
 from flexmoe.report.tables import latency as latency_table
-from flexmoe.report.tables import markdown, spread, three
+from flexmoe.report.tables import llama_cpp, markdown, spread, three
 
 CPU = {"kind": "cpu", "name": "A Processor"}
 
@@ -141,3 +142,57 @@ def test_files_that_are_no_rows_are_refused_with_their_line(tmp_path: Path) -> N
 def test_newest_keeps_the_order_of_first_appearance() -> None:
     rows = [row(1, batch=8), row(2), row(3, batch=8, time="2027")]
     assert [kept.line for kept in newest(rows, ("params.batch",))] == [3, 2]
+
+
+def comparison(line: int, engine: str, dtype: str, median: float, **more: Any) -> Row:
+    """A row of the comparisons on a CPU, newer by its line."""
+    data = {
+        "benchmark": "cpu_compare_llama_cpp",
+        "phase": "final",
+        "metric": "decode_bs1",
+        "engine": engine,
+        "config": {"dtype": dtype},
+        "model": {"name": "60M"},
+        "unit": "ms",
+        "median": median,
+        "percent_of_floor": 50.0,
+        "time": f"2026-11-{20 + line}T00:00:00+00:00",
+        "device": {"cpu": "A Processor", "cores": 2},
+    }
+    return Row("rows.jsonl", line, data | more)
+
+
+def test_beside_llama_cpp_at_equal_precision() -> None:
+    rate = {"metric": "throughput_32", "unit": "tokens/s"}
+    table = llama_cpp(
+        [
+            comparison(0, "flexmoe", "bfloat16", 9.0),
+            comparison(1, "flexmoe", "bfloat16", 2.0),
+            comparison(1, "flexmoe", "int8", 1.0),
+            comparison(1, "llama.cpp", "bf16", 3.0, percent_of_floor=None),
+            comparison(1, "llama.cpp", "q8_0", 1.5, about={"llama-cpp-python": "0.3"}),
+            comparison(1, "transformers", "bfloat16", 2.5),
+            comparison(1, "flexmoe", "bfloat16", 300.0, **rate),
+            comparison(1, "llama.cpp", "bf16", 200.0, **rate),
+            comparison(2, "llama.cpp", "bf16", 0.1, quick=True),
+        ]
+    )
+    assert table is not None
+    assert [[shown.text for shown in line[2:]] for line in table.rows] == [
+        ["bf16", "2.00", "50", "3.00", "not recorded", "2.50", "1.25×"],
+        ["8 bits", "1.00", "50", "1.50", "50", "", "1.50×"],
+        ["bf16", "300", "50", "200", "50", "", "1.50×"],
+    ]
+    assert "2 cores; medians" in table.about
+    assert "llama-cpp-python 0.3; A;" in table.about
+    assert llama_cpp([comparison(1, "llama.cpp", "bf16", 3.0)]) is None
+
+
+@pytest.mark.parametrize(("percent", "shown"), [(61.4, "61"), (None, "not recorded")])
+def test_beside_transformers_with_the_floor_of_that_run(percent: float | None, shown: str) -> None:
+    facts = {"benchmark": "cpu_compare_hf", "percent_of_floor": percent}
+    table = cpu_table(
+        [comparison(1, "flexmoe", "auto", 1.0, **facts), comparison(1, "transformers", "bf16", 3.0, **facts)]
+    )
+    assert table is not None
+    assert [line[-1].text for line in table.rows] == [shown]

@@ -240,7 +240,7 @@ class Launch:
         tables = [chunk.request.blocks[:] for chunk in step.chunks]
         known = [chunk.request.token_ids[:] for chunk in step.chunks]
         tokens: list[list[int] | None] = [
-            None if after else ids[chunk.start : chunk.start + chunk.num_tokens]
+            None if chunk.start == len(ids) else ids[chunk.start : chunk.start + chunk.num_tokens]
             for chunk, ids in zip(step.chunks, known, strict=True)
         ]
         return cls(step, tables, tokens, known, after)
@@ -388,6 +388,53 @@ class AheadEngine(properties.Engine):
         assert [block in other.blocks for other in self.running()].count(True) == 1, "a shared block is written"
 
 
+class MixedAheadEngine(AheadEngine):
+    """Prompts, too, are computed in steps that are launched ahead."""
+
+    def ahead(self) -> None:
+        if len(self.flights) != 1:
+            return
+        (flight,) = self.flights
+        waiting, free = self.waiting(), self.scheduler.blocks.num_free
+        step = self.scheduler.schedule_ahead(flight.step, prompts=True)
+        if step is None:
+            assert (self.waiting(), self.scheduler.blocks.num_free) == (waiting, free)
+            self.counts["not ahead"] += 1
+        else:
+            self.check_mixed(flight.step, step)
+            self.trace.append([(chunk.request.request_id, chunk.start) for chunk in step.chunks])
+            self.launch(Launch.of(step, flight))
+            self.counts["ahead"] += 1
+            self.counts["prompts ahead"] += step.num_decodes < len(step.chunks)
+            self.counts["behind prompts"] += flight.step.num_decodes < len(flight.step.chunks)
+        self.check()
+
+    def check_mixed(self, before: Step, step: Step) -> None:
+        assert step.num_tokens <= self.setup.budget
+        assert step.preempted == []
+        assert all(chunk.num_tokens == 1 and chunk.samples for chunk in step.chunks[: step.num_decodes])
+        came = {chunk.request: chunk for chunk in before.chunks}
+        sampled = {request for request, chunk in came.items() if chunk.samples}
+        chunks = {chunk.request: chunk for chunk in step.chunks}
+        assert len(chunks) == len(step.chunks)
+        # Decodes: all that are sure to go on. Prompts: in order of arrival, the first without fail if a token is left.
+        assert {r for r in sampled if r in chunks} == {
+            r for r in self.running() if r in sampled and r.num_tokens + 1 < r.token_limit
+        }
+        for request, chunk in chunks.items():
+            end = came[request].start + came[request].num_tokens if request in came else request.num_computed_tokens
+            assert chunk.start == end
+            assert chunk.samples == (end + chunk.num_tokens == request.num_tokens + (request in sampled))
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                block = request.blocks[position // self.setup.block_size]
+                assert [block in other.blocks for other in self.running()].count(True) == 1, "a shared block is written"
+        partial = [request for request in self.running() if request not in sampled]
+        served = [request for request in partial if request in chunks]
+        assert served == partial[: len(served)]
+        if len(served) < len(partial):
+            assert step.num_tokens + len(sampled) >= self.setup.budget
+
+
 class ServingAhead(properties.Serving):
     """As there, and ahead of what is computed wherever hypothesis likes."""
 
@@ -414,8 +461,57 @@ class ServingAhead(properties.Serving):
             self.do("update")
 
 
+class ServingMixed(ServingAhead):
+    """The same with prompts in steps that are launched ahead."""
+
+    engine_class = MixedAheadEngine
+
+
+TestServingMixed = pytest.mark.timeout(900)(ServingMixed.TestCase)
+TestServingMixed.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
 TestServingAhead = pytest.mark.timeout(900)(ServingAhead.TestCase)
 TestServingAhead.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+
+
+def test_prompts_are_computed_ahead_where_the_device_can() -> None:
+    serving = scheduler(budget=8)
+    add(serving, "a", 3, max_tokens=2)
+    add(serving, "b", 12)
+    add(serving, "c", 2)
+    step = serving.schedule()
+    assert shape(step) == [("a", 0, 3, True), ("b", 0, 5, False)]
+    ahead = serving.schedule_ahead(step, prompts=True)
+    assert ahead is not None
+    assert (shape(ahead), ahead.num_decodes) == ([("a", 3, 1, True), ("b", 5, 7, True)], 1)
+    serving.update(step, [7])
+    further = serving.schedule_ahead(ahead, prompts=True)
+    assert further is not None
+    assert shape(further) == [("b", 12, 1, True), ("c", 0, 2, True)]  # "a" ends by its length
+    for computed, tokens in ((ahead, [8, 9]), (further, [10, 11])):
+        serving.update(computed, tokens)
+        serving.check_integrity()
+    assert shape(serving.schedule()) == [("b", 13, 1, True), ("c", 2, 1, True)]
+
+
+def test_a_prompt_that_lacks_one_token_is_a_decode_ahead_too() -> None:
+    serving = scheduler(budget=4)
+    add(serving, "a", 5)
+    step = serving.schedule()
+    add(serving, "b", 1)
+    ahead = serving.schedule_ahead(step, prompts=True)
+    assert ahead is not None
+    assert (shape(ahead), ahead.num_decodes) == ([("a", 4, 1, True), ("b", 0, 1, True)], 2)
+
+
+def test_a_step_ahead_that_admitted_somebody_can_be_given_up() -> None:
+    serving = scheduler()
+    add(serving, "a", 4)
+    step = serving.schedule()
+    newcomer = add(serving, "b", 6)
+    assert serving.schedule_ahead(step, prompts=True) is not None
+    assert newcomer.status is RequestStatus.RUNNING
+    serving.check_integrity()
+    assert shape(serving.schedule()) == [("a", 0, 4, True), ("b", 0, 6, True)]
 
 
 def random_operation(engine: AheadEngine, rng: random.Random) -> None:
@@ -449,19 +545,22 @@ def random_operation(engine: AheadEngine, rng: random.Random) -> None:
         properties.Setup(16, 1, 3, 30, True, 0),
     ],
 )
-def test_a_long_history_ahead(setup: properties.Setup) -> None:
-    engine, rng = AheadEngine(setup), random.Random(1)
+@pytest.mark.parametrize("kind", [AheadEngine, MixedAheadEngine])
+def test_a_long_history_ahead(setup: properties.Setup, kind: type[AheadEngine]) -> None:
+    engine, rng = kind(setup), random.Random(1)
     for _ in range(3000):
         random_operation(engine, rng)
     engine.finish_all()
     counts = engine.counts
     for event, least in (
         ("ahead", 200),
-        ("not ahead", 100),
+        ("not ahead", 100 if kind is AheadEngine else 10),
         ("rows in vain", 20),
         ("given up", 20),
         ("preemptions", 9),
     ):
         assert counts[event] > least, (event, counts)
+    if kind is MixedAheadEngine:
+        assert min(counts["prompts ahead"], counts["behind prompts"]) > 15
     if setup.caching and setup.block_size > 1:
         assert counts["shared blocks"] > 100

@@ -1,9 +1,8 @@
 """What exchanging a tensor costs among ranks of this machine. Enters: cases. Leaves: microseconds, of the slowest rank.
 
 All-reduce, all-gather, reduce-scatter and all-to-all of a bf16 tensor of `bytes` in all (of an all-gather the result),
-one at a time: called from Python, and on GPUs as a CUDA graph of several, replayed. There also `one_shot`, the sum that
-decode steps take where GPUs read each other's memory, with the addition to the residual stream and the norm that it
-does as well. Ranks are processes of this module.
+one at a time: called from Python, and on GPUs as a CUDA graph of several, replayed. There also `one_shot`, the sum of
+decode steps where GPUs read each other's memory. Ranks are processes of this module.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from flexmoe.parallel.rank import Setup, main
 from flexmoe.parallel.supervisor import Supervisor
 
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+ONE_SHOT = "one_shot"
 _ONE_SHOT_HIDDEN, _ONE_SHOT_MOST = 4096, 2**22  # a row; bytes
 _TIMEOUT = 60.0
 _SAMPLES, _CALLS = 10, 20  # a sample is the mean of so many calls, of fewer where they are long
@@ -92,9 +92,9 @@ class Rank:
 
 
 def _call(case: Case, group: Group, device: torch.device) -> Callable[[], Any]:
-    rows = case.num_bytes // 2
-    if case.op == "one_shot":
+    if case.op == ONE_SHOT:
         return _one_shot(case, group, device)
+    rows = case.num_bytes // 2
     x = torch.zeros(rows, dtype=torch.bfloat16, device=device)
     if case.op == "all_gather":
         part = x[: rows // group.size].clone()
@@ -110,7 +110,7 @@ def _call(case: Case, group: Group, device: torch.device) -> Callable[[], Any]:
 
 
 def _one_shot(case: Case, group: Group, device: torch.device) -> Callable[[], Any]:
-    """As steps do it: two memories in turn."""
+    """As steps do it, with the addition to the residual stream and the norm: two memories in turn."""
     from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce  # Triton: on GPUs only
     from flexmoe.kernels.triton.norm_linear import NormAfter
 
@@ -153,7 +153,7 @@ def cases(device: str, least: int, most: int) -> Iterator[Case]:
     """All operations, of sizes in steps of four times."""
     size = least
     while size <= most:
-        for op in OPS + (("one_shot",) if device == "cuda" and size <= _ONE_SHOT_MOST else ()):
+        for op in OPS + ((ONE_SHOT,) if device == "cuda" and size <= _ONE_SHOT_MOST else ()):
             for captured in (False, True) if device == "cuda" else (False,):
                 yield Case(op, size, captured, device)
         size *= 4
@@ -176,24 +176,19 @@ def rank_counts(ranks: int) -> list[int]:
 
 
 def measured_links(ranks: int, device: str, notify: Callable[[str], None]) -> tuple[Link, ...]:
-    """One link: what 2, 4 ... and so many ranks took."""
-    found: list[dict[str, Any]] = []
-    for count in rank_counts(ranks):
+    """One link: what 2, 4 ... and so many ranks took; latency and bandwidth as most ranks saw them."""
+    sizes = rank_counts(ranks)
+    found: list[Exchange] = []
+    for count in sizes:
         notify(f"exchanges among {count} ranks")
-        found += rows(count, cases(device, *_SIZES[device]))
-    return (link_of("nvlink or pcie" if device == "cuda" else "memory", 0, found),)
-
-
-def link_of(name: str, size: int, measured: Iterable[dict[str, Any]]) -> Link:
-    """The link that rows are of: their points, and latency and bandwidth as the all-reduce of fewest ranks saw them."""
-    exchanges = [
-        Exchange(row["op"], row["ranks"], row["bytes"], row["us"]["median"] * 1e-6, row["mode"] == "graph")
-        for row in measured
-    ]
-    fewest = min(exchange.ranks for exchange in exchanges)
-    sums = [exchange for exchange in exchanges if exchange.op == "all_reduce" and exchange.ranks == fewest]
-    sent = [2 * (fewest - 1) / fewest * exchange.num_bytes / exchange.seconds for exchange in sums]
-    return Link(name, size, min(exchange.seconds for exchange in sums), max(sent), tuple(exchanges))
+        for row in rows(count, cases(device, *_SIZES[device])):
+            seconds, captured = row["us"]["median"] * 1e-6, row["mode"] == "graph"
+            found.append(Exchange(row["op"], count, row["bytes"], seconds, captured))
+    last = [e for e in found if e.ranks == sizes[-1] and e.op == "all_reduce"]
+    latency = min(e.seconds for e in last) / np.log2(sizes[-1])
+    fastest = max(last, key=lambda e: e.num_bytes / e.seconds)
+    bandwidth = 2 * (sizes[-1] - 1) / sizes[-1] * fastest.num_bytes / fastest.seconds
+    return (Link("nvlink or pcie" if device == "cuda" else "memory", 0, float(latency), bandwidth, tuple(found)),)
 
 
 def _row(case: Case, ranks: int, found: Sequence[Measured]) -> dict[str, Any]:

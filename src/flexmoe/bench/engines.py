@@ -55,30 +55,18 @@ class FlexMoE:
         return self._llm.engine
 
     def generate(self, prompts: Prompts, count: int) -> list[list[int]]:
-        outputs = self._llm.generate(list(prompts), _greedy(count))
+        outputs = self._llm.generate(list(prompts), greedy(count))
         return [list(output.token_ids) for output in outputs]
 
     def step_seconds(self, prompts: Prompts, count: int) -> list[float]:
         """Gaps between the steps in which all prompts together get one more token each."""
         marks: list[float] = []
-        self._run(prompts, count, lambda: marks.append(time.perf_counter()))
+        _serve(self.engine, prompts, count, lambda: marks.append(time.perf_counter()))
         return [after - before for before, after in itertools.pairwise(marks)]
 
     def distinct_experts(self, prompts: Prompts, count: int) -> list[float]:
-        """D of each MoE layer: experts that any row of a decode step chose, on average over the steps.
-
-        Only steps in which all prompts decode count; empty without experts, and if there was no such step.
-        """
-        counter = ExpertCounter(len(prompts))
-
-        def watch() -> None:
-            self._llm.engine.local_runner.probe = counter
-
-        try:
-            self._run(prompts, count, watch)
-        finally:
-            self._llm.engine.local_runner.probe = None
-        return counter.means()
+        """D of each MoE layer, see `distinct_experts` below."""
+        return distinct_experts(self.engine, prompts, count)
 
     def release(self) -> dict[str, Tensor]:
         """Close the engine, which frees its KV cache, and hand over the weights by name.
@@ -101,18 +89,35 @@ class FlexMoE:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, prompts: Prompts, count: int, decoding: Callable[[], None]) -> None:
-        """Serve the prompts together; call `decoding` after each step while all of them decode."""
-        engine = self._llm.engine
-        # The last prompt's first token is the last of all first tokens; a stream shows when it comes.
-        last = len(prompts) - 1
-        ids = [engine.add_request(ids, _greedy(count), stream=i == last) for i, ids in enumerate(prompts)]
-        all_run = True
-        while engine.has_unfinished:
-            outputs = engine.step()
-            all_run &= not any(output.finished for output in outputs)
-            if all_run and any(output.request_id == ids[-1] for output in outputs):
-                decoding()
+
+def distinct_experts(engine: Engine, prompts: Prompts, count: int) -> list[float]:
+    """D of each MoE layer: experts that any row of a decode step chose, on average over the steps.
+
+    Only steps in which all prompts decode count; empty without experts, and if there was no such step.
+    """
+    counter = ExpertCounter(len(prompts))
+
+    def watch() -> None:
+        engine.local_runner.probe = counter
+
+    try:
+        _serve(engine, prompts, count, watch)
+    finally:
+        engine.local_runner.probe = None
+    return counter.means()
+
+
+def _serve(engine: Engine, prompts: Prompts, count: int, decoding: Callable[[], None]) -> None:
+    """Serve the prompts together; call `decoding` after each step while all of them decode."""
+    # The last prompt's first token is the last of all first tokens; a stream shows when it comes.
+    last = len(prompts) - 1
+    ids = [engine.add_request(ids, greedy(count), stream=i == last) for i, ids in enumerate(prompts)]
+    all_run = True
+    while engine.has_unfinished:
+        outputs = engine.step()
+        all_run &= not any(output.finished for output in outputs)
+        if all_run and any(output.request_id == ids[-1] for output in outputs):
+            decoding()
 
 
 class ExpertCounter:
@@ -132,5 +137,6 @@ class ExpertCounter:
         return [sum(counts) / len(counts) for _, counts in sorted(self._counts.items())]
 
 
-def _greedy(count: int) -> SamplingParams:
+def greedy(count: int) -> SamplingParams:
+    """Exactly `count` tokens, whatever they are."""
     return SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)

@@ -2,15 +2,20 @@
 
 Each weight that a step needs is read once: attention, norms, router, shared and dense feed-forwards, the language-model
 head, and in each MoE layer the D distinct experts that any of the step's rows chose. And the keys and values of the
-rows' contexts. Everything counts in the model's number format, the router too, though it may be kept in fp32.
+rows' contexts. Everything counts in the model's number format, the router too, though it may be kept in fp32; of
+quantized weights the bits count, and the scales.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.packing import GROUP
+from flexmoe.models import families
+from flexmoe.models.quantized import bits_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +31,31 @@ class Floor:
         return self.fixed + self.experts + self.kv
 
 
-def floor(config: ModelConfig, batch: int, context: float, itemsize: int, distinct: Sequence[float]) -> Floor:
+def floor(
+    config: ModelConfig,
+    batch: int,
+    context: float,
+    itemsize: int,
+    distinct: Sequence[float],
+    quantization: str | None = None,
+) -> Floor:
     """What a step of `batch` rows must read, each of which sees `context` tokens.
 
-    itemsize: bytes of a number. distinct: D of each MoE layer, in order.
+    itemsize: bytes of a number. distinct: D of each MoE layer, in order. quantization: of the weights.
     """
-    expert, all_experts = _expert_parameters(config)
-    fixed = config.num_parameters() - len(distinct) * all_experts + batch * config.hidden_size
-    if not config.tie_embeddings:
-        fixed -= config.vocab_size * config.hidden_size  # of this table a row for each token is read, counted above
-    return Floor(
-        fixed * itemsize, round(sum(distinct) * expert * itemsize), _kv_bytes(config, batch, context, itemsize)
-    )
+    fixed = experts = 0.0
+    share = 0.0 if config.moe is None or not distinct else sum(distinct) / len(distinct) / config.moe.num_experts
+    for name, parameter in families.parameters(config).items():
+        bits = bits_of(name, quantization)
+        size = math.prod(parameter.shape) * (itemsize if bits is None else bits / 8 + 2 / GROUP)
+        if ".experts." in name:
+            experts += size * share  # all layers have the same shape
+        elif name == "embed_tokens.weight":
+            rows = batch + (config.vocab_size if config.tie_embeddings else 0)  # one for each token, and the head
+            fixed += size * rows / config.vocab_size
+        else:
+            fixed += size
+    return Floor(round(fixed), round(experts), _kv_bytes(config, batch, context, itemsize))
 
 
 def expected_distinct(config: ModelConfig, batch: int) -> list[float]:
@@ -46,14 +64,6 @@ def expected_distinct(config: ModelConfig, batch: int) -> list[float]:
         return []
     distinct = config.moe.expected_experts(batch)
     return [distinct for layer in config.layers if layer.is_moe]
-
-
-def _expert_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Of one expert, and of a whole layer of them."""
-    if config.moe is None:
-        return 0, 0
-    one = 3 * config.hidden_size * config.moe.expert_width
-    return one, one * config.moe.num_experts
 
 
 def _kv_bytes(config: ModelConfig, batch: int, context: float, itemsize: int) -> int:

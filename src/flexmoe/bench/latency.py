@@ -26,9 +26,10 @@ from flexmoe.bench.hugging_face import HuggingFace
 from flexmoe.bench.record import facts, summary
 from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.workload import make_prompts
-from flexmoe.config.engine import CacheConfig, SchedulerConfig
+from flexmoe.config.engine import CacheConfig
 from flexmoe.engine.device import choose_device, set_threads
 from flexmoe.errors import ConfigError
+from flexmoe.scheduling.roofline import StepTokens
 
 Row = dict[str, Any]
 
@@ -145,7 +146,7 @@ class _Bench:
             "max_num_seqs": max(options.batches),
             "max_model_len": longest,
             "num_blocks": blocks,
-            "max_num_batched_tokens": max(prompts, SchedulerConfig().max_num_batched_tokens),
+            "max_num_batched_tokens": max(prompts, StepTokens().most),
             **options.llm,
         }
 

@@ -6,7 +6,6 @@ torch as ranks compute them, all at once, each on its share of the cores (`machi
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from flexmoe.bench.collectives import measured_links, rank_counts
 from flexmoe.bench.machine_jobs import Job, Lazy, Made, Notify, run_jobs
 from flexmoe.bench.machine_ranks import rank_samples
 from flexmoe.bench.machine_samples import native_attention, native_samples, prompt_samples
-from flexmoe.bench.machine_shapes import builtin_shape, cpu_shapes
+from flexmoe.bench.machine_shapes import Shape, builtin_shape, cpu_shapes
 from flexmoe.bench.native_operations import NativeLayers
 from flexmoe.bench.record import facts
 from flexmoe.bench.torch_operations import TorchLayers
@@ -69,19 +68,34 @@ def measure_cpu(name: str, ranks: int, seconds: float, notify: Notify) -> Machin
 
 
 def _jobs(cores: int) -> Iterator[Job]:
-    """The most telling first: all shapes in one dtype, then in the other. Models are made when their turn comes."""
-    for dtype, shape in itertools.product(_DTYPES, cpu_shapes()):
-        what, config = f"{shape.name}, {str(dtype).removeprefix('torch.')}", shape.config
-        most = most_rows(config, dtype) if not library.load("auto").reason else 0
-        native = Lazy(partial(NativeLayers, config, dtype, cores))
-        for rows in (rows for rows in _BATCHES if rows <= most):
-            yield f"{what}: decodes of {rows}", partial(_measure, native_samples, native, rows, _CONTEXT)
-        for rows, keys in _LONG if most else ():
-            yield f"{what}: {rows} x {keys} keys", partial(_measure, native_attention, native, rows, keys)
-        prompts = Lazy(partial(TorchLayers, config, dtype, _CPU, native_threads=cores if most else None))
-        for rows, before in _PROMPTS:
-            prompt = f"{what}: prompt of {rows} tokens behind {before}"
-            yield prompt, partial(_measure, prompt_samples, prompts, rows, before)
+    """The most telling first: in each dtype decodes of all shapes, then prompts."""
+    native = not library.load("auto").reason
+    for dtype in _DTYPES:
+        for shape in cpu_shapes() if native else ():
+            yield from _decodes(shape, dtype, cores)
+        for shape in cpu_shapes():
+            yield from _prompts(shape, dtype, cores if native else None)
+
+
+def _decodes(shape: Shape, dtype: torch.dtype, cores: int) -> Iterator[Job]:
+    """In the C kernels, for as many rows as the engine gives them. The model is made when its turn comes."""
+    what, layers = _name(shape, dtype), Lazy(partial(NativeLayers, shape.config, dtype, cores))
+    for rows in (rows for rows in _BATCHES if rows <= most_rows(shape.config, dtype)):
+        yield f"{what}: decodes of {rows}", partial(_measure, native_samples, layers, rows, _CONTEXT)
+    for rows, keys in _LONG:
+        yield f"{what}: {rows} x {keys} keys", partial(_measure, native_attention, layers, rows, keys)
+
+
+def _prompts(shape: Shape, dtype: torch.dtype, native_threads: int | None) -> Iterator[Job]:
+    what = _name(shape, dtype)
+    layers = Lazy(partial(TorchLayers, shape.config, dtype, _CPU, native_threads=native_threads))
+    for rows, before in _PROMPTS:
+        prompt = f"{what}: prompt of {rows} tokens behind {before}"
+        yield prompt, partial(_measure, prompt_samples, layers, rows, before)
+
+
+def _name(shape: Shape, dtype: torch.dtype) -> str:
+    return f"{shape.name}, {str(dtype).removeprefix('torch.')}"
 
 
 def _measure(how: Callable[[Made, int, int], list[Sample]], layers: Lazy[Made], rows: int, keys: int) -> list[Sample]:

@@ -133,7 +133,7 @@ def _jobs(options: SuiteOptions, subject: Subject, notify: Notify) -> list[Job]:
             engine,
         )
         for engine in options.engines
-        if engine != latency.HF_BEST  # compiled code is bound to one batch size
+        if engine in throughput.ENGINES
     ]
     if OURS in options.engines:
         jobs += [

@@ -1,6 +1,6 @@
 """`flexmoe bench`: measure speed. Leaves: a table on stdout and, with --out, a JSON row for each figure's line.
 
-`latency` is here, `machine` in bench_machine.py, `serve` in bench_serve.py, `suite` in bench_suite.py.
+`latency` is here; `machine`, `serve`, `suite` and `throughput` are in files of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import click
 from flexmoe.cli.bench_machine import machine
 from flexmoe.cli.bench_serve import serve
 from flexmoe.cli.bench_suite import suite
+from flexmoe.cli.bench_throughput import throughput
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import count, note
 from flexmoe.config.engine import DTYPES, LOAD_FORMATS
@@ -40,6 +41,7 @@ def bench() -> None:
 bench.add_command(machine)
 bench.add_command(serve)
 bench.add_command(suite)
+bench.add_command(throughput)
 
 
 @bench.command()

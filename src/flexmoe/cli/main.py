@@ -30,6 +30,7 @@ _COMMANDS = (
     "serve",
     "trace",
     "models",
+    "quantize",
     "verify",
     "bench",
     "profile",

@@ -115,7 +115,13 @@ _MODEL_OPTIONS = (
     click.option(
         "--max-num-batched-tokens",
         type=_positive,
-        help=f"Tokens computed together.  [default: {_default(SchedulerConfig, 'max_num_batched_tokens')}]",
+        help="Tokens computed together.  [default: what pays on the device, 2048 to 8192]",
+    ),
+    click.option(
+        "--max-decode-slowdown",
+        type=float,
+        help="How much longer a step may take for prompts computed beside streamed answers, as a factor.  "
+        f"[default: {_default(SchedulerConfig, 'max_decode_slowdown')}]",
     ),
     click.option(
         "--kv-cache-memory",
@@ -177,6 +183,7 @@ _MODEL_NAMES = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "max_decode_slowdown",
     "kv_cache_memory",
     "block_size",
     "seed",

@@ -11,7 +11,7 @@ import click
 
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
-from flexmoe.config.engine import EXPERT_BACKENDS, QUANTIZATIONS
+from flexmoe.config.engine import EXPERT_BACKENDS
 
 if TYPE_CHECKING:
     from flexmoe.verify.report import Report
@@ -42,8 +42,9 @@ _positive = click.IntRange(min=1)
 )
 @click.option(
     "--quantization",
-    type=click.Choice(QUANTIZATIONS),
-    help="Compare weights of so few bits with full ones, on a CPU; without transformers.",
+    metavar="int8|int4|FOLDER",
+    help="Compare weights of so few bits, or those in a folder of `flexmoe quantize`, with full ones, on a CPU; "
+    "without transformers.",
 )
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")

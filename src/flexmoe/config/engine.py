@@ -31,11 +31,17 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of one step of each data rank: requests that run together, and tokens computed together."""
+    """Limits of one step of each data rank: requests that run together, and tokens computed together.
+
+    max_num_batched_tokens: None means what the roofline of model and device says. max_decode_slowdown: while a streamed
+    answer is being decoded, a step that computes prompts beside it takes at most so many times as long as without them,
+    but for chunks so short that they would not be cheaper if they were shorter.
+    """
 
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
+    max_decode_slowdown: float = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +49,8 @@ class DeviceConfig:
     """Where and in which number format the model computes.
 
     threads: None means one a physical core. isa: the instruction set of the C kernels on a CPU; "auto" is its best.
-    quantization: hold weights in "int8" or "int4"; dtype is then that of all the rest. On a CPU only.
+    quantization: hold weights in "int8" or "int4"; dtype is then that of all the rest. On a CPU only. None: as the
+    checkpoint does.
     """
 
     device: str = "auto"
@@ -151,11 +158,11 @@ class EngineConfig:
         counts = {
             "block_size": self.cache.block_size,
             "max_num_seqs": self.scheduler.max_num_seqs,
-            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
         }
         optional = {
             "kv_cache_memory": self.cache.kv_cache_memory,
             "num_blocks": self.cache.num_blocks,
+            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
             "max_model_len": self.scheduler.max_model_len,
             "threads": self.device.threads,
         }
@@ -163,6 +170,9 @@ class EngineConfig:
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name}={value!r} is not a positive integer.")
+        slowdown: object = self.scheduler.max_decode_slowdown
+        if not isinstance(slowdown, int | float) or isinstance(slowdown, bool) or not slowdown > 1:
+            raise ConfigError(f"max_decode_slowdown={slowdown!r} is not a number above 1, which would be no slower.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed={self.seed!r} is not an integer.")
 

@@ -6,16 +6,21 @@ Everything here is index arithmetic on the block tables, done once a step and sh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexmoe.engine.device import to_device
 from flexmoe.kernels.cpu.decode import PagedRows
 from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan
 from flexmoe.layers.forward_batch import ForwardBatch, Probe
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+
+Array = npt.NDArray[Any]
 
 # A row whose slots are consecutive reads them in place. Gathering many short rows together saves calls instead:
 # from about this many keys a row, copying them costs more than a call of its own.
@@ -36,26 +41,30 @@ def build_batch(
 
     most_rows: rows of the data rank that has most, if there are several.
     """
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
+    chunks = step.chunks
+    rows = sum(chunk.num_tokens for chunk in chunks)
+    # Token ids, positions and slots [3, T], which travel together.
+    index = np.empty((3, rows), dtype=np.int64)
     sample_rows: list[int] = []
-    for chunk in step.chunks:
-        stop = chunk.start + chunk.num_tokens
-        token_ids += chunk.request.token_ids[chunk.start : stop]
-        positions += range(chunk.start, stop)
-        slots += _slots(chunk.request, chunk.start, stop, block_size)
+    start = 0
+    for chunk in chunks:
+        stop, end = start + chunk.num_tokens, chunk.start + chunk.num_tokens
+        index[0, start:stop] = chunk.request.token_ids[chunk.start : end]
+        index[1, start:stop] = np.arange(chunk.start, end)
+        index[2, start:stop] = _slots(chunk.request, chunk.start, end, block_size)
+        start = stop
         if chunk.samples:
-            sample_rows.append(len(token_ids) - 1)
-    every_row = len(sample_rows) == len(token_ids)
+            sample_rows.append(stop - 1)
+    token_ids, positions, slots = to_device(torch.from_numpy(index), device).unbind(0)
+    every_row = len(sample_rows) == rows
     return ForwardBatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
-        positions=torch.tensor(positions, dtype=torch.int64, device=device),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=slots,
         attention={window: _groups(step, block_size, window, device) for window in windows},
-        sample_rows=None if every_row else torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        sample_rows=None if every_row else to_device(torch.tensor(sample_rows, dtype=torch.int64), device),
         probe=probe,
-        most_rows=len(token_ids) if most_rows is None else most_rows,
+        most_rows=rows if most_rows is None else most_rows,
     )
 
 
@@ -73,13 +82,16 @@ def build_paged_rows(step: Step, block_size: int) -> PagedRows:
     )
 
 
-def _slots(request: Request, start: int, stop: int, block_size: int) -> Sequence[int]:
+def _slots(request: Request, start: int, stop: int, block_size: int) -> Array:
     """Cache slots of the positions start..stop-1."""
-    blocks = request.blocks
     if request.contiguous:
-        base = blocks[0] * block_size
-        return range(base + start, base + stop)
-    return [blocks[p // block_size] * block_size + p % block_size for p in range(start, stop)]
+        base = request.blocks[0] * block_size
+        return np.arange(base + start, base + stop)
+    first = start // block_size
+    blocks = np.array(request.blocks[first : -(-stop // block_size)], dtype=np.int64)
+    inside = np.arange(block_size)
+    own: Array = (blocks[:, None] * block_size + inside).ravel()
+    return own[start - first * block_size : stop - first * block_size]
 
 
 def _groups(step: Step, block_size: int, window: int | None, device: torch.device) -> list[DecodeGroup | PrefillSpan]:
@@ -97,7 +109,7 @@ def _decode_groups(
 ) -> list[DecodeGroup]:
     """Rows one by one where their keys lie in a row, else gathered in runs of neighbours."""
     groups: list[DecodeGroup] = []
-    gathered: list[Sequence[int]] = []
+    gathered: list[Array] = []
     longest = 0
     for row, chunk in enumerate(chunks):
         stop = chunk.start + 1
@@ -108,7 +120,7 @@ def _decode_groups(
             gathered, longest = [], 0
         keys = _slots(chunk.request, start, stop, block_size)
         if alone:
-            groups.append(DecodeGroup(slice(row, row + 1), slice(keys[0], keys[-1] + 1), None))
+            groups.append(DecodeGroup(slice(row, row + 1), slice(int(keys[0]), int(keys[-1]) + 1), None))
         else:
             gathered.append(keys)
             longest = max(longest, stop - start)
@@ -117,7 +129,7 @@ def _decode_groups(
     return groups
 
 
-def _gathered_group(keys: list[Sequence[int]], end_row: int, device: torch.device) -> DecodeGroup:
+def _gathered_group(keys: list[Array], end_row: int, device: torch.device) -> DecodeGroup:
     """The rows before `end_row`, shorter ones padded and masked.
 
     Padding repeats a key of the row's own: a masked one is multiplied by 0, and another request's may be NaN.
@@ -131,9 +143,9 @@ def _gathered_group(keys: list[Sequence[int]], end_row: int, device: torch.devic
     mask: Tensor | None = None
     if (lengths != longest).any():
         seen = np.arange(longest) < lengths[:, None]
-        mask = torch.from_numpy(seen)[:, None, None].to(device)
+        mask = to_device(torch.from_numpy(seen), device)[:, None, None]
     rows = slice(end_row - len(keys), end_row)
-    return DecodeGroup(rows, torch.from_numpy(table).to(device), mask)
+    return DecodeGroup(rows, to_device(torch.from_numpy(table), device), mask)
 
 
 def _prefill_span(
@@ -144,9 +156,9 @@ def _prefill_span(
     slots = _slots(chunk.request, first, stop, block_size)
     keys: slice | Tensor
     if chunk.request.contiguous:
-        keys = slice(slots[0], slots[-1] + 1)
+        keys = slice(int(slots[0]), int(slots[-1]) + 1)
     else:
-        keys = torch.tensor(slots, device=device)
+        keys = to_device(torch.from_numpy(slots), device)
     mask = None
     if first < chunk.start or (window is not None and stop > window):
         query = torch.arange(chunk.start, stop, device=device)[:, None]

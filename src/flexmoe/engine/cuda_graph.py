@@ -1,7 +1,8 @@
-"""Decode steps as CUDA graphs, one for each batch bucket. Enters: a step of decodes. Leaves: a flight.
+"""Decode steps as CUDA graphs, one for each batch bucket. Enters: a step. Leaves: a flight.
 
 A step is launched with one copy of its inputs and one graph, and its tokens come back when the flight is waited for.
-They also stay on the device, so that the next step can be launched before the host has seen them.
+They also stay on the device, so that the next step can be launched before the host has seen them. What a step computes
+beside its decodes, prompts, is launched behind their graph, and its tokens join theirs.
 
 Ranks launch the same steps in the same order, and what sets graphs apart is the same on all of them; so they also
 capture together, each after it has computed the step once without a graph, which opens what NCCL needs. The collectives
@@ -10,7 +11,7 @@ are in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import MAX_ROWS, DeviceDecoder, Sampling
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.comm import Traffic
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.scheduler import ScheduledChunk, Step
 
 # Rows are padded to the next of these. Small steps are exact: at batch 3 a fourth row would read experts of its own.
 _BUCKETS: tuple[int, ...] = (
@@ -126,26 +127,59 @@ class GraphedDecoder:
     ) -> GraphFlight:
         """Start a step of decodes.
 
-        sources: if the tokens of the step before are not known to the host yet, each chunk's row in it. probe: counts
-        experts, or sees the tensors of the step, which then runs without a graph.
+        sources: if the tokens of the step before are not known to the host yet, of each chunk's token its place among
+        them, or -1. probe: counts experts, or sees the tensors of the step, which then runs without a graph.
         """
+        on_device = all(state.device_ready for state in states)
+        self._compute(step.chunks, states if on_device else (), states, sources, probe)
+        return self._fly(step, len(step.chunks), () if on_device else states)
+
+    @torch.inference_mode()
+    def launch_mixed(
+        self,
+        step: Step,
+        states: Sequence[SamplingState],
+        sources: Sequence[int] | None,
+        prompts: Callable[[], Tensor | None],
+    ) -> GraphFlight:
+        """Start a step whose tokens the device chooses: its decodes, of which `sources` tells, then `prompts`.
+
+        prompts: launches the rest and gives its tokens, [n] on the device, in which the host is not interested yet.
+        """
+        decodes = step.num_decodes
+        if decodes:
+            self._compute(step.chunks[:decodes], states[:decodes], states[:decodes], sources, None)
+        others = prompts()
+        if others is not None:
+            self._model.sampled[decodes : decodes + len(others)].copy_(others)
+        return self._fly(step, len(states), ())
+
+    def _compute(
+        self,
+        chunks: Sequence[ScheduledChunk],
+        sampled: Sequence[SamplingState],
+        states: Sequence[SamplingState],
+        sources: Sequence[int] | None,
+        probe: Probe | None,
+    ) -> None:
+        """Launch these decodes. sampled: the states if the device samples them, else nothing."""
         counter = probe if isinstance(probe, ExpertCounter) else None
         probe = None if counter is not None else probe
-        count = len(step.chunks)
+        count = len(chunks)
         packed = self._inputs(bucket_of(count) if probe is None else count)  # a probe shall see no padding
-        on_device = all(state.device_ready for state in states)
-        known, ahead = [-1] * count, int(sources is not None)
-        packed.load(step.chunks, known if sources is None else sources, states if on_device else (), ahead)
-        long = max(chunk.start for chunk in step.chunks) >= _LONG
-        self._run(
-            _Form(packed.bucket, long, counter is not None, *self._sampled(states, on_device)), packed, probe, counter
-        )
+        packed.load(chunks, [-1] * count if sources is None else sources, sampled)
+        long = max(chunk.start for chunk in chunks) >= _LONG
+        form = _Form(packed.bucket, long, counter is not None, *self._sampled(states, bool(sampled)))
+        self._run(form, packed, probe, counter)
         if counter is not None:
             counter.passed(count)
+
+    def _fly(self, step: Step, count: int, host_states: Sequence[SamplingState]) -> GraphFlight:
+        """Send the first `count` tokens chosen on their way to the host."""
         self._turn = (self._turn + 1) % _LANDED
         tokens = self._tokens[self._turn][:count]
         tokens.copy_(self._model.sampled[:count], non_blocking=True)
-        return GraphFlight(step, tokens, self._model.logits[:count], () if on_device else states)
+        return GraphFlight(step, tokens, self._model.logits[:count], host_states)
 
     def _inputs(self, bucket: int) -> PackedRows:
         if bucket not in self._packed:

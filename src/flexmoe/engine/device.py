@@ -15,6 +15,7 @@ import torch
 from flexmoe.config.model import ModelConfig
 from flexmoe.errors import ConfigError, EngineError
 from flexmoe.kernels.linear import PackedLinear
+from flexmoe.scheduling.roofline import StepTokens, flops_per_byte, step_tokens
 
 _log = logging.getLogger(__name__)
 _PROBE_BYTES = 8 * 2**20  # weights rotated through, so that a large cache does not hide the memory
@@ -55,6 +56,19 @@ def computing_on(device: torch.device) -> Iterator[None]:
                 f"the memory of device {str(device)!r} ran out; lower kv_cache_memory, max_num_seqs or "
                 "max_num_batched_tokens, or free what other programs hold."
             ) from error
+
+
+def tokens_on(device: torch.device, config: ModelConfig, dtype: torch.dtype, *, local: bool = True) -> StepTokens:
+    """How many tokens a step should compute there. local: this process may ask the device its name."""
+    card = torch.cuda.get_device_name(device) if local and device.type == "cuda" else None
+    return step_tokens(config, flops_per_byte(device.type, card), dtype.itemsize)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host there. To a GPU it travels without the host waiting for what runs there: from pinned memory,
+    which torch, whose it is, gives to nobody else before the copy is over.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def set_threads(threads: int | None) -> int:

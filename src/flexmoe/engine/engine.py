@@ -18,7 +18,6 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -30,10 +29,12 @@ from flexmoe.config.routing import LayerLoad
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import Admission
 from flexmoe.engine.chat_template import ChatTemplate
+from flexmoe.engine.device import tokens_on
 from flexmoe.engine.drift import Drift, Predict
 from flexmoe.engine.grammar import Grammars
+from flexmoe.engine.launched import Launched
 from flexmoe.engine.metrics import EngineMetrics
-from flexmoe.engine.model_runner import Flight, ModelRunner
+from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.ranks import RankedRunner, StartedRanks, start_ranks
 from flexmoe.engine.sampler import SampleOutput
@@ -43,28 +44,12 @@ from flexmoe.errors import ConfigError, EngineError, FlexMoEError, RequestError
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks
-from flexmoe.scheduling.request import RequestStatus
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
 _log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step that is being computed, since `began`, and whom its tokens are for: one entry for each that samples."""
-
-    step: Step
-    began: float
-    samples: list[tuple[Tracked, Sample]]
-    flight: Flight
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a request of it still goes on."""
-        return any(chunk.request.status is RequestStatus.RUNNING for chunk in self.step.chunks)
 
 
 class Engine:
@@ -83,7 +68,7 @@ class Engine:
             self._started, self.runner = start_ranks(options, ranks)
         else:
             self._started = started = start(options)
-            self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed)
+            self.runner = ModelRunner(started.model, started.cache, started.device, started.graphed, started.prompts)
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
         self.metrics = EngineMetrics()
@@ -98,11 +83,14 @@ class Engine:
             BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
             for _ in range(self.options.parallel.data_parallel_size)
         ]
-        limits = self.options.scheduler
-        self.scheduler = Scheduler(limits, blocks[0]) if len(blocks) == 1 else DataRanks(limits, blocks)
+        s, limits = self._started, self.options.scheduler
+        tokens = tokens_on(s.device, s.config, s.dtype, local=self.local_device is not None)
+        one = len(blocks) == 1
+        self.scheduler = Scheduler(limits, blocks[0], tokens) if one else DataRanks(limits, blocks, tokens)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
-        self._ahead: _Launched | None = None  # the next step, if it is being computed already
+        self._ahead: Launched | None = None  # the next step, if it is being computed already
+        self._landed = 0.0  # when the latest step was over
 
     @property
     def has_unfinished(self) -> bool:
@@ -152,6 +140,7 @@ class Engine:
         number = next(self._numbers)
         samples = [self.admission.sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
         for sample in samples:
+            sample.request.watched = stream
             if sample.request.request_id in self._owner:
                 raise RequestError(f"request_id={sample.request.request_id!r} is still being served; use another id.")
         self._whole(self._queue, Tracked(request_id, prompt, ids, sampling, stream, samples))
@@ -175,9 +164,7 @@ class Engine:
         if current is None:
             return []
         following = self._launch_behind(current)
-        sampled = current.flight.wait()
-        if self.drift is not None:
-            self.drift.add(current.step, current.began, time.monotonic())
+        sampled = self._land(current)
         outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None
         return outputs
@@ -224,13 +211,13 @@ class Engine:
             "active_parameters": self.config.num_active_parameters(),
             "device": str(s.device),
             "dtype": str(s.dtype).removeprefix("torch."),
-            "quantization": self.options.device.quantization,
+            "quantization": s.quantization,
             "threads": s.threads,
             "expert_backend": s.backend,
             "decode_kernels": s.decode_kernels,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.options.scheduler.max_num_seqs,
-            "max_num_batched_tokens": self.options.scheduler.max_num_batched_tokens,
+            "max_num_batched_tokens": self.scheduler.max_tokens,
             "kv_cache_blocks": s.num_blocks,
             "block_size": self.options.cache.block_size,
             "kv_cache_bytes": s.cache.num_bytes,
@@ -305,25 +292,40 @@ class Engine:
             self._owner[sample.request.request_id] = (tracked, sample)
         self._tracked[tracked.request_id] = tracked
 
-    def _launch(self, step: Step, after: _Launched | None = None) -> _Launched | None:
+    def _launch(self, step: Step, after: Launched | None = None) -> Launched | None:
         if not step.chunks:
             return None
-        owners = (self._owner[chunk.request.request_id][0] for chunk in step.chunks)
-        began = time.monotonic()
-        self.metrics.launched(owners, len(step.preempted), began)
-        samples = [self._owner[chunk.request.request_id] for chunk in step.chunks if chunk.samples]
+        owners = [self._owner[chunk.request.request_id] for chunk in step.chunks]
+        now = time.monotonic()
+        self.metrics.launched(owners, len(step.preempted), now)
+        samples = [owner for owner, chunk in zip(owners, step.chunks, strict=True) if chunk.samples]
         states = [sample.state for _, sample in samples]
         flight = self.runner.launch(step, states, after=None if after is None else after.flight)
-        return _Launched(step, began, samples, flight)
+        return Launched(step, samples, now, flight)
 
-    def _launch_behind(self, current: _Launched) -> _Launched | None:
+    def _launch_behind(self, current: Launched) -> Launched | None:
         """The step behind the current one, launched already, if runner and scheduler see a way."""
-        if not self.runner.can_run_ahead(current.step, [sample.state for _, sample in current.samples]):
+        runner = self.runner
+        if not runner.can_run_ahead(current.step, current.states):
             return None
-        step = self._whole(self.scheduler.schedule_ahead, current.step)
-        return None if step is None else self._launch(step, current)
+        step = self._whole(self.scheduler.schedule_ahead, current.step, prompts=runner.mixes_ahead)
+        if step is None:
+            return None
+        # A newcomer may need the host. Then the step is given up, and chosen anew when its time has come.
+        states = [self._owner[chunk.request.request_id][1].state for chunk in step.chunks if chunk.samples]
+        return self._launch(step, current) if runner.can_run_ahead(step, states) else None
 
-    def _advance(self, launched: _Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
+    def _land(self, launched: Launched) -> SampleOutput:
+        """Wait for a step's tokens, and tell the scheduler how long the device was at it."""
+        sampled = launched.flight.wait()
+        now = time.monotonic()
+        self.scheduler.observe(launched.step, now - max(launched.since, self._landed))
+        if self.drift is not None:
+            self.drift.add(launched.step, launched.since, now)
+        self._landed = now
+        return sampled
+
+    def _advance(self, launched: Launched, sampled: SampleOutput, report: bool) -> list[RequestOutput]:
         """Give each sample its token, but for those that ended while it was computed."""
         going = []
         for (tracked, sample), token, logprobs, routing in zip(
@@ -342,21 +344,23 @@ class Engine:
     def _read(self, samples: Sequence[tuple[Tracked, Sample]], report: bool) -> list[RequestOutput]:
         """Bring the texts of these up to date, end those that met a stop string, collect outputs."""
         now = time.monotonic()
+        touched: dict[str, Tracked] = {}  # those of which more than a token is to be kept, each once
         for tracked, sample in samples:
             if tracked.error is None:
                 self.metrics.token(tracked, sample, now)
-                if sample.finished or tracked.sampling.stop or tracked.is_due(report):
+            if sample.finished or tracked.wanted(report) or tracked.sampling.stop:
+                touched[tracked.request_id] = tracked
+                if tracked.error is None:
                     self._read_text(tracked, sample)
-        outputs = []
-        # Each once, though several of its samples may be in the step.
-        for tracked in {tracked.request_id: tracked for tracked, _ in samples}.values():
-            if tracked.finished:
-                tracked.end = time.monotonic()
-                self._forget(tracked)
-            if tracked.is_due(report):
-                tracked.reported = True
-                outputs.append(tracked.output())
-        return outputs
+        return [tracked.report() for tracked in touched.values() if self._is_due(tracked, report)]
+
+    def _is_due(self, tracked: Tracked, report: bool) -> bool:
+        """Whether its caller wants an output now; a request that is over is forgotten."""
+        if not tracked.finished:
+            return tracked.wanted(report)
+        tracked.end = time.monotonic()
+        self._forget(tracked)
+        return True
 
     def _read_text(self, tracked: Tracked, sample: Sample) -> None:
         try:

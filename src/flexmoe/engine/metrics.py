@@ -51,11 +51,11 @@ class EngineMetrics:
         self.prompt_tokens = self.generated_tokens = self.preemptions = self.steps = 0
         self.finished: Counter[str] = Counter()
 
-    def launched(self, requests: Iterable[Tracked], num_preempted: int, now: float) -> None:
+    def launched(self, owners: Iterable[tuple[Tracked, Sample]], num_preempted: int, now: float) -> None:
         """A step was launched that computes something of these requests."""
         self.steps += 1
         self.preemptions += num_preempted
-        for tracked in requests:
+        for tracked, _ in owners:
             if tracked.scheduled is None:
                 tracked.scheduled = now
                 self.queue.observe(now - tracked.arrival)

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from flexmoe.config.routing import LayerLoad
 from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.engine.choices import ChoiceTap
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
+from flexmoe.engine.prompt_rows import lay_out
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import DevicePrompts
 from flexmoe.models.native import NativeDecoder
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.scheduler import Step
@@ -64,11 +67,17 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Decoder, cache: KVCache, device: torch.device, graphed: GraphedDecoder | None = None
+        self,
+        model: Decoder,
+        cache: KVCache,
+        device: torch.device,
+        graphed: GraphedDecoder | None = None,
+        prompts: DevicePrompts | None = None,
     ) -> None:
-        """graphed: the model's decode steps as CUDA graphs on this cache."""
+        """graphed: the model's decode steps as CUDA graphs on this cache. prompts: its prompts in Triton kernels."""
         self.model, self.cache, self.device = model, cache, device
-        self._graphed = graphed
+        self._graphed, self._prompts = graphed, prompts
+        self.mixes_ahead = graphed is not None and model.mesh.world.size == 1  # other ranks do not know prompts' tokens
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
         self._counter: ExpertCounter | None = None  # once made it stays: graphs count into its memory
         self._sampler = Sampler()
@@ -97,22 +106,30 @@ class ModelRunner:
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
         """Whether the step behind this one can be launched before this one's tokens are known.
 
-        step: launched just now with these states, not waited for. The rows of the step behind it are decodes of
-        requests that `step` samples for, in the same order; some may be left out.
+        step: launched just now with these states, not waited for. The decodes of the step behind it are of requests
+        that `step` samples for, or whose tokens are known. Only with mixes_ahead may it, or `step`, compute prompts.
         """
         graphed = self._graphed
-        if graphed is None or not decodes_only(step, graphed.max_rows):
+        if graphed is None or not (decodes_only(step, graphed.max_rows) or self._flies_mixed(step, states)):
             return False
         ready = all(state.device_ready and not state.wants_routing for state in states)
         return ready and self.probe in (None, self._counter)
+
+    def _flies_mixed(self, step: Step, states: Sequence[SamplingState]) -> bool:
+        """Whether a step with prompts leaves its tokens on the device."""
+        graphed = self._graphed
+        if graphed is None or not self.mixes_ahead or self.probe is not None:
+            return False
+        fits = len(states) <= graphed.max_rows
+        return fits and all(state.device_ready and not state.wants_routing for state in states)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Begin to compute a step; see `run`. Steps take effect on the cache in the order of their launches.
 
         Blocks and tokens of the requests are read before this returns; they may change before the flight is waited for.
 
-        after: the flight launched last, if its tokens are not known yet and can_run_ahead was true of it. Then each
-        chunk is the one token that `after` samples for its request, which the host does not know: chunk.start is
+        after: the flight launched last, if its tokens are not known yet and can_run_ahead was true of it. Then a decode
+        may be the token that `after` samples for its request, which the host does not know: chunk.start is
         len(request.token_ids), and a draw uses state.uniform(ahead=1).
         """
         assert after is None or isinstance(after, GraphFlight)
@@ -125,13 +142,18 @@ class ModelRunner:
         sources: Sequence[int] | None,
         most_rows: int | None = None,
     ) -> Flight:
-        """As `launch`; sources: instead of `after`, the row of it that each chunk continues. most_rows: see `run`."""
-        if self._graphed is not None and decodes_only(step, self._graphed.max_rows):
+        """As `launch`; sources: instead of `after`, which of its tokens each decode continues. most_rows: see `run`."""
+        graphed = self._graphed
+        if graphed is not None and decodes_only(step, graphed.max_rows):
             self._check_process()
             tap = self._tap(step, states)
             with computing_on(self.device):
-                flight = self._graphed.launch(step, states, sources, tap or self.probe)
+                flight = graphed.launch(step, states, sources, tap or self.probe)
             return flight if tap is None else TappedFlight(flight, tap)
+        if graphed is not None and self._flies_mixed(step, states):
+            self._check_process()
+            with computing_on(self.device):
+                return graphed.launch_mixed(step, states, sources, lambda: self._choose_of_prompts(step, states))
         assert sources is None, "can_run_ahead was false"
         with computing_on(self.device):
             return Landed(self.run(step, states, most_rows))
@@ -191,19 +213,29 @@ class ModelRunner:
         finally:
             _use_torch_threads(self._threads)
 
+    def _choose_of_prompts(self, step: Step, states: Sequence[SamplingState]) -> Tensor | None:
+        """Launch what stands behind the decodes. Its tokens [n], on the device; None if no prompt is complete."""
+        decodes = step.num_decodes
+        logits = self._logits(Step(step.chunks[decodes:], 0, []), None, None)
+        return self._sampler.choose(logits, states[decodes:]) if len(logits) else None
+
     @torch.inference_mode()
     def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
-        _use_torch_threads(self._threads)
         tap = self._tap(step, states)
-        batch = build_batch(step, self.cache.block_size, self._windows, self.device, tap or self.probe, most_rows)
-        hidden = self.model(batch, self.cache)
-        if not states:
-            return SampleOutput([], [])
-        logits = self.model.logits(hidden, batch)
-        if not len(logits):  # another rank samples
+        logits = self._logits(step, tap or self.probe, most_rows)
+        if not states or not len(logits):  # nobody samples, or another rank does
             return SampleOutput([], [])
         sampled = self._sampler.sample(logits, states)
         return sampled if tap is None else tap.annotate(sampled)
+
+    def _logits(self, step: Step, probe: Probe | None, most_rows: int | None) -> Tensor:
+        """Logits of the chunks that sample, [N, V]; [0, V] on ranks that do not."""
+        if self._prompts is not None:
+            rows = lay_out(step.chunks, self.cache.block_size, self._prompts.block_rows, self.device)
+            return self._prompts.logits(rows, self.cache, probe)
+        _use_torch_threads(self._threads)
+        batch = build_batch(step, self.cache.block_size, self._windows, self.device, probe, most_rows)
+        return self.model.logits(self.model(batch, self.cache), batch)
 
 
 def decodes_only(step: Step, max_rows: int) -> bool:
@@ -212,9 +244,9 @@ def decodes_only(step: Step, max_rows: int) -> bool:
 
 
 def rows_before(step: Step, before: Step) -> list[int]:
-    """The row that the request of each chunk had in the step before, of decodes alone; -1 if none."""
-    rows = {chunk.request: row for row, chunk in enumerate(before.chunks)}
-    return [rows.get(chunk.request, -1) for chunk in step.chunks]
+    """Where the token of each decode stands among those that the step before samples; -1 if not there."""
+    places = {chunk.request: place for place, chunk in enumerate(chunk for chunk in before.chunks if chunk.samples)}
+    return [places.get(chunk.request, -1) for chunk in step.chunks[: step.num_decodes]]
 
 
 def _use_torch_threads(count: int) -> None:

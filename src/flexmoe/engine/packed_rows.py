@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.engine.sampling_state import SamplingState, uniforms
 from flexmoe.kernels.sample import COLDEST, SampleParams
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.scheduling.scheduler import ScheduledChunk
@@ -48,27 +48,26 @@ class PackedRows:
         pinned = device.type == "cuda"
         self._pinned = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
         self._host = [{k: v.numpy() for k, v in self._views(buffer).items()} for buffer in self._pinned]
+        self._tables = [_Tables(host) for host in self._host]
         self._sent = [torch.cuda.Event() for _ in range(_BUFFERS)] if pinned else []
         self._turn = 0
         on_device = self._views(self._device)
         self.rows = DeviceRows(**{name: on_device[name] for name in DeviceRows.__slots__})
         self.sampling = SampleParams(**{name: on_device[name] for name in SampleParams.__slots__})
 
-    def load(
-        self, chunks: Sequence[ScheduledChunk], sources: Sequence[int], states: Sequence[SamplingState], ahead: int
-    ) -> None:
+    def load(self, chunks: Sequence[ScheduledChunk], sources: Sequence[int], states: Sequence[SamplingState]) -> None:
         """Send the rows of a step to the device, behind what runs there.
 
-        sources: for each row its place among the last step's tokens, which the host does not know yet, or -1.
-        ahead: how many tokens of each state are not known yet.
+        sources: for each row the place of its token among those of the last step, which the host does not know yet; or
+        -1, and the host knows it.
         """
         self._turn = (self._turn + 1) % _BUFFERS
         host = self._host[self._turn]
         if self._sent:
             self._sent[self._turn].synchronize()
         _write_tokens(host, chunks, sources)
-        _write_sampling(host, states, ahead)
-        width = _write_tables(host, chunks)
+        _write_sampling(host, states)
+        width = self._tables[self._turn].write(chunks)
         size = self._head + 4 * self.bucket * width
         self._device[:size].copy_(self._pinned[self._turn][:size], non_blocking=True)
         if self._sent:
@@ -104,8 +103,8 @@ def _write_tokens(host: Fields, chunks: Sequence[ScheduledChunk], sources: Seque
     host["lengths"][count:] = 0
 
 
-def _write_sampling(host: Fields, states: Sequence[SamplingState], ahead: int) -> None:
-    """Rows without a state, and padded ones, are greedy: that is the cheapest."""
+def _write_sampling(host: Fields, states: Sequence[SamplingState]) -> None:
+    """Behind the sources. Rows without a state, and padded ones, are greedy: that is the cheapest."""
     count = len(states)
     temperatures = [state.params.temperature for state in states]
     host["temperature"][:count] = [t and max(t, COLDEST) for t in temperatures]  # fp32 would make a colder one 0
@@ -115,15 +114,29 @@ def _write_sampling(host: Fields, states: Sequence[SamplingState], ahead: int) -
     host["top_k"][:count] = [min(state.params.top_k, _ALL) for state in states]
     host["top_p"][:count] = [state.params.top_p for state in states]
     host["min_p"][:count] = [state.params.min_p for state in states]
-    host["uniform"][:count] = [state.uniform(ahead) for state in states]
+    host["uniform"][:count] = uniforms(states, host["sources"][:count] >= 0)
 
 
-def _write_tables(host: Fields, chunks: Sequence[ScheduledChunk]) -> int:
-    """Each row's blocks, as far apart as the longest table is long; returns that."""
-    width = _padded(max(len(chunk.request.blocks) for chunk in chunks))
-    host["table_stride"][0] = width
-    tables = host["tables"]
-    for row, chunk in enumerate(chunks):
-        blocks = chunk.request.blocks
-        tables[row * width : row * width + len(blocks)] = blocks
-    return width
+class _Tables:
+    """The block tables in one buffer on the host. A row that is there already is not written again."""
+
+    def __init__(self, host: Fields) -> None:
+        self._stride, self._tables = host["table_stride"], host["tables"]
+        self._width = 0
+        # Of each row the list that was written and how much of it: a list of blocks only ever grows.
+        self._rows: list[tuple[list[int], int]] = []
+
+    def write(self, chunks: Sequence[ScheduledChunk]) -> int:
+        """Each row's blocks, as far apart as the longest table is long; returns that."""
+        tables = [chunk.request.blocks for chunk in chunks]
+        lengths = list(map(len, tables))
+        width = _padded(max(lengths))
+        if width != self._width:
+            self._stride[0] = self._width = width
+            self._rows = []
+        there = self._rows
+        for row, (blocks, length) in enumerate(zip(tables, lengths, strict=True)):
+            if row >= len(there) or there[row][1] != length or there[row][0] is not blocks:
+                self._tables[row * width : row * width + length] = blocks
+        self._rows = list(zip(tables, lengths, strict=True))
+        return width

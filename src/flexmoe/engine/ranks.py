@@ -27,7 +27,7 @@ from flexmoe.engine.device import choose_dtype
 from flexmoe.engine.launchers import Launcher
 from flexmoe.engine.model_runner import Flight, decodes_only, rows_before
 from flexmoe.engine.sampler import SampleOutput, SamplingState
-from flexmoe.engine.startup import load_tokenizer
+from flexmoe.engine.startup import load_tokenizer, with_quantization
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.engine.wire import pack_parts
 from flexmoe.engine.worker import RankReport
@@ -59,6 +59,7 @@ class StartedRanks:
     backend: str
     decode_kernels: str
     max_model_len: int
+    quantization: None = None  # ranks hold full weights
 
     @property
     def config(self) -> ModelConfig:
@@ -83,6 +84,8 @@ class _RemoteFlight:
 
 class RankedRunner:
     """A ModelRunner's interface on top of the ranks."""
+
+    mixes_ahead = False  # see ModelRunner
 
     def __init__(
         self, ranks: Supervisor, plan: ParallelPlan, device: torch.device, max_ahead: int, *, keep: bool
@@ -152,6 +155,7 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     plan = options.parallel
     source = open_model(options.load)
     check(plan, source.config)
+    with_quantization(options, source)
     launcher = launchers.choose(options.launch.launcher)
     device = launcher.device(options.device.device, plan.num_ranks)
     options, dtype = _decided(options, source, device, launcher.threads(device, plan.num_ranks))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from flexmoe.engine.device import to_device
 from flexmoe.engine.outputs import TokenLogprobs, TokenRouting
 from flexmoe.engine.sampling_state import SamplingState
 
@@ -59,15 +60,19 @@ class Sampler:
 
         A row whose logits are not numbers gets NO_TOKEN.
         """
-        if all(state.plain_greedy for state in states):
-            chosen = _argmax(logits, states)
-        else:
-            size = max(1, _CPU_CHUNK // logits.shape[1]) if logits.is_cpu else len(states)
-            starts = range(0, len(states), size)
-            parts = [_by_row(states[i : i + size], _is_plain, logits[i : i + size], _argmax, _choose) for i in starts]
-            chosen = torch.cat(parts)  # [N]
+        chosen = self.choose(logits, states)
         token_ids: list[int] = chosen.tolist()
         return SampleOutput(token_ids, _logprobs(logits, chosen, token_ids, states))
+
+    def choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+        """The tokens alone, [N] on the device of the logits. The host waits for nothing if all of them are greedy."""
+        if all(state.plain_greedy for state in states):
+            return _argmax(logits, states)
+        size = max(1, _CPU_CHUNK // logits.shape[1]) if logits.is_cpu else len(states)
+        starts = range(0, len(states), size)
+        return torch.cat(
+            [_by_row(states[i : i + size], _is_plain, logits[i : i + size], _argmax, _choose) for i in starts]
+        )
 
 
 def _by_row(
@@ -222,7 +227,7 @@ def _draw(work: torch.Tensor, states: Rows) -> torch.Tensor:
     """
     running = token_weights(work, states).double().cumsum(-1)  # [n, V]
     total = running[:, -1:]
-    uniform = torch.tensor([state.uniform() for state in states], dtype=torch.float64, device=work.device)
+    uniform = to_device(torch.tensor([state.uniform() for state in states], dtype=torch.float64), work.device)
     chosen = torch.searchsorted(running, uniform[:, None] * total, right=True).clamp_(max=work.shape[1] - 1)
     return torch.where(torch.isfinite(total), chosen, -1)[:, 0]
 
@@ -262,8 +267,8 @@ def _best(raw: torch.Tensor, counts: Sequence[int]) -> list[tuple[tuple[int, flo
 
 def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
     """[n, 1] in the type of `like`."""
-    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None]
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)[:, None]
 
 
 def _tensor(values: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device)
+    return to_device(torch.tensor(values), like.device)

@@ -41,10 +41,14 @@ class SamplingState:
         self.params = params
         self.num_tokens = 0
         self._grammar = grammar
-        self._start = _mix(seed & _WORD)
+        self.start = _mix(seed & _WORD)
         eos = () if params.ignore_eos else eos_token_ids
         self._stop_ids = tuple(sorted({*eos, *params.stop_token_ids}))
         self._penalised = _has_penalty(params)
+        # Of device_ready, which each row is asked in each step: what does not change, and until when the rest does.
+        asks = self._penalised or params.logit_bias or params.logprobs is not None
+        self._plain = grammar is None and not asks
+        self._suppressed_until = params.min_tokens if self._stop_ids else 0
         self._seen = TokenCounts(prompt_token_ids if self._penalised else ())
         if vocab_size is not None:
             _check_ids("logit_bias", params.logit_bias, vocab_size)
@@ -68,10 +72,7 @@ class SamplingState:
         """Whether the next token and all after it are chosen without knowing those in between: from raw logits and a
         random number, nothing else. Once true it stays true.
         """
-        params = self.params
-        if self._grammar is not None:
-            return False
-        return not (self._penalised or params.logit_bias or params.logprobs is not None or self.suppressed_ids)
+        return self._plain and self.num_tokens >= self._suppressed_until
 
     @property
     def wants_routing(self) -> bool:
@@ -98,12 +99,23 @@ class SamplingState:
 
         ahead: tokens still to be accepted before that one.
         """
-        return (_mix((self._start + (self.num_tokens + ahead + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
+        return (_mix((self.start + (self.num_tokens + ahead + 1) * _GOLDEN) & _WORD) >> 11) * 2.0**-53
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs for the next token: of a grammar its mask."""
         bits = self.allowed
         return self.__dict__ if bits is None else self.__dict__ | {"_grammar": FixedMask(bits)}
+
+
+def uniforms(states: Sequence[SamplingState], ahead: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """SamplingState.uniform of many at once. ahead: of each whether a token is still to be accepted before that one."""
+    starts = np.array([state.start for state in states], np.uint64)
+    numbers = np.array([state.num_tokens for state in states], np.uint64) + ahead.astype(np.uint64) + np.uint64(1)
+    word = starts + numbers * np.uint64(_GOLDEN)  # uint64 wraps, as the generator wants it
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    drawn: npt.NDArray[np.float64] = ((word ^ (word >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    return drawn
 
 
 class TokenCounts:

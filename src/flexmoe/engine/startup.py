@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,14 +16,14 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder
-from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads
+from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tokens_on
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
 from flexmoe.kernels.cpu import library
 from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import MAX_ROWS, why_not_fused
+from flexmoe.models.device_rows import MAX_ROWS, DevicePrompts, why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
@@ -47,10 +47,12 @@ class Started:
     model: Decoder
     cache: KVCache
     graphed: GraphedDecoder | None  # on a GPU, unless the Triton kernels cannot decode this model
+    prompts: DevicePrompts | None  # there, too
     num_blocks: int
     tokenizer: Tokenizer | None
     device: torch.device
     dtype: torch.dtype
+    quantization: str | None
     threads: int
     backend: str
     decode_kernels: str  # "C (avx2)", "Triton", or why torch decodes
@@ -83,6 +85,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     max_model_len = _max_model_len(options, config)
     backend = _choose_backend(options.device.expert_backend, device)
     threads = set_threads(options.device.threads)
+    options = with_quantization(options, source)
     _check_quantization(options, device, backend)
     alone = mesh.world.size == 1
     isa = options.device.isa
@@ -98,12 +101,16 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     if native_reason and options.device.quantization is not None:
         _log.warning("torch decodes, and widens all quantized weights in each step: %s", native_reason)
     decode_kernels = f"torch ({native_reason})" if native_reason else f"C ({library.choose(isa).name})"
-    graphed = None
+    graphed, prompts = None, None
     if device.type == "cuda":
         graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
+    if graphed is not None:
+        from flexmoe.models.fused_prompts import PromptDecoder  # as for FusedDecoder
+
+        prompts = PromptDecoder(model, max_model_len, device)
     return Started(
-        source, model, cache, graphed, num_blocks, tokenizer, device, dtype, threads, backend, decode_kernels,
-        max_model_len,
+        source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, options.device.quantization,
+        threads, backend, decode_kernels, max_model_len,
     )  # fmt: skip
 
 
@@ -180,15 +187,30 @@ def _choose_backend(name: str, device: torch.device) -> str:
     return backend
 
 
+def with_quantization(options: EngineConfig, source: ModelSource) -> EngineConfig:
+    """The options with the checkpoint's own quantization. Raises ConfigError if they ask for another, or for ranks."""
+    asked = options.device.quantization
+    held = None if source.packing is None else source.packing.quantization
+    if held and asked not in (None, held):
+        raise ConfigError(
+            f"quantization={asked!r}, but {source.name} holds {held} weights already; leave it out, or give the full "
+            "model."
+        )
+    quantization, ranks = asked or held, options.parallel.num_ranks
+    if quantization and ranks > 1:
+        raise ConfigError(
+            f"quantization={quantization!r} needs one process, not {ranks} ranks; use one, or full weights."
+        )
+    return replace(options, device=replace(options.device, quantization=quantization))
+
+
 def _check_quantization(options: EngineConfig, device: torch.device, backend: str) -> None:
     """Quantized weights are read by the C kernels and by the torch of one process on a CPU, by nothing else."""
-    asked, ranks = options.device.quantization, options.parallel.num_ranks
+    asked = options.device.quantization
     if asked is None:
         return
     if device.type != "cpu":
         raise ConfigError(f"quantization={asked!r} works on a CPU only, not on device={str(device)!r}; use device=cpu.")
-    if ranks > 1:
-        raise ConfigError(f"quantization={asked!r} needs one process, not {ranks} ranks; use one, or leave it out.")
     if backend != "cpu":
         raise ConfigError(f"quantization={asked!r} does not work with expert_backend={backend!r}; use cpu.")
 
@@ -213,6 +235,9 @@ def _num_blocks(
 ) -> int:
     """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
     free = _free_beside_weights(mesh, config, dtype, device, options.device.quantization)
+    if device.type == "cuda":
+        tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).most
+        free = max(0, free - _activation_bytes(config, tokens, dtype))
     per_context = -(-max_model_len // options.cache.block_size)
     size = block_bytes(mesh.shard(config).local, options.cache.block_size, dtype)
     blocks = _given_blocks(options.cache, size, per_context * size)
@@ -231,6 +256,13 @@ def _num_blocks(
             f"{_gib(int(free * share))} of memory are free for it; lower max_model_len, or block_size if it is larger."
         )
     return blocks
+
+
+def _activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """What a step of so many tokens needs for the widest part of a layer, roughly: rows of experts, projections."""
+    moe, hidden = config.moe, config.hidden_size
+    experts = moe.top_k * (2 * hidden + 3 * moe.expert_width) if moe else 3 * config.dense_width
+    return tokens * dtype.itemsize * (experts + 4 * (config.qkv_size + hidden))
 
 
 def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int | None:
@@ -256,7 +288,7 @@ def _free_beside_weights(
 ) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
     free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(mesh, config, device)
-    weights = weight_bytes(mesh.shard(config), dtype, quantization)
+    weights = weight_bytes(mesh.shard(config), dtype.itemsize, quantization)
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
         raise ConfigError(
@@ -268,7 +300,7 @@ def _free_beside_weights(
 
 
 def _free_on_gpu(mesh: Mesh, config: ModelConfig, device: torch.device) -> int:
-    """Bytes free on a GPU, less what steps need beside weights and cache: buffers, graphs, a prompt's activations."""
+    """Bytes free on a GPU, less what steps need beside weights and cache, but for activations: buffers, graphs."""
     gc.collect()
     torch.cuda.empty_cache()  # what earlier engines of this process held counts as taken until then
     logits = 4 * MAX_ROWS * config.vocab_size * (1 if mesh.tp.size == 1 else 3)  # own, of all ranks, and in order

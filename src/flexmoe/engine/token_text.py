@@ -7,6 +7,7 @@ in use has a stream that does constant work a token; any other falls back to dec
 from __future__ import annotations
 
 import codecs
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -95,11 +96,16 @@ class _ByteLevelStream(_TokenStream):
         return self._utf8.decode(b"", final=True)
 
     def _bytes(self, token_id: int) -> bytes:
-        spelling = self._spelling(token_id) or ""
-        try:
-            return bytes([_ALPHABET[char] for char in spelling])
-        except KeyError:  # an added token, spelt in plain text
-            return spelling.encode()
+        return _bytes_of(self._spelling(token_id) or "")
+
+
+@functools.lru_cache(maxsize=2**18)
+def _bytes_of(spelling: str) -> bytes:
+    """What a spelling in the byte alphabet stands for."""
+    try:
+        return bytes([_ALPHABET[char] for char in spelling])
+    except KeyError:  # an added token, spelt in plain text
+        return spelling.encode()
 
 
 class _MetaspaceStream(_TokenStream):

@@ -38,6 +38,7 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self._spellings: dict[int, str | None] = {}
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
 
@@ -74,7 +75,9 @@ class Tokenizer:
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's spelling of one token (`▁the`, `Ġthe`, `<0x0A>`), None if the id has none."""
-        return self.backend.id_to_token(token_id)
+        if token_id not in self._spellings:  # asked for each token of each answer
+            self._spellings[token_id] = self.backend.id_to_token(token_id)
+        return self._spellings[token_id]
 
     @cached_property
     def decoder_steps(self) -> list[dict[str, Any]]:

@@ -95,13 +95,18 @@ class Tracked:
     reported: bool = False
     error: str | None = None
 
-    def is_due(self, report: bool) -> bool:
-        """Whether its caller wants an output of this step. report: see Engine.step."""
-        return self.finished or (self.stream and (report or not self.reported))
+    def wanted(self, report: bool) -> bool:
+        """Whether its caller wants an output of this step though it is not the last. report: see Engine.step."""
+        return self.stream and (report or not self.reported)
 
     @property
     def finished(self) -> bool:
         return all(sample.finished for sample in self.samples)
+
+    def report(self) -> RequestOutput:
+        """An output for its caller."""
+        self.reported = True
+        return self.output()
 
     def output(self) -> RequestOutput:
         metrics = RequestMetrics(self.arrival, self.first_token, self.end, self.samples[0].request.num_cached_tokens)

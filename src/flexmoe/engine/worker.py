@@ -75,7 +75,7 @@ class Worker:
         self.connect(options, device)
         started = start(options, self.mesh)
         graphed = started.graphed
-        self.runner = ModelRunner(started.model, started.cache, started.device, graphed)
+        self.runner = ModelRunner(started.model, started.cache, started.device, graphed, started.prompts)
         return RankReport(
             started.num_blocks, started.cache.num_bytes, started.threads, started.backend, started.decode_kernels,
             started.max_model_len, 0 if graphed is None else graphed.max_rows,

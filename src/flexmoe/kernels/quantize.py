@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 32  # as in kernels/cpu/vector.h
+from flexmoe.config.packing import GROUP, code_columns
+
 _HALF = GROUP // 2
 _LARGEST = {8: 127, 4: 7}
 
@@ -36,9 +37,8 @@ class QuantizedMatrix:
         *rows, columns = shape
         groups = -(-columns // GROUP)
         scales = torch.empty(*rows, groups, dtype=torch.bfloat16)
-        if bits == 8:
-            return cls(torch.empty(*rows, columns, dtype=torch.int8), scales, bits, columns)
-        return cls(torch.empty(*rows, groups * _HALF, dtype=torch.uint8), scales, bits, columns)
+        dtype = torch.int8 if bits == 8 else torch.uint8
+        return cls(torch.empty(*rows, code_columns(columns, bits), dtype=dtype), scales, bits, columns)
 
     @property
     def shape(self) -> torch.Size:
@@ -52,11 +52,17 @@ class QuantizedMatrix:
     def __getitem__(self, index: int | slice | Tensor) -> QuantizedMatrix:
         return QuantizedMatrix(self.codes[index], self.scales[index], self.bits, self.columns)
 
-    def copy_(self, values: Tensor) -> QuantizedMatrix:
-        """Quantize weights of this shape, of any dtype, into this one."""
+    def assign(self, codes: Tensor, scales: Tensor, group: int) -> None:
+        """Take codes as they are, and scales [..., N, K / group], each for so many columns."""
+        self.codes.copy_(codes)
+        groups = self.scales.shape[-1]
+        self.scales.copy_(scales.repeat_interleave(group // GROUP, -1)[..., :groups] if group > GROUP else scales)
+
+    def copy_(self, values: Tensor, group: int = GROUP) -> QuantizedMatrix:
+        """Quantize weights of this shape, of any dtype, into this one; group: columns that share a scale."""
         padded = F.pad(values.float(), (0, -self.columns % GROUP)).unflatten(-1, (-1, GROUP))  # [..., N, G, 32]
         largest = _LARGEST[self.bits]
-        scales = (padded.abs().amax(-1) / largest).bfloat16()
+        scales = (_shared(padded.abs().amax(-1), group // GROUP) / largest).bfloat16()  # [..., N, G]
         divisors = scales.float().masked_fill_(scales == 0, 1.0)[..., None]
         codes = (padded / divisors).round_().clamp_(-largest, largest).to(torch.int8)
         self.scales.copy_(scales)
@@ -76,6 +82,16 @@ class QuantizedMatrix:
             codes = torch.cat((both & 15, both >> 4), -1).to(torch.int8) - 8
         wide: Tensor = codes.to(dtype) * self.scales[..., None].to(dtype)  # [..., N, G, 32]
         return wide.flatten(-2)[..., : self.columns]
+
+
+def _shared(magnitudes: Tensor, count: int) -> Tensor:
+    """Of every `count` neighbours the largest, for each of them."""
+    if count == 1:
+        return magnitudes
+    groups = magnitudes.shape[-1]
+    largest = F.pad(magnitudes, (0, -groups % count)).unflatten(-1, (-1, count)).amax(-1)
+    spread: Tensor = largest.repeat_interleave(count, -1)[..., :groups]
+    return spread
 
 
 Weights = Tensor | QuantizedMatrix

@@ -10,20 +10,25 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.packing import SCALE, Packing, code_columns
 from flexmoe.errors import CheckpointError, MissingTensorError, TensorShapeError
 from flexmoe.models import families
-from flexmoe.models.families.layout import Piece
+from flexmoe.models.families.layout import Piece, Shape
+from flexmoe.models.quantized import bits_of
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Bytes of one element, for the number formats that are served.
 ITEM_SIZES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2}
+# Codes of quantized weights, by their bits.
+CODES: Mapping[int, str] = {8: "I8", 4: "U8"}
+SIZES: Mapping[str, int] = {**ITEM_SIZES, **dict.fromkeys(CODES.values(), 1)}
 _DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Tables of sines and masks that old versions of transformers saved along; both are computed here.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$")
@@ -69,10 +74,19 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A stored tensor and the piece of our parameters that it fills."""
+    """A stored tensor and the piece of our parameters that it fills. bits, scales: of one that is stored quantized."""
 
     tensor: StoredTensor
     piece: Piece
+    bits: int | None = None
+    scales: StoredTensor | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in the file, with its scales."""
+        parts = [self.tensor] if self.scales is None else [self.tensor, self.scales]
+        first = 2 if self.piece.fused else 1
+        return sum(SIZES[part.dtype] * math.prod(part.shape[first:]) for part in parts)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -90,20 +104,38 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, files, tensors)
 
 
-def validate(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Match, ...]:
+def validate(checkpoint: Checkpoint, config: ModelConfig, packing: Packing | None = None) -> tuple[Match, ...]:
     """Match every tensor with its place; refuse a checkpoint that does not fill the model exactly once.
 
     Errors: MissingTensorError, TensorShapeError, and CheckpointError for tensors that the model has no place for, a
     number format that is not served, or a place that two tensors would fill. Each names up to five tensors.
     """
     places = families.tensors(config)
-    known = [Match(tensor, places[name]) for name, tensor in checkpoint.tensors.items() if name in places]
-    _refuse_unexpected(checkpoint, config, places)
+    known = _matches(checkpoint, places, packing)
+    _refuse_unexpected(checkpoint, config, known)
     _refuse_missing(checkpoint, places, known)
-    _refuse_shapes(known)
+    _refuse_shapes(known, packing)
     _refuse_dtypes(known)
     _refuse_twice(known, places)
     return tuple(known)
+
+
+def _matches(checkpoint: Checkpoint, places: Mapping[str, Piece], packing: Packing | None) -> list[Match]:
+    found = []
+    for name, tensor in checkpoint.tensors.items():
+        if name in places:
+            piece = places[name]
+            bits = None if packing is None else bits_of(piece.param, packing.quantization)
+            scales = None if bits is None else _scales(checkpoint, tensor)
+            found.append(Match(tensor, piece, bits, scales))
+    return found
+
+
+def _scales(checkpoint: Checkpoint, codes: StoredTensor) -> StoredTensor:
+    scales = checkpoint.tensors.get(codes.name + SCALE)
+    if scales is None or scales.file != codes.file:
+        raise MissingTensorError(f"{codes.file} lacks {codes.name}{SCALE}, the scales of its quantized weights.")
+    return scales
 
 
 def read_header(file: Path) -> list[StoredTensor]:
@@ -162,7 +194,7 @@ def _stored(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
         begin, end = (int(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file} is damaged: its header's entry for {name} is malformed.") from error
-    item = ITEM_SIZES.get(dtype)
+    item = SIZES.get(dtype)
     if begin < 0 or end < begin or (item is not None and end - begin != item * math.prod(shape)):
         raise CheckpointError(
             f"{file} is damaged: {name} is {dtype} of shape {list(shape)} but has {end - begin:,} bytes."
@@ -255,8 +287,9 @@ def convert_hint(source: str | Path) -> str:
     )
 
 
-def _refuse_unexpected(checkpoint: Checkpoint, config: ModelConfig, places: Mapping[str, Piece]) -> None:
-    names = [name for name in checkpoint.tensors if name not in places and not _IGNORED.search(name)]
+def _refuse_unexpected(checkpoint: Checkpoint, config: ModelConfig, known: list[Match]) -> None:
+    placed = {part.name for match in known for part in (match.tensor, match.scales) if part is not None}
+    names = [name for name in checkpoint.tensors if name not in placed and not _IGNORED.search(name)]
     if config.tie_embeddings:
         names = [name for name in names if name != "lm_head.weight"]
     if names:
@@ -288,19 +321,34 @@ def _refuse_twice(known: list[Match], places: Mapping[str, Piece]) -> None:
             first[unit] = match.tensor.name
 
 
-def _refuse_shapes(known: list[Match]) -> None:
+def _refuse_shapes(known: list[Match], packing: Packing | None) -> None:
     wrong = [
-        f"{match.tensor.name} is {list(match.tensor.shape)} instead of {list(match.piece.shape)} "
-        f"(in {match.tensor.file.name})"
+        f"{tensor.name} is {list(tensor.shape)} instead of {list(shape)} (in {tensor.file.name})"
         for match in known
-        if match.tensor.shape != match.piece.shape
+        for tensor, shape in _stored_shapes(match, packing)
+        if tensor.shape != shape
     ]
     if wrong:
         raise TensorShapeError(f"the checkpoint's shapes differ from config.json's: {_some(wrong, '; ')}.")
 
 
+def _stored_shapes(match: Match, packing: Packing | None) -> Iterator[tuple[StoredTensor, Shape]]:
+    """What the file holds for a match, and the shape that each should have."""
+    *rows, columns = match.piece.shape
+    if packing is None or match.bits is None or match.scales is None:
+        yield match.tensor, match.piece.shape
+        return
+    yield match.tensor, (*rows, code_columns(columns, match.bits))
+    yield match.scales, (*rows, packing.scale_columns(columns))
+
+
 def _refuse_dtypes(known: list[Match]) -> None:
-    wrong = [f"{m.tensor.name} is {m.tensor.dtype}" for m in known if m.tensor.dtype not in ITEM_SIZES]
+    wrong = [
+        f"{m.tensor.name} is {m.tensor.dtype}"
+        for m in known
+        if m.tensor.dtype not in (ITEM_SIZES if m.bits is None else (CODES[m.bits],))
+    ]
+    wrong += [f"{m.scales.name} is {m.scales.dtype}" for m in known if m.scales and m.scales.dtype != "BF16"]
     if wrong:
         raise CheckpointError(
             f"the checkpoint's number formats are not supported: {_some(wrong)}. Supported: {', '.join(ITEM_SIZES)}; "

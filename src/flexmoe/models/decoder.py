@@ -193,12 +193,15 @@ class Decoder(nn.Module):
             return hidden.new_empty(0, self.config.vocab_size)
         if batch.sample_rows is not None:
             hidden = hidden.index_select(0, batch.sample_rows)
-        logits: Tensor = F.linear(hidden, self.embed_tokens.table()) if self.lm_head is None else self.lm_head(hidden)
-        if self.mesh.tp.size > 1:
-            logits = self._whole_rows(logits)
+        logits = self.head(hidden)
         if batch.probe is not None:
             batch.probe.record("logits", -1, logits)
         return logits
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of rows [N, H] after the final norm; [0, V] on ranks that do not sample."""
+        logits: Tensor = F.linear(hidden, self.embed_tokens.table()) if self.lm_head is None else self.lm_head(hidden)
+        return logits if self.mesh.tp.size == 1 else self._whole_rows(logits)
 
     def _whole_rows(self, part: Tensor) -> Tensor:
         """Logits [N, V] on the first rank of each part [N, v], the last of which may be shorter; elsewhere [0, V]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.gpu import why_no_triton
+from flexmoe.kernels.prefill_attention import Spans
 from flexmoe.kernels.sample import SampleParams
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
@@ -49,6 +50,20 @@ class Sampling:
     filtered: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """T rows. token_ids, positions, slots (places in the KV cache): int32 [T]. spans: which rows are whose.
+
+    sample_rows: int32 [N], the rows whose logits are wanted.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    spans: Spans
+    sample_rows: Tensor
+
+
 class DeviceDecoder(Protocol):
     """A decoder whose steps wait for nothing.
 
@@ -77,6 +92,15 @@ class DeviceDecoder(Protocol):
         counter: whose tensors count the choices of experts that are not padding.
         long: rows look back at thousands of keys; the answer is the same, up to rounding.
         """
+
+
+class DevicePrompts(Protocol):
+    """Computes steps of many rows: prompts. block_rows: of the blocks that their `Spans` cut rows into."""
+
+    block_rows: int
+
+    def logits(self, rows: PromptRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
+        """Logits [N, V] of the sample rows, in the model's dtype; writes the rows' keys and values into the cache."""
 
 
 def why_not_fused(config: ModelConfig, device: torch.device, backend: str, block_size: int) -> str:

@@ -73,7 +73,7 @@ class FusedLayer:
         self._input_norm, self._mlp_norm, self._following = layer.input_norm, layer.mlp_norm, following
         self._qkv, self._out = layer.attention.qkv, layer.attention.out
         self._clip, self._window = config.attention.clip_qkv, layer.attention.window
-        self._qk_norm = _qk_norm(layer.attention)
+        self._qk_norm = qk_norm(layer.attention)
         self._moe, self._mlp = layer.moe, layer.mlp
         self.stage = "mlp" if layer.moe is None else "moe"
         if layer.moe is not None:
@@ -382,7 +382,8 @@ def narrowest(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow if torch.equal(narrow.float(), weight) else weight
 
 
-def _qk_norm(attention: Attention) -> QKNormWeights | None:
+def qk_norm(attention: Attention) -> QKNormWeights | None:
+    """The weights of its norm of queries and keys, if it has one."""
     kind = attention.config.qk_norm
     if kind == "none":
         return None

@@ -14,6 +14,7 @@ from typing import Any
 
 from flexmoe.config.engine import LoadConfig
 from flexmoe.config.model import ModelConfig
+from flexmoe.config.packing import KEY, Packing
 from flexmoe.errors import CheckpointError, ConfigError
 from flexmoe.models import checkpoint, families
 from flexmoe.models.checkpoint import Match
@@ -22,7 +23,7 @@ from flexmoe.models.presets import PRESETS
 BUILTIN_NAME = "builtin"
 _BUILTIN = Path(__file__).parents[1] / "assets" / "builtin"
 # Everything but weights: configuration, tokenizer, chat template.
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("*.safetensors",)
 # Second copies of the weights in the publisher's own format.
 _NEVER = ("consolidated*", "original/*", "onnx/*", "*.index.json.bak")
@@ -33,6 +34,7 @@ class ModelSource:
     """A model found, its configuration read and its weights' headers checked.
 
     folder: None for a preset, which has no files. matches: each stored tensor and its place; empty for dummy weights.
+    packing: how its weights are quantized; None: they are full.
     """
 
     name: str
@@ -40,6 +42,7 @@ class ModelSource:
     hf_config: Mapping[str, Any]
     config: ModelConfig
     matches: tuple[Match, ...] = ()
+    packing: Packing | None = None
 
 
 def open_model(load: LoadConfig) -> ModelSource:
@@ -61,14 +64,16 @@ def open_model(load: LoadConfig) -> ModelSource:
     folder = resolve(load)
     hf_config = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    config = families.read_config(hf_config, _read_json(generation) if generation.is_file() else None)
+    packing = Packing.read(hf_config)
+    described = hf_config if packing is None else {key: value for key, value in hf_config.items() if key != KEY}
+    config = families.read_config(described, _read_json(generation) if generation.is_file() else None)
     if load.load_format == "dummy":
-        return ModelSource(name, folder, hf_config, config)
+        return ModelSource(name, folder, hf_config, config, packing=packing)
     stored = checkpoint.open_checkpoint(folder)
-    matches = checkpoint.validate(stored, config)
-    if stored.dtype is not None and not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
+    matches = checkpoint.validate(stored, config, packing)
+    if packing is None and stored.dtype is not None and not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
         config = replace(config, checkpoint_dtype=stored.dtype)
-    return ModelSource(name, folder, hf_config, config, matches)
+    return ModelSource(name, folder, hf_config, config, matches, packing)
 
 
 def resolve(load: LoadConfig) -> Path:
@@ -141,7 +146,7 @@ def _download(model: str, load: LoadConfig) -> Path:
             revision=load.revision,
             cache_dir=load.download_dir,
             force_download=load.force_download,
-            allow_patterns=[*_SMALL_FILES, *(() if load.load_format == "dummy" else _WEIGHTS)],
+            allow_patterns=[*SMALL_FILES, *(() if load.load_format == "dummy" else _WEIGHTS)],
             ignore_patterns=list(_NEVER),
             tqdm_class=Bar,
         )

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from flexmoe.config.packing import Packing
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard
 from flexmoe.errors import CheckpointError
 from flexmoe.kernels.quantize import QuantizedMatrix, Weights
 from flexmoe.models import families
-from flexmoe.models.checkpoint import ITEM_SIZES, Match, open_checkpoint, validate
+from flexmoe.models.checkpoint import Match, open_checkpoint, validate
 from flexmoe.models.families.layout import Piece
 from flexmoe.models.hub import ModelSource
 from flexmoe.models.slices import Cut, cuts
@@ -72,20 +73,21 @@ def load_weights(
 ) -> LoadReport:
     """Fill `params` (the decoder's, by name) from the checkpoint, converting to each one's dtype, bits and device.
 
+    What is stored quantized is taken as it is, into parameters of the same bits.
     shard: what this rank holds; None: all of it. A parameter of the model that is not in `params` is not read.
     Errors: CheckpointError, for a file that cannot be read; `open_model` has checked the rest.
     """
     if source.folder is None:
         raise CheckpointError(f"{source.name!r} is a preset without weights; use load_format='dummy'.")
     start = time.perf_counter()
-    matches = source.matches or validate(open_checkpoint(source.folder), source.config)
+    matches = source.matches or validate(open_checkpoint(source.folder), source.config, source.packing)
     held = cuts(shard or Shard(ParallelPlan(), source.config))
     work = _plan([match for match in matches if match.piece.param in params], held)
     files = sorted({match.tensor.file for match, _ in work})
     _check_complete(work, params)
-    with _bar(sum(_bytes_to_read(*item) for item in work), progress) as advance, torch.no_grad():
+    with bar(sum(_bytes_to_read(*item) for item in work), progress) as advance, torch.no_grad():
         for file in files:
-            _read_file(file, [item for item in work if item[0].tensor.file == file], params, advance)
+            _read_file(file, [w for w in work if w[0].tensor.file == file], params, source.packing, advance)
     total = sum(_bytes_to_read(*item) for item in work)
     return LoadReport(time.perf_counter() - start, total, len(work), len(files))
 
@@ -194,33 +196,35 @@ def _check_complete(work: list[Work], params: Mapping[str, Weights]) -> None:
 
 def _bytes_to_read(match: Match, copies: list[Copy]) -> int:
     """Of the tensor what is asked for, rows for several slots counted once."""
-    tensor = match.tensor
-    whole = tensor.shape[1:] if match.piece.fused else tensor.shape
     total = 0
     for rows, columns in {(c.source, c.first): (c.rows, c.columns) for c in copies}.values():
-        total += rows * (math.prod(whole[1:]) if columns is None else len(columns))
-    return total * ITEM_SIZES[tensor.dtype]
+        whole = rows * match.row_bytes
+        total += whole if columns is None else whole * len(columns) // match.piece.shape[-1]
+    return total
 
 
 def _read_file(
-    file: Path, work: list[Work], params: Mapping[str, Weights], advance: Callable[[int, str], None]
+    file: Path,
+    work: list[Work],
+    params: Mapping[str, Weights],
+    packing: Packing | None,
+    advance: Callable[[int, str], None],
 ) -> None:
     """Copy what one file holds. Its memory map goes when this returns, before the next file is opened."""
     try:
         with safe_open(file, framework="pt") as stored:
             for match, copies in work:
                 rows = stored.get_slice(match.tensor.name)
-                step = max(1, _CHUNK_BYTES // _row_bytes(match))
+                scales = None if match.scales is None else stored.get_slice(match.scales.name)
+                step = max(1, _CHUNK_BYTES // match.row_bytes)
                 for copy in copies:
-                    _copy_rows(rows, copy, copy.target(params), step)
+                    if scales is None or packing is None:
+                        _copy_rows(rows, copy, copy.target(params), step)
+                    else:
+                        _copy_packed(rows, scales, copy, copy.target(params), packing)
                 advance(_bytes_to_read(match, copies), file.name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _row_bytes(match: Match) -> int:
-    tensor = match.tensor
-    return ITEM_SIZES[tensor.dtype] * math.prod(tensor.shape[2 if match.piece.fused else 1 :])
 
 
 def _copy_rows(rows: Any, copy: Copy, target: Weights, step: int) -> None:
@@ -232,8 +236,17 @@ def _copy_rows(rows: Any, copy: Copy, target: Weights, step: int) -> None:
         target[begin:end].copy_(rows[place] if copy.source is None else rows[(copy.source, *place)])
 
 
+def _copy_packed(codes: Any, scales: Any, copy: Copy, target: Weights, packing: Packing) -> None:
+    """Codes and scales as they are stored: nothing is converted, so nothing needs to be cut into pieces."""
+    assert isinstance(target, QuantizedMatrix), f"{copy.param} is stored quantized, and to be held full"
+    assert copy.columns is None or len(copy.columns) == target.columns, "one rank holds all columns"
+    rows = slice(copy.first, copy.first + copy.rows)
+    place = rows if copy.source is None else (copy.source, rows)
+    target.assign(codes[place], scales[place], packing.group_size)
+
+
 @contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
+def bar(total: int, shown: bool, word: str = "Loading") -> Iterator[Callable[[int, str], None]]:
     """Yields advance(bytes, file name). The bar goes to stderr: stdout belongs to the program's answer."""
     if not shown:
         yield lambda _bytes, _file: None
@@ -242,7 +255,7 @@ def _bar(total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("Loading {task.fields[file]}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(word + " {task.fields[file]}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total, file="weights")
         yield lambda count, file: bar.update(task, advance=count, file=file)

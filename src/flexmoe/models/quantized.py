@@ -1,7 +1,7 @@
 """Which parameters are quantized, and to how many bits. Enters: a parameter's name. Leaves: bits, or None.
 
 Projections of attention, experts and dense layers as asked for. The embedding and the head keep 8 bits in any case:
-each token is one row of them. Norms, biases and routers, whose bytes do not count, stay as they are.
+each token is one row of them. Norms, biases and routers, whose bytes do not count, stay as they are. No torch.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import re
 
-import torch
-
+from flexmoe.config.packing import GROUP
 from flexmoe.config.shard import Shard
-from flexmoe.kernels.quantize import GROUP
 from flexmoe.models import families
 from flexmoe.models.slices import cuts
 
@@ -32,12 +30,12 @@ def bits_of(name: str, quantization: str | None) -> int | None:
     return BITS[quantization] if _PROJECTION.fullmatch(name) else None
 
 
-def weight_bytes(shard: Shard, dtype: torch.dtype, quantization: str | None) -> int:
-    """Bytes of the weights that a rank holds, replicas counted each time."""
+def weight_bytes(shard: Shard, itemsize: int, quantization: str | None) -> int:
+    """Bytes of the weights that a rank holds, replicas counted each time. itemsize: of a weight that is not rounded."""
     whole = families.parameters(shard.config)
     total = 0.0
     for name, cut in cuts(shard).items():
         bits = bits_of(name, quantization)
-        item = dtype.itemsize if bits is None else bits / 8 + 2 / GROUP
+        item = itemsize if bits is None else bits / 8 + 2 / GROUP
         total += math.prod(cut.shape(whole[name].shape)) * item
     return round(total)

@@ -64,10 +64,11 @@ class MoEBlock(nn.Module):
             batch.probe.record("topk_weights", self.layer, topk_weights)
         routed = self.dispatcher.dispatch(x, topk_ids, topk_weights, batch.most_rows)
         out = self.experts(routed.x, routed.slot_ids, routed.weights)  # one weighted sum a row
-        shared = None if self.shared is None else self._shared_output(self.shared, self.dispatcher.own(x))
+        shared = None if self.shared is None else self.shared_output(self.dispatcher.own(x))
         return self.dispatcher.combine(out, routed, shared)  # [T, H]
 
-    def _shared_output(self, shared: GatedMLP, x: Tensor) -> Tensor:
-        """The expert that every token takes, scaled by its gate where the model has one."""
-        out: Tensor = shared(x)
+    def shared_output(self, x: Tensor) -> Tensor:
+        """Of the expert that every token takes, scaled by its gate where the model has one."""
+        assert self.shared is not None
+        out: Tensor = self.shared(x)
         return out if self.shared_gate is None else out * torch.sigmoid(self.shared_gate(x))

@@ -29,6 +29,7 @@ from flexmoe.planner.simulator import Fleet, simulate
 from flexmoe.planner.space import Candidate, Space
 from flexmoe.planner.steps import Steps
 from flexmoe.planner.workload import Workload
+from flexmoe.scheduling.roofline import flops_per_byte, step_tokens
 
 BLOCK = 16  # tokens of a KV block, the engine's default
 _ROWS = 512  # of the step whose imbalance is told
@@ -93,11 +94,14 @@ class Setting:
         )
 
     def steps(self, plan: ParallelPlan, limits: SchedulerConfig) -> Steps:
-        """Step times of a plan, with so many tokens in a step at most."""
+        """Step times of a plan, with so many tokens in a step at most: by default as many as the engine would take."""
+        device = self.machine.device
+        balance, itemsize = flops_per_byte(device.kind, device.name), 4 if self.dtype == "float32" else 2
+        most = limits.max_num_batched_tokens or step_tokens(self.model, balance, itemsize).most
         cost = CostModel(
             self.machine, self.model, plan, dtype=self.dtype, quantization=self.quantization, routing=self.routing
         )
-        return Steps(cost, limits.max_num_batched_tokens)
+        return Steps(cost, most)
 
     def search(self, question: Question) -> Found:
         """See search.py. Where routing was recorded, plans that spread experts place them by it."""

@@ -13,6 +13,16 @@ from flexmoe.report.figure import ENGINES, MODELS, short_device
 from flexmoe.report.rows import Row, Value, newest
 
 _MISSING = "not recorded"
+_LLAMA_METRICS = {
+    "decode_bs1": "a token, one sequence (ms)",
+    "decode_bs4": "a step, four sequences (ms)",
+    "decode_bs16": "a step, 16 sequences (ms)",
+    "prefill_512": "a prompt of 512 tokens (ms)",
+    "throughput_32": "32 requests at once (tokens/s)",
+    "start_to_first_token": "start to first token (s)",
+}
+# Ours, llama.cpp's, and what a table calls both.
+_PRECISIONS = (("bfloat16", "bf16", "bf16"), ("int8", "q8_0", "8 bits"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +46,8 @@ class Table:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """All that these rows can fill."""
-    makers: tuple[Callable[[Sequence[Row]], Table | None], ...] = (latency, spread, experts, cpu, published)
+    makers: tuple[Callable[[Sequence[Row]], Table | None], ...]
+    makers = (latency, spread, experts, cpu, llama_cpp, published)
     return [table for make in makers if (table := make(rows)) is not None]
 
 
@@ -150,9 +161,7 @@ def experts(rows: Sequence[Row]) -> Table | None:
             Shown(short_device(str(row.get("device.name")))),
             Shown(str(row.get("model.experts")), row.value("model.experts")),
             _number(row.value("result.ms"), "{:g}" if row.is_cited else None),
-            _number(row.value("result.percent_of_floor"), "{:.0f}")
-            if row.get("result.percent_of_floor") is not None
-            else Shown(_MISSING),
+            _percent(row, "result.percent_of_floor"),
             Shown(str(row.get("result.remark") or "")),
         )
         for row in (*cited, *found)
@@ -179,7 +188,7 @@ def cpu(rows: Sequence[Row]) -> Table | None:
                 _number(other),
                 Shown(", ".join(str(part) for part in config if part) + compiled),
                 _number(other.over(mine), "{:.2f}×"),
-                Shown(_MISSING),
+                _percent(ours, "percent_of_floor"),
             )
         )
     first = pairs[0][1]
@@ -189,6 +198,47 @@ def cpu(rows: Sequence[Row]) -> Table | None:
     header = ("what", "FlexMoE", "transformers", "its configuration", "ratio", "% of floor")
     about += f"{_versions(first)} {_dates([ours for _, ours, _ in pairs])}"
     return Table("cpu", "On a CPU, beside the best of transformers", header, tuple(lines), about)
+
+
+def llama_cpp(rows: Sequence[Row]) -> Table | None:
+    """Ours beside llama.cpp at equal precision, and transformers in bf16, for each model and metric."""
+    found = [row for row in rows if row.get("benchmark") == "cpu_compare_llama_cpp" and row.get("phase") == "final"]
+    found = newest([row for row in found if not row.get("quick")], ("model.name", "metric", "engine", "config.dtype"))
+    lines, used = [], []
+    for model in dict.fromkeys(str(row.get("model.name")) for row in found):
+        for metric, what in _LLAMA_METRICS.items():
+            same = [row for row in found if (row.get("model.name"), row.get("metric")) == (model, metric)]
+            by = {(str(row.get("engine")), str(row.get("config.dtype"))): row for row in same}
+            for ours, theirs, precision in _PRECISIONS:
+                if ("flexmoe", ours) in by and ("llama.cpp", theirs) in by:
+                    trio = by["flexmoe", ours], by["llama.cpp", theirs], by.get(("transformers", ours))
+                    lines.append((Shown(model), Shown(what), Shown(precision), *_beside(*trio)))
+                    used.append(trio[0])
+    if not lines:
+        return None
+    header = ("model", "what", "weights", "FlexMoE", "% of floor", "llama.cpp", "its %", "transformers", "ratio")
+    first = used[0]
+    version = next((said for row in found if (said := row.get("about.llama-cpp-python"))), "of unknown version")
+    about = (
+        f"Random weights, {first.get('device.cores')} cores; medians of one run whose rounds interleave. “Ratio”: how "
+        f"many times better ours is than the best of the others. llama-cpp-python {version}; "
+        f"{_versions(first)} {_dates(used)}"
+    )
+    return Table("llama_cpp", "On a CPU, beside llama.cpp", header, tuple(lines), about)
+
+
+def _beside(ours: Row, llama: Row, transformers: Row | None) -> tuple[Shown, ...]:
+    """Our figure, theirs, and the ratio to the better of them."""
+    mine, other = ours.value("median"), llama.value("median")
+    hf = None if transformers is None else transformers.value("median")
+    peers = [other] if hf is None else [other, hf]
+    if ours.get("unit") == "tokens/s":
+        ratio = mine.over(max(peers, key=lambda value: value.number))
+    else:
+        ratio = min(peers, key=lambda value: value.number).over(mine)
+    percents = (_percent(row, "percent_of_floor") for row in (ours, llama))
+    shown = (_number(mine), next(percents), _number(other), next(percents))
+    return (*shown, Shown("") if hf is None else _number(hf), _number(ratio, "{:.2f}×"))
 
 
 def published(rows: Sequence[Row]) -> Table | None:
@@ -236,6 +286,10 @@ def three(number: float) -> str:
 
 def _number(value: Value, form: str | None = None) -> Shown:
     return Shown(form.format(value.number) if form else three(value.number), value)
+
+
+def _percent(row: Row, path: str) -> Shown:
+    return Shown(_MISSING) if row.get(path) is None else _number(row.value(path), "{:.0f}")
 
 
 def _line(texts: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from flexmoe.scheduling.block_manager import BlockManager, PrefixStats
 from flexmoe.scheduling.data_ranks import DataRanks, JointStep
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
+from flexmoe.scheduling.roofline import StepTokens
 from flexmoe.scheduling.scheduler import ScheduledChunk, Scheduler, Step
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "ScheduledChunk",
     "Scheduler",
     "Step",
+    "StepTokens",
 ]

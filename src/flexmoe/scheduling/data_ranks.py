@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.scheduling.block_manager import BlockManager, PrefixStats
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
+from flexmoe.scheduling.roofline import StepTokens
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
 
@@ -44,9 +45,11 @@ class BlockTotals:
 class DataRanks:
     """Offers what Scheduler offers, on several data ranks."""
 
-    def __init__(self, config: SchedulerConfig, blocks: Sequence[BlockManager]) -> None:
-        """blocks: of each data rank, all of one size."""
-        self.schedulers = [Scheduler(config, own) for own in blocks]
+    def __init__(
+        self, config: SchedulerConfig, blocks: Sequence[BlockManager], tokens: StepTokens | None = None
+    ) -> None:
+        """blocks: of each data rank, all of one size. tokens: see Scheduler."""
+        self.schedulers = [Scheduler(config, own, tokens) for own in blocks]
         self._outstanding = [0] * len(blocks)  # tokens
         self._rank_of: dict[str, int] = {}
 
@@ -70,6 +73,11 @@ class DataRanks:
         hits = sum(own.stats.hit_tokens for own in managers)
         free = sum(own.num_free for own in managers)
         return BlockTotals(sum(own.num_blocks for own in managers), free, PrefixStats(queried, hits))
+
+    @property
+    def max_tokens(self) -> int:
+        """The budget of a step of one data rank."""
+        return self.schedulers[0].max_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -103,9 +111,10 @@ class DataRanks:
         """The next step of every data rank; without chunks when nothing can run on any."""
         return JointStep.of([scheduler.schedule() for scheduler in self.schedulers])
 
-    def schedule_ahead(self, step: Step) -> JointStep | None:
+    def schedule_ahead(self, step: Step, *, prompts: bool = False) -> JointStep | None:
         """See Scheduler.schedule_ahead. None if a data rank that has requests must wait for this step's tokens."""
         assert isinstance(step, JointStep)
+        assert not prompts, "data ranks agree on their passes, which takes the host"
         parts: list[Step] = []
         for scheduler, part in zip(self.schedulers, step.parts, strict=True):
             idle = not (scheduler.num_running or scheduler.num_waiting)
@@ -127,6 +136,13 @@ class DataRanks:
         for request in finished:
             self._forget(request)
         return finished
+
+    def observe(self, step: Step, seconds: float) -> None:
+        """See Scheduler.observe: all data ranks wait for the slowest, so its time is everybody's."""
+        assert isinstance(step, JointStep)
+        for scheduler, part in zip(self.schedulers, step.parts, strict=True):
+            if part.chunks:
+                scheduler.observe(part, seconds)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if queues, blocks or the tokens outstanding contradict each other."""

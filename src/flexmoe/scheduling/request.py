@@ -34,6 +34,7 @@ class Request:
     finish_reason: None until finished. stop_reason: the stop token id or stop string; None for eos.
     num_preemptions: how often its blocks were taken away.
     arrival: its place in the queue, set by the scheduler.
+    watched: somebody reads its tokens as they come, so that gaps between them matter.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class Request:
         "stop_reason",
         "token_ids",
         "token_limit",
+        "watched",
     )
 
     def __init__(
@@ -85,6 +87,7 @@ class Request:
         self.stop_reason: int | str | None = None
         self.num_preemptions = 0
         self.arrival = -1
+        self.watched = False
 
     def __repr__(self) -> str:
         return (

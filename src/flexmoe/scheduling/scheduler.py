@@ -1,8 +1,12 @@
 """Scheduler: what the next step computes. Enters: requests, sampled tokens. Leaves: steps, finished requests.
 
 Continuous batching: every step takes the next token of each decoding request, then chunks of prompts in order of
-arrival, up to a budget of tokens. First come, first served, without exception: requests start in order of
-arrival, and when blocks run out the latest goes back to waiting, to be recomputed (its tokens are kept). Hence
+arrival, up to a budget of tokens. As long as nobody watches, throughput is what counts, and the budget is as large as
+pays (see roofline). Beside a decoding request that is watched, whose tokens somebody reads as they come, prompts get
+what keeps the step within `max_decode_slowdown` times its decodes alone, by what steps of this run took (see pace).
+
+First come, first served, without exception: requests start in order of arrival, and when blocks run out the latest
+goes back to waiting, to be recomputed (its tokens are kept). Hence
 
     arrivals of the running  <  arrivals of the waiting
 
@@ -36,7 +40,9 @@ from itertools import count
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.errors import RequestError
 from flexmoe.scheduling.block_manager import BlockManager
+from flexmoe.scheduling.pace import Pace
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
+from flexmoe.scheduling.roofline import StepTokens
 
 _RUNNING = RequestStatus.RUNNING  # looked up once a token: an Enum member costs more than a global
 
@@ -79,9 +85,14 @@ class Step:
 class Scheduler:
     """Decides which tokens of which requests are computed together."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager, tokens: StepTokens | None = None) -> None:
+        """tokens: what pays on the device; None: a small model's on a CPU. A budget that the config has comes first."""
         self.config = config
         self.blocks = blocks
+        tokens = tokens or StepTokens()
+        self._budget = tokens.most
+        most = self.max_tokens
+        self._pace = Pace(StepTokens(most, min(tokens.least, most)), config.max_decode_slowdown)
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -99,6 +110,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def max_tokens(self) -> int:
+        """The budget of a step."""
+        return self.config.max_num_batched_tokens or self._budget
 
     @property
     def num_tokens(self) -> int:
@@ -150,39 +166,47 @@ class Scheduler:
         prefills: list[ScheduledChunk] = []
         preempted: list[Request] = []
         partial = self._schedule_decodes(decodes, preempted)
-        budget = self.config.max_num_batched_tokens - len(decodes)
+        budget = self._budget_beside(decodes)
         for request in partial:
             budget -= self._schedule_prefill(request, budget, prefills)
         if not preempted:  # with a prefix to share one of them might fit again at once: not in the same step
             self._admit(budget, decodes, prefills)
         return Step(decodes + prefills, len(decodes), preempted)
 
-    def schedule_ahead(self, step: Step) -> Step | None:
+    def schedule_ahead(self, step: Step, *, prompts: bool = False) -> Step | None:
         """The step behind one of which the tokens are not known yet: the next token of all that are sure to go on.
 
         step: being computed; update() was called for all steps before it, and schedule() not since it was chosen.
-        Requests that ended meanwhile are left out, and those that the pending token ends by their length.
+        prompts: whether the step may also compute prompts. Requests that ended meanwhile are left out, and those that
+        the pending token ends by their length.
 
-        None if the next step has to wait for these tokens: a prompt is not complete; a request waits that schedule()
-        might admit then, by what is known now; there are too few blocks (nobody is preempted here); or nobody goes
-        on. So what makes room unforeseen (a stop, an abort, a prefix to share) may let a waiting request in one step
-        later than without; in that step older requests may need the blocks themselves.
+        None if the next step has to wait for these tokens: there are too few blocks (nobody is preempted here); nobody
+        goes on; or, without `prompts`, a prompt is not complete, or a request waits that schedule() might admit then,
+        by what is known now. So what makes room unforeseen (a stop, an abort, a prefix to share), and with `prompts`
+        also what an end by length makes, may let a waiting request in one step later than without; in that step older
+        requests may need the blocks themselves.
 
-        Each chunk is one token: the pending one, so that its start is the number of tokens that are known.
+        A decode's chunk is the pending token, so that its start is the number of tokens that are known.
         """
         chunks = [chunk for chunk in step.chunks if chunk.request.status is _RUNNING]
-        if len(chunks) < len(self._running) or not all(chunk.samples for chunk in chunks):
-            return None
-        ahead, gain = [], 0
+        decodes: list[ScheduledChunk] = []
+        goes_on: dict[Request, int] = {}  # where an incomplete prompt does
+        gain = 0
         for chunk in chunks:
             request, end = chunk.request, chunk.start + chunk.num_tokens
-            if end + 1 < request.token_limit:
-                ahead.append(ScheduledChunk(request, end, 1, True))
+            if not chunk.samples:
+                goes_on[request] = end
+            elif end + 1 < request.token_limit:
+                decodes.append(ScheduledChunk(request, end, 1, True))
             else:
                 gain += self.blocks.gain_of(request)
-        if not ahead or self._might_admit(len(ahead), gain) or not self._grow_ahead(ahead):
+        whole = not goes_on and len(chunks) == len(self._running)
+        if not prompts and not (whole and decodes and not self._might_admit(len(decodes), gain)):
             return None
-        return Step(ahead, len(ahead), [])
+        if not self._grow_ahead(decodes):
+            return None
+        prefills = self._prompts_ahead(chunks, goes_on, decodes) if prompts else []
+        return Step(decodes + prefills, len(decodes), []) if decodes or prefills else None
 
     def update(self, step: Step, sampled: Sequence[int]) -> list[Request]:
         """Record that a step was computed.
@@ -209,6 +233,10 @@ class Scheduler:
             self._remove(finished)
         return finished
 
+    def observe(self, step: Step, seconds: float) -> None:
+        """Learn how long a step took, from which later ones are cut to size."""
+        self._pace.observe(step.num_decodes, step.num_tokens - step.num_decodes, seconds)
+
     def check_integrity(self) -> None:
         """Raise AssertionError if the queues or the blocks contradict each other."""
         self.blocks.check_integrity()
@@ -220,7 +248,7 @@ class Scheduler:
         _require(not bad, f"requests run without blocks, or with nothing left to compute: {bad}")
         bad = [r for r in waiting if r.status is not RequestStatus.WAITING or r.blocks or r.num_computed_tokens]
         _require(not bad, f"requests wait with blocks, or with another status: {bad}")
-        limit = min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+        limit = min(self.config.max_num_seqs, self.max_tokens)
         _require(len(running) <= limit, f"{len(running)} requests run, at most {limit} may")
 
     def _schedule_decodes(self, decodes: list[ScheduledChunk], preempted: list[Request]) -> list[Request]:
@@ -238,6 +266,13 @@ class Scheduler:
             elif total <= len(request.blocks) * size or self._make_room(request, preempted):
                 decodes.append(ScheduledChunk(request, computed, 1, True))
         return partial
+
+    def _budget_beside(self, decodes: Sequence[ScheduledChunk]) -> int:
+        """Tokens that prompts may have beside these decodes."""
+        left = self.max_tokens - len(decodes)
+        if any(chunk.request.watched for chunk in decodes):
+            left = min(left, self._pace.limit(len(decodes)))
+        return left
 
     def _make_room(self, request: Request, preempted: list[Request]) -> bool:
         """Give a request its next block, preempting the latest ones if need be. False if it is the latest itself.
@@ -278,8 +313,26 @@ class Scheduler:
 
     def _might_admit(self, num_running: int, gain: int) -> bool:
         """Whether somebody waits who may fit once so many requests run and blocks.num_gained has grown by `gain`."""
-        seats = min(self.config.max_num_seqs, self.config.max_num_batched_tokens) - num_running
+        seats = min(self.config.max_num_seqs, self.max_tokens) - num_running
         return bool(self._waiting) and seats > 0 and self.blocks.num_gained + gain >= self._retry_at
+
+    def _prompts_ahead(
+        self, coming: Sequence[ScheduledChunk], goes_on: dict[Request, int], decodes: list[ScheduledChunk]
+    ) -> list[ScheduledChunk]:
+        """What schedule() would compute of prompts beside these decodes, once the step with `coming` is over.
+
+        goes_on: from where on, of prompts in it. Of a prompt that lacks one token, it is a decode like any other.
+        """
+        prefills: list[ScheduledChunk] = []
+        sampled = {chunk.request for chunk in coming if chunk.samples}
+        budget = self._budget_beside(decodes) - (len(sampled) - len(decodes))  # those that end still have their seats
+        for request in self._running if len(sampled) < len(self._running) else ():
+            if request not in sampled:
+                start = goes_on.get(request, request.num_computed_tokens)
+                one_left = start == request.num_tokens - 1
+                budget -= self._schedule_prefill(request, budget, decodes if one_left else prefills, start)
+        self._admit(budget, decodes, prefills)
+        return prefills
 
     def _grow_ahead(self, chunks: Sequence[ScheduledChunk]) -> bool:
         """Give each request a block for its chunk if it lacks one. False, and nothing has changed, if too few are free.
@@ -294,14 +347,19 @@ class Scheduler:
             self.blocks.grow(request)
         return True
 
-    def _schedule_prefill(self, request: Request, budget: int, chunks: list[ScheduledChunk]) -> int:
-        """Append as much of a request's uncomputed tokens as the budget allows. Returns how many."""
-        start = request.num_computed_tokens
+    def _schedule_prefill(
+        self, request: Request, budget: int, chunks: list[ScheduledChunk], start: int | None = None
+    ) -> int:
+        """Append as much of a request's tokens from `start` on as the budget allows. Returns how many.
+
+        start: None for the first that is not computed.
+        """
+        start = request.num_computed_tokens if start is None else start
         missing = request.num_tokens - start
         num_tokens = min(missing, budget)
-        if num_tokens:
+        if num_tokens > 0:
             chunks.append(ScheduledChunk(request, start, num_tokens, num_tokens == missing))
-        return num_tokens
+        return max(0, num_tokens)
 
     def _record_computed(self, request: Request, chunk: ScheduledChunk) -> None:
         computed = request.num_computed_tokens = chunk.start + chunk.num_tokens

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexmoe.config.packing import Packing
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.config.server import ServerConfig
 from flexmoe.engine.detokenizer import Detokenizer
@@ -38,6 +39,8 @@ def rival_of(config: ServerConfig, engine: Engine) -> Rival | None:
     folder = engine.model_folder
     if folder is None or engine.tokenizer is None:
         raise ConfigError("compare='hf' needs a model with weights and a tokenizer in a folder; leave it out.")
+    if Packing.read(json.loads((folder / "config.json").read_text(encoding="utf-8"))) is not None:
+        raise ConfigError(f"compare='hf': transformers cannot read the quantized weights of {folder}; leave it out.")
     return HuggingFace(engine, folder)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexmoe.errors import RequestError
+from flexmoe.config.engine import QUANTIZATIONS
+from flexmoe.errors import ConfigError, RequestError
 from flexmoe.llm import LLM
 from flexmoe.verify.passes import all_logits, recorded
 from flexmoe.verify.scenarios import use_scheduler
@@ -54,12 +56,21 @@ def measure(
     model: str | None, quantization: str, texts: Sequence[str] = TEXTS, *, dtype: str = "float32",
     threads: int | None = None, revision: str | None = None,
 ) -> Quality:  # fmt: skip
-    """Read the texts with full and with quantized weights, on the CPU. Raises RequestError for texts too short."""
-    options = {"device": "cpu", "dtype": dtype, "threads": threads, "revision": revision}
+    """Read the texts with full and with quantized weights, on the CPU.
+
+    quantization: "int8", "int4", or a folder that `flexmoe quantize` made of the model. Raises RequestError for texts
+    too short, ConfigError if the model is quantized itself or the folder is not.
+    """
+    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "threads": threads}
+    full = options | {"model": model, "revision": revision}
+    rounded = options | {"model": quantization}
+    if quantization in QUANTIZATIONS:
+        rounded = full | {"quantization": quantization}
     losses, likeliest = [], []
-    for bits in (None, quantization):
-        with LLM(model, quantization=bits, **options) as llm:
-            ids = [llm.encode(text)[: llm.config.max_position] for text in texts]
+    for which in (full, rounded):
+        with LLM(**which) as llm:
+            _check_weights(llm, which is full)
+            ids = [llm.encode(text)[: llm.config.max_position - 1] for text in texts]
             ids = [sequence for sequence in ids if len(sequence) > 1]
             if not ids:
                 raise RequestError("the texts hold no second token to predict; give longer ones.")
@@ -70,6 +81,17 @@ def measure(
         likeliest.append([token for z in logits for token in z.argmax(1).tolist()])
     same = sum(ours == theirs for ours, theirs in zip(*likeliest, strict=True))
     return Quality(quantization, tokens, math.exp(losses[0]), math.exp(losses[1]), same / tokens)
+
+
+def _check_weights(llm: LLM, full: bool) -> None:
+    about = llm.describe()
+    if full and about["quantization"]:
+        raise ConfigError(
+            f"{about['model']} holds {about['quantization']} weights; name the full model, and this folder with "
+            "--quantization."
+        )
+    if not full and not about["quantization"]:
+        raise ConfigError(f"{about['model']} holds full weights; give int8, int4 or a folder from `flexmoe quantize`.")
 
 
 def _loss(logits: Tensor, ids: list[int]) -> float:

@@ -100,6 +100,11 @@ def _prepare(options: VerifyOptions) -> tuple[Path, ModelConfig, Prompts]:
     source = open_model(LoadConfig(model=options.model, revision=options.revision))
     if source.folder is None:
         raise CheckpointError(f"{source.name!r} has no weights to verify; give a model's folder or hub id.")
+    if source.packing is not None:
+        raise ConfigError(
+            f"{source.name} holds {source.packing.quantization} weights, which transformers cannot read; compare it "
+            f"with the model that it was made from: flexmoe verify MODEL --quantization {source.name}."
+        )
     tokenizer = Tokenizer.from_folder(source.folder)
     return source.folder, source.config, choose_prompts(source.config, tokenizer, options.prompts, options.max_tokens)
 

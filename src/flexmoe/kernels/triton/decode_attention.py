@@ -136,7 +136,7 @@ def decode_attention(
         qkv, cache, rows.lengths, rows.tables, rows.table_stride, cos, sin,
         norm and norm.query, norm and norm.key, out, partial, logsum,
         HKV=num_kv_heads, R=2 * cos.shape[1], BLOCK_SIZE=rows.block_size,
-        NORM=_norm_kind(norm), EPS=norm.eps if norm else 0.0, CLIP=clip, SCALE=head_dim**-0.5 * _LOG2_E,
+        NORM=norm_kind(norm), EPS=norm.eps if norm else 0.0, CLIP=clip, SCALE=head_dim**-0.5 * _LOG2_E,
         PER_HEAD=tile.per_head, HEADS=heads,
         PAD_HEADS=1 if tile.per_head else max(_MIN_DOT, triton.next_power_of_2(heads)), STAGES=tile.num_stages,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **common,
@@ -148,7 +148,7 @@ def decode_attention(
         )  # fmt: skip
 
 
-def _norm_kind(norm: QKNormWeights | None) -> int:
+def norm_kind(norm: QKNormWeights | None) -> int:
     kind = NO_NORM if norm is None else FULL_NORM if norm.full else HEAD_NORM
     return int(kind.value)
 

@@ -78,7 +78,7 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _full_scales(
+def full_scales(
     q_ptr, k_ptr, wants_k, Q_SIZE: tl.constexpr, K_SIZE: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr
 ):
     """1 / RMS of the whole query [Q_SIZE] and the whole key [K_SIZE], in one reduction; no key unless wanted."""
@@ -90,14 +90,14 @@ def _full_scales(
 
 
 @triton.jit
-def _clip(x, CLIP: tl.constexpr):
+def clip(x, CLIP: tl.constexpr):
     if CLIP is not None:
         x = tl.minimum(tl.maximum(x, -CLIP), CLIP)
     return x
 
 
 @triton.jit
-def _normed_rotated(
+def normed_rotated(
     x, other, weight, other_weight, scale, cos, sin, D: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     CLIP: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _normed_rotated(
     if NORM != NO_NORM:
         x = x * scale * weight.to(tl.float32)
         other = other * scale * other_weight.to(tl.float32)
-    return _clip(x, CLIP) * cos + _clip(other, CLIP) * sin
+    return clip(x, CLIP) * cos + clip(other, CLIP) * sin
 
 
 @triton.jit
@@ -233,16 +233,16 @@ def split_kernel(
     q_scale, k_scale = 1.0, 1.0
     if NORM == FULL_NORM:
         BLOCK: tl.constexpr = triton.next_power_of_2(HQ * D)
-        q_scale, k_scale = _full_scales(q_ptr, k_ptr, takes_newest, HQ * D, HKV * D, BLOCK, EPS)
+        q_scale, k_scale = full_scales(q_ptr, k_ptr, takes_newest, HQ * D, HKV * D, BLOCK, EPS)
     raw_q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)  # [G, D]
     raw_q_partner = tl.load(q_ptr + q_partner_at, mask=q_mask, other=0.0)
     raw_k = tl.load(k_ptr + k_at, mask=k_mask, other=0.0)  # [1, D]
     raw_k_partner = tl.load(k_ptr + k_partner_at, mask=k_mask, other=0.0)
     raw_v = tl.load(k_ptr + HKV * D + k_at, mask=k_mask, other=0.0)
-    q = _normed_rotated(raw_q, raw_q_partner, q_weight, q_partner_weight, q_scale, cos, sin, D, NORM, EPS, CLIP)
-    new_k = _normed_rotated(raw_k, raw_k_partner, k_weight, k_partner_weight, k_scale, cos, sin, D, NORM, EPS, CLIP)
+    q = normed_rotated(raw_q, raw_q_partner, q_weight, q_partner_weight, q_scale, cos, sin, D, NORM, EPS, CLIP)
+    new_k = normed_rotated(raw_k, raw_k_partner, k_weight, k_partner_weight, k_scale, cos, sin, D, NORM, EPS, CLIP)
     # Rounded as later steps will read them.
-    q, new_k, new_v = q.to(k.dtype), new_k.to(k.dtype), _clip(raw_v.to(tl.float32), CLIP).to(k.dtype)
+    q, new_k, new_v = q.to(k.dtype), new_k.to(k.dtype), clip(raw_v.to(tl.float32), CLIP).to(k.dtype)
     writes = k_mask & (tl.program_id(0) * HEADS % (HQ // HKV) == 0)
     new_at = head_ptr + new_slot.to(tl.int64) * (2 * HKV * D) + d[None, :]
     tl.store(new_at, new_k, mask=writes)

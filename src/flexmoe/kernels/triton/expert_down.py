@@ -249,7 +249,10 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         return DownTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
-        tile = DownTile(128, 256, 64, num_warps=8, num_stages=4, swap=False)
+        # Measured on an H200, Mixtral's shape: 577 TFLOP/s at 2,048 tokens (529 without TMA); at 512 a tile half as
+        # wide has programs enough, 380 (337).
+        wide = rows * top_k >= 256 * num_experts
+        tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True)
     elif block == 16:  # measured inside decode steps on an H200: up to 16% less than 64 columns and five stages
         tile = DownTile(block, block_k=128, num_stages=4)
     else:

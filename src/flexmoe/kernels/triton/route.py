@@ -47,6 +47,11 @@ def default_tile(T: int, H: int, E: int, itemsize: int) -> RouteTile:
         while itemsize < 4 and block_e * 2 * width <= _HELD and block_e * 2 * _PROGRAMS <= T * E:
             block_e *= 2
         return RouteTile(block_t=1, block_e=block_e, block_k=0, num_warps=min(8, max(1, width // 512)), num_stages=1)
+    return many_rows_tile(T, E, itemsize)
+
+
+def many_rows_tile(T: int, E: int, itemsize: int) -> RouteTile:
+    """Of the way of many rows, which takes them normed."""
     exact = itemsize == 4  # several products a step: shorter steps, or registers run out
     if T <= 512 or E <= 16:
         side = 16 if T <= 128 else 32

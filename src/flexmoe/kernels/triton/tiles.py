@@ -54,6 +54,7 @@ LIMITS = ("expert_gemv", "topk_by_expert")
 # Tiles of a projection hold a number of rows in registers: none is used where one more block of rows would begin.
 _REGIMES = {"norm_linear": (8, 16, 32, 64, 128, 256)}
 _NEAR = math.log(2)
+_NEAR_GROUPED = math.log(1.9)  # the rows of most experts would be cut in two by a tile for half as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,8 @@ class TileTable:
     def tile(self, work: Work, rows: int) -> Any:
         """The tile of the nearest measured rows, or None."""
         near = [(work.distance(rows, other), other) for other in self._tiles.get(work, ())]
-        near = [(distance, other) for distance, other in near if distance < _NEAR]
+        limit = _NEAR_GROUPED if work.op.endswith("_grouped") else _NEAR
+        near = [(distance, other) for distance, other in near if distance < limit]
         return self._tiles[work][min(near)[1]].tile if near else None
 
     def limit(self, work: Work) -> int | None:

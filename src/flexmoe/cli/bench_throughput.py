@@ -1,0 +1,106 @@
+"""`flexmoe bench throughput`: many requests together, without a server. Leaves: a table and a row an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flexmoe.cli.options import debug_option
+from flexmoe.cli.terminal import note
+from flexmoe.config.engine import DTYPES, LOAD_FORMATS
+
+_ENGINES = ("flexmoe", "hf-default")
+_positive = click.IntRange(min=1)
+
+
+def _engines(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    words = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
+    unknown = [word for word in words if word not in _ENGINES]
+    if unknown:
+        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(_ENGINES)}.")
+    return words
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--requests", type=_positive, default=512, show_default=True, help="How many.")
+@click.option("--prompt-len", type=_positive, default=512, show_default=True, help="Tokens of each prompt.")
+@click.option("--output-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of each answer.")
+@click.option(
+    "--engine",
+    "engines",
+    default="flexmoe",
+    show_default=True,
+    callback=_engines,
+    help="flexmoe, hf-default, or both with a comma between. The latter is Hugging Face transformers as it comes, on "
+    "the same weights, in batches of 16.",
+)
+@click.option("--max-num-seqs", type=_positive, help="Requests that run together.  [default: all, up to 256]")
+@click.option(
+    "--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: the engine's choice]"
+)
+@click.option(
+    "--load-format",
+    type=click.Choice(LOAD_FORMATS),
+    default="auto",
+    show_default=True,
+    help="`dummy`: random weights from config.json alone, as presets always have.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and of dummy weights.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to append a JSON row an engine to.")
+@debug_option
+def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], load_format: str, **options: Any) -> None:
+    """Serve many requests of MODEL together, and count tokens a second.
+
+    MODEL is a folder, a name on the Hub, a preset (`flexmoe models` lists them) or nothing for the built-in model. All
+    requests are there from the start: random prompts of one length, greedy answers of one length. The table also says
+    how busy the device was once all was in full swing, and what part of the time reading memory for the decode steps
+    must take.
+
+    \b
+    Examples:
+      flexmoe bench throughput --requests 64 --prompt-len 64 --output-len 64
+      flexmoe bench throughput olmoe-1b-7b --engine flexmoe,hf-default --out rows.jsonl
+    """
+    from flexmoe.bench.record import append
+    from flexmoe.bench.subject import open_subject
+    from flexmoe.bench.throughput import ThroughputOptions, measure
+
+    rows = []
+    with open_subject(model, load_format) as subject:
+        for engine in engines:
+            note(f"{subject.label}: {engine}")
+            rows.append(measure(subject, ThroughputOptions(engine=engine, **options)))
+            if out is not None:
+                append(out, rows[-1])
+    _print(rows)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    params = first["params"]
+    console = Console(highlight=False)
+    console.print(
+        f"{first['model']['label']}, {params['dtype']} on {first['device']['name']}: {params['requests']} requests, "
+        f"{params['prompt_len']} tokens in, {params['output_len']} out",
+        style="bold",
+        markup=False,
+    )
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("engine", "seconds", "output tokens/s", "all tokens/s", "steps", "% busy", "% floor"):
+        table.add_column(name, justify="left" if name == "engine" else "right")
+    for row in rows:
+        result = row["result"]
+        rates = [f"{result[name]:,.0f}" for name in ("output_tokens_per_s", "total_tokens_per_s")]
+        known = [str(result[name]) if name in result else "-" for name in ("steps", "device_busy_percent")]
+        table.add_row(row["engine"], f"{result['seconds']:.2f}", *rates, *known, f"{result['percent_of_floor']:.0f}")
+    console.print(table)

@@ -1,0 +1,153 @@
+"""PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them.
+
+Enters: a loaded Decoder, whose weights it reads where they are, and rows on the device. Leaves: logits of the rows that
+ask for them. Dense products are torch's; everything between them are Triton kernels, some ten launches a layer. None
+waits for the device, and no shape depends on how tokens were routed.
+
+The residual stream is fp32, as in decode steps (`models/fused.py`); a launch that has whole rows of it in hand norms
+them for what comes next. On several ranks each computes its heads and experts, and parts are added by an all-reduce.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexmoe.kernels.triton.combine import combine, combine_norm
+from flexmoe.kernels.triton.expert_down import expert_down_grouped
+from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_grouped
+from flexmoe.kernels.triton.group_by_expert import group_by_expert
+from flexmoe.kernels.triton.prefill_attention import default_tile, prefill_attention
+from flexmoe.kernels.triton.rms_norm import rms_norm
+from flexmoe.kernels.triton.rotate_and_store import rotate_and_store
+from flexmoe.kernels.triton.route import many_rows_tile, route
+from flexmoe.kernels.triton.topk import topk
+from flexmoe.layers.forward_batch import Probe
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.layers.norm import RMSNorm
+from flexmoe.layers.rotary import rotary_tables
+from flexmoe.models.decoder import Decoder, DecoderLayer
+from flexmoe.models.device_rows import PromptRows
+from flexmoe.models.fused import narrowest, qk_norm, weight_of
+from flexmoe.models.fused_ranks import slots_by_row
+from flexmoe.models.seen import Seen
+from flexmoe.moe.block import MoEBlock
+from flexmoe.parallel.mesh import Mesh
+
+
+class PromptLayer:
+    """One decoder layer. following: the norm that comes after it."""
+
+    def __init__(self, layer: DecoderLayer, following: RMSNorm, mesh: Mesh, dtype: torch.dtype) -> None:
+        self.layer, self.index, self._following, self._mesh = layer, layer.index, following, mesh
+        self.stage = "mlp" if layer.moe is None else "moe"
+        self._norm = qk_norm(layer.attention)
+        if layer.moe is not None:
+            weight = layer.moe.router.weight.data
+            self._router = narrowest(weight, dtype)
+            self._in_order = slots_by_row(mesh, len(weight), layer.index, 1, weight.device) is None
+
+    def attend(self, x: Tensor, normed: Tensor, rows: PromptRows, cos: Tensor, sin: Tensor, cache: Tensor) -> Tensor:
+        """x += attention(normed); writes the rows' keys and values. Returns the rows normed for what comes next."""
+        attention = self.layer.attention
+        a = attention.config
+        qkv, norm = F.linear(normed, weight_of(attention.qkv), attention.qkv.added), self._norm
+        if norm is not None and norm.full and self._mesh.tp.size > 1:  # over heads of other ranks, too
+            qkv, norm = attention.norm(qkv), None
+        query = qkv.new_empty(len(qkv), a.num_heads * a.head_dim)
+        rotate_and_store(
+            qkv, cache, rows.positions, rows.slots, cos, sin, query, norm=norm, clip=a.clip_qkv
+        )  # fmt: skip
+        attended = torch.empty_like(query)
+        prefill_attention(query, cache, rows.spans, attended, window=attention.window)
+        out = F.linear(attended, weight_of(attention.out), attention.out.added)
+        return self._add(x, self._mesh.tp.all_reduce(out, "linear"), self.layer.mlp_norm)
+
+    def feed(self, x: Tensor, normed: Tensor, seen: Seen) -> Tensor:
+        """x += MoE block or MLP of the normed rows. Returns the rows normed for what comes next."""
+        moe = self.layer.moe
+        if moe is None:
+            assert self.layer.mlp is not None
+            return self._add(x, self.layer.mlp(normed), self._following)
+        shared = None if moe.shared is None else moe.shared_output(normed)
+        ids, weights, places = self._route(moe, x, normed)
+        seen.record("topk_ids", self.index, ids)
+        seen.record("topk_weights", self.index, weights)
+        y = self._experts(moe, normed, places, weights)
+        out, norm = torch.empty_like(normed), self._following
+        if self._mesh.stage.size > 1:
+            combine(y, places, out, accumulate=False)
+            out = out if shared is None else out.add_(shared)
+            return self._add(x, self._mesh.stage.all_reduce(out, "combine"), norm)
+        if shared is not None:
+            x += shared
+        combine_norm(y, places, x, norm.weight.data, norm.eps, out)
+        return out
+
+    def _add(self, x: Tensor, part: Tensor, norm: RMSNorm) -> Tensor:
+        """x += part; returns the sum normed: what `combine_norm` does for one expert a row."""
+        out = torch.empty_like(part)
+        alone = torch.zeros(len(x), 1, dtype=torch.int32, device=x.device)
+        combine_norm(part, alone, x, norm.weight.data, norm.eps, out)
+        return out
+
+    def _route(self, moe: MoEBlock, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's experts, int32 [T, K], their weights, fp32, and their slots, -1 where another rank has them."""
+        T, E, K = len(x), len(self._router), moe.router.top_k
+        logits = torch.empty(T, E, dtype=torch.float32, device=x.device)
+        tile, norm = many_rows_tile(T, E, self._router.itemsize), self.layer.mlp_norm
+        route(x, norm.weight.data, norm.eps, self._router, normed, logits, is_normed=True, tile=tile)
+        ids = torch.empty(T, K, dtype=torch.int32, device=x.device)
+        weights = torch.empty(T, K, dtype=torch.float32, device=x.device)
+        slots = None if self._in_order else slots_by_row(self._mesh, E, self.index, T, x.device)
+        places = ids if slots is None else torch.empty_like(ids)
+        topk(logits, ids, weights, renormalize=moe.router.renormalize, slots=slots, slot_ids=places)
+        return ids, weights, places
+
+    def _experts(self, moe: MoEBlock, normed: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+        """What each chosen expert here makes of its rows, already weighted: [T K, H], some rows of it not written."""
+        (T, K), experts = places.shape, moe.experts
+        S, y = experts.num_slots, normed.new_empty(places.numel(), experts.hidden_size)
+        if S == 0:
+            return y
+        rows = torch.empty(S, T, dtype=torch.int32, device=places.device)
+        counts = torch.empty(S, dtype=torch.int32, device=places.device)
+        hidden = normed.new_empty(T * K, experts.width)
+        group_by_expert(places, S, rows, counts)
+        expert_gate_up_grouped(normed, rows, counts, experts.gate_up.data, hidden, top_k=K)
+        expert_down_grouped(hidden, rows, counts, weights, experts.down.data, y)
+        return y
+
+
+class PromptDecoder:
+    """Computes prompts of a loaded Decoder, all of whose layers are here; see `DevicePrompts`."""
+
+    def __init__(self, model: Decoder, max_position: int, device: torch.device) -> None:
+        self._model, dtype = model, model.norm.weight.dtype
+        layers = model.decoder_layers
+        following = [*(layer.input_norm for layer in layers[1:]), model.norm]
+        self._first = layers[0].input_norm
+        self._layers = [
+            PromptLayer(layer, norm, model.mesh, dtype) for layer, norm in zip(layers, following, strict=True)
+        ]
+        cos, sin = rotary_tables(model.config.attention.rope, max_position)
+        self._cos, self._sin = cos.to(device), sin.to(device)
+        self.block_rows = default_tile(model.config.attention.head_dim, dtype).rows
+
+    def logits(self, rows: PromptRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
+        """See `DevicePrompts`."""
+        embedded: Tensor = self._model.embed_tokens(rows.token_ids)
+        x, normed = embedded.float(), torch.empty_like(embedded)
+        seen = Seen(probe, x)
+        seen.record("embedding", -1, x)
+        rms_norm(x, self._first.weight.data, self._first.eps, normed)
+        for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
+            normed = layer.attend(x, normed, rows, self._cos, self._sin, layer_cache)
+            seen.added("attention", layer.index)
+            normed = layer.feed(x, normed, seen)
+            seen.added(layer.stage, layer.index)
+            seen.record("layer", layer.index, x)
+        logits = self._model.head(normed.index_select(0, rows.sample_rows))
+        seen.record("logits", -1, logits)
+        return logits

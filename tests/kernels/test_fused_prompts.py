@@ -1,0 +1,105 @@
+"""Prompts in the Triton kernels against the decoder in torch: every stage, every family, spans of all kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from flexmoe.config.model import LayerConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.engine.batch import build_batch
+from flexmoe.engine.prompt_rows import lay_out
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.fused_prompts import PromptDecoder
+from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from tests.cpu.paging import scattered, slot
+from tests.cpu.tiny_decoders import CPU, Recording, config, copy_cache, decoder
+from tests.cpu.tiny_models import CASES
+from tests.kernels.support import DEVICE, ON_GPU, distance
+from tests.kernels.test_fused_decoder import assert_stage, load, moved, on_device
+
+# The interpreter computes what is masked, too: the softmax of a row that is not there.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+
+BLOCK_SIZE = 4
+SPANS = ((0, 11), (5, 3), (9, 1), (2, 14))  # of each request: tokens before, and in the step
+
+
+def chunks_of(spans: Sequence[tuple[int, int]], vocab: int) -> tuple[list[ScheduledChunk], int]:
+    """All but the last one sample."""
+    requests, num_blocks = scattered([before + count for before, count in spans], BLOCK_SIZE, vocab)
+    last = len(spans) - 1
+    made = [
+        ScheduledChunk(request, before, count, index < max(1, last))
+        for index, (request, (before, count)) in enumerate(zip(requests, spans, strict=True))
+    ]
+    return made, num_blocks
+
+
+def filled(model: Decoder, chunks: Sequence[ScheduledChunk], num_blocks: int) -> KVCache:
+    """Random keys and values where the chunks look back to, NaN elsewhere."""
+    cache = KVCache(model.config, num_blocks, BLOCK_SIZE, torch.float32, CPU)
+    for layer in cache.layers:
+        layer.fill_(torch.nan)
+        for chunk in chunks:
+            places = [slot(chunk.request, position, BLOCK_SIZE) for position in range(chunk.start)]
+            layer[places] = torch.randn(len(places), *layer.shape[1:])
+    return cache
+
+
+@torch.inference_mode()
+def check(model: Decoder, spans: Sequence[tuple[int, int]] = SPANS, made: Decoder | None = None) -> None:
+    chunks, num_blocks = chunks_of(spans, model.config.vocab_size)
+    exact = filled(model, chunks, num_blocks)
+    cache, before = moved(exact), copy_cache(exact, torch.float32)
+    wanted, seen = Recording(), Recording()
+    windows = sorted({layer.window for layer in model.config.layers}, key=lambda w: w or 0)
+    batch = build_batch(Step(chunks, 0, []), BLOCK_SIZE, windows, CPU, wanted)
+    expected = model.logits(model(batch, exact), batch)
+    prompts = PromptDecoder(made or on_device(model), 64, DEVICE)
+    found = prompts.logits(lay_out(chunks, BLOCK_SIZE, prompts.block_rows, DEVICE), cache, seen)
+    assert found.argmax(-1).tolist() == expected.argmax(-1).tolist()
+    assert set(seen.stages) == set(wanted.stages)
+    for key, stage in wanted.stages.items():
+        assert_stage(key, seen.stages[key].cpu(), stage, wanted.stages)
+    new = [slot(c.request, p, BLOCK_SIZE) for c in chunks for p in range(c.start, c.start + c.num_tokens)]
+    for ours, theirs, old in zip(cache.layers, exact.layers, before.layers, strict=True):
+        assert distance(ours.cpu()[new], theirs[new]) < 1e-5
+        old[new] = ours.cpu()[new]
+        assert torch.equal(ours.cpu().view(torch.uint8), old.view(torch.uint8)), "a slot of another token was written"
+
+
+@pytest.mark.parametrize("case", sorted(CASES) if ON_GPU else ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_every_family_agrees_stage_by_stage(case: str) -> None:
+    check(load(case), ((3, 5), (0, 6)))
+
+
+@pytest.mark.parametrize("spans", [((0, 1),), ((0, 37),), SPANS])
+def test_spans_of_all_kinds(spans: Sequence[tuple[int, int]]) -> None:
+    check(decoder(config()), spans)
+
+
+def test_windows_and_tied_embeddings() -> None:
+    layers = (LayerConfig(is_moe=True, window=3), LayerConfig(is_moe=False))
+    check(decoder(config(layers=layers, tie_embeddings=True)))
+
+
+def test_replicas_and_slots_out_of_order() -> None:
+    from tests.cpu.tiny_decoders import placed
+
+    made = config(layers=(LayerConfig(is_moe=True), LayerConfig(is_moe=True)))
+    assert made.moe is not None
+    experts = made.moe.num_experts
+    model = decoder(made)
+    slots = (*reversed(range(experts)), 0, 1)
+    plan: ParallelPlan = placed(experts, slots)
+    other = Decoder(made, plan, "reference", 64, dtype=torch.float32, device=DEVICE).eval()
+    weights = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in other.named_parameters():
+        given = weights[name].to(DEVICE)
+        parameter.data.copy_(given[list(slots)] if ".experts." in name else given)
+    other.pack(in_place=True)
+    check(model, made=other)
