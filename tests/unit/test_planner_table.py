@@ -1,4 +1,4 @@
-"""The tables of docs/planner.md are as tools/planner_table.py writes them; those of 8 and 64 GPUs take it too long."""
+"""The tables in docs/planner.md are what tools/planner_table.py writes. 8 and 64 GPUs take a minute: only counted."""
 
 from __future__ import annotations
 

@@ -176,19 +176,24 @@ def rank_counts(ranks: int) -> list[int]:
 
 
 def measured_links(ranks: int, device: str, notify: Callable[[str], None]) -> tuple[Link, ...]:
-    """One link: what 2, 4 ... and so many ranks took; latency and bandwidth as most ranks saw them."""
-    sizes = rank_counts(ranks)
-    found: list[Exchange] = []
-    for count in sizes:
+    """One link: what 2, 4 ... and so many ranks took."""
+    found: list[dict[str, Any]] = []
+    for count in rank_counts(ranks):
         notify(f"exchanges among {count} ranks")
-        for row in rows(count, cases(device, *_SIZES[device])):
-            seconds, captured = row["us"]["median"] * 1e-6, row["mode"] == "graph"
-            found.append(Exchange(row["op"], count, row["bytes"], seconds, captured))
-    last = [e for e in found if e.ranks == sizes[-1] and e.op == "all_reduce"]
-    latency = min(e.seconds for e in last) / np.log2(sizes[-1])
-    fastest = max(last, key=lambda e: e.num_bytes / e.seconds)
-    bandwidth = 2 * (sizes[-1] - 1) / sizes[-1] * fastest.num_bytes / fastest.seconds
-    return (Link("nvlink or pcie" if device == "cuda" else "memory", 0, float(latency), bandwidth, tuple(found)),)
+        found += rows(count, cases(device, *_SIZES[device]))
+    return (link_of("nvlink or pcie" if device == "cuda" else "memory", 0, found),)
+
+
+def link_of(name: str, size: int, measured: Iterable[dict[str, Any]]) -> Link:
+    """The link that rows are of: their points, and latency and bandwidth as the all-reduce of fewest ranks saw them."""
+    exchanges = [
+        Exchange(row["op"], row["ranks"], row["bytes"], row["us"]["median"] * 1e-6, row["mode"] == "graph")
+        for row in measured
+    ]
+    fewest = min(exchange.ranks for exchange in exchanges)
+    sums = [exchange for exchange in exchanges if exchange.op == "all_reduce" and exchange.ranks == fewest]
+    sent = [2 * (fewest - 1) / fewest * exchange.num_bytes / exchange.seconds for exchange in sums]
+    return Link(name, size, min(exchange.seconds for exchange in sums), max(sent), tuple(exchanges))
 
 
 def _row(case: Case, ranks: int, found: Sequence[Measured]) -> dict[str, Any]:
