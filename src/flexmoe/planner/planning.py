@@ -147,10 +147,11 @@ class Setting:
             prefix_caching=any(request.blocks for request in requests),
         )
         fleet = Fleet(engine, steps.seconds, candidate.plan.num_ranks, candidate.replicas, simulated)
+        done = simulate(fleet, requests)
+        # Only now it is known which steps there were.
         kind = PREDICTED if not steps.extrapolated and fleet.gpus <= measured_gpus else EXTRAPOLATED
         slo = workload.slo_ttft_ms, workload.slo_tpot_ms
-        done = point(fleet, simulate(fleet, requests), kind, self._imbalance(candidate.plan), slo)
-        return replace(done, plan=candidate.name)
+        return replace(point(fleet, done, kind, self._imbalance(candidate.plan), slo), plan=candidate.name)
 
     def _placed(self, candidate: Candidate, limits: SchedulerConfig) -> tuple[Candidate, Steps]:
         """The candidate with its experts placed by the recorded load, replicas included where memory is left."""
