@@ -222,8 +222,14 @@ INLINE void dot_block(Rows w, int64_t k, const float *const *x, int rows, int to
     reg sums[PAIRS][PARTS];
     for (int i = 0; i < PAIRS * PARTS; i++) sums[i / PARTS][i % PARTS] = (reg){0};
     int64_t i = 0;
-    for (; format >= INT8 && i + GROUP <= k; i += GROUP) add_products(w, k, x, i, GROUP, rows, tokens, format, sums);
-    for (; i + LANES <= k; i += LANES) add_products(w, k, x, i, LANES, rows, tokens, format, sums);
+    /* One activation: a row after the other, as they lie in memory. Several: rows share what is loaded of these. */
+    int apart = tokens == 1 ? rows : 1, beside = tokens == 1 ? 1 : rows;
+    for (int r = 0; r < apart; r++) {
+        Rows own = skip(w, r, k, format);
+        for (i = 0; format >= INT8 && i + GROUP <= k; i += GROUP)
+            add_products(own, k, x, i, GROUP, beside, tokens, format, sums + r);
+        for (; i + LANES <= k; i += LANES) add_products(own, k, x, i, LANES, beside, tokens, format, sums + r);
+    }
     v16 sum[PAIRS], totals;
     memcpy(sum, sums, sizeof sum);
     if (rows * tokens <= 4) {
