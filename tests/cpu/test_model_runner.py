@@ -147,7 +147,7 @@ def test_a_step_with_prompts_leaves_its_tokens_on_the_device(one_pass: bool, in_
     step.chunks[0] = ScheduledChunk(pending, pending.num_tokens, 1, True)
     pending.blocks = pending.blocks * 2
     prompt = step.chunks[2]
-    runner = ModelRunner(decoder(CONFIG), None, CPU, device, device, one_pass=one_pass)  # type: ignore[arg-type]
+    runner = ModelRunner(decoder(CONFIG), None, CPU, device, device, one_pass=one_pass, prompts_ahead=True)  # type: ignore[arg-type]
     runner.cache = type("Cache", (), {"block_size": BLOCK})()
     assert runner.can_run_ahead(step, states(step))
     chosen = runner.launch_rows(step, states(step), [1, -1])

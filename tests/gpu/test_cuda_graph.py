@@ -84,7 +84,7 @@ def test_running_ahead_changes_no_token(params: SamplingParams) -> None:
 def test_prompts_in_steps_that_are_launched_ahead_change_no_token(params: SamplingParams, one_pass: bool) -> None:
     """Three seats and eight tokens a step, so that prompts come in pieces beside others' decodes, all the time."""
     tight = {"dtype": "float32", "device": "cuda", "num_blocks": 64, "max_num_seqs": 3, "max_num_batched_tokens": 8}
-    tight["one_pass"] = one_pass
+    tight |= {"one_pass": one_pass, "prompts_ahead": True}
     found = []
     for ahead in (True, False):
         with pytest.MonkeyPatch.context() as patch, LLM(str(tiny("mixtral")), **tight) as llm:

@@ -49,6 +49,7 @@ class ThroughputOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     one_pass: bool = False
+    prompts_ahead: bool = False
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -150,6 +151,7 @@ def _llm_options(subject: Subject, options: ThroughputOptions) -> Row:
         "device": options.device,
         "threads": options.threads,
         "one_pass": options.one_pass,
+        "prompts_ahead": options.prompts_ahead,
         "seed": options.seed,
         "max_num_seqs": options.seats,
         "max_model_len": min(longest, subject.config.max_position),

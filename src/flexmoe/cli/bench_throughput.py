@@ -42,6 +42,7 @@ def _engines(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ..
     "--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: the engine's choice]"
 )
 @click.option("--one-pass", is_flag=True, help="Compute decodes beside prompts in one pass over the weights.")
+@click.option("--prompts-ahead", is_flag=True, help="Launch steps with prompts ahead, too.")
 @click.option(
     "--load-format",
     type=click.Choice(LOAD_FORMATS),

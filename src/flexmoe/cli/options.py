@@ -131,6 +131,13 @@ _MODEL_OPTIONS = (
         "tokens may then depend on what else is computed.",
     ),
     click.option(
+        "--prompts-ahead",
+        is_flag=True,
+        default=None,
+        help="On one GPU, launch steps with prompts, too, before the tokens of the step before are known: more tokens "
+        "a second where many requests wait.",
+    ),
+    click.option(
         "--kv-cache-memory",
         metavar="BYTES",
         callback=byte_size,
@@ -192,6 +199,7 @@ _MODEL_NAMES = (
     "max_num_batched_tokens",
     "max_decode_slowdown",
     "one_pass",
+    "prompts_ahead",
     "kv_cache_memory",
     "block_size",
     "seed",

@@ -52,6 +52,7 @@ class DeviceConfig:
     quantization: hold weights in "int8" or "int4"; dtype is then that of all the rest. On a CPU only. None: as the
     checkpoint does. one_pass: compute decodes beside prompts in the prompts' pass, which reads all weights once, not
     twice; then a request's rounding, in bf16 its tokens too, depends on whether others' prompts come meanwhile.
+    prompts_ahead: on one GPU, launch steps with prompts, too, before the tokens of the step before are known.
     """
 
     device: str = "auto"
@@ -61,6 +62,7 @@ class DeviceConfig:
     isa: str = "auto"
     quantization: str | None = None
     one_pass: bool = False
+    prompts_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +154,7 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r} is not a string.")
         flags: dict[str, object] = {"progress": load.progress, "force_download": load.force_download}
         flags |= {"enable_prefix_caching": self.cache.enable_prefix_caching, "one_pass": self.device.one_pass}
+        flags |= {"prompts_ahead": self.device.prompts_ahead}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ConfigError(f"{name}={flag!r} is neither True nor False.")

@@ -70,7 +70,7 @@ class Engine:
             self._started = started = start(options)
             self.runner = ModelRunner(
                 started.model, started.cache, started.device, started.graphed, started.prompts,
-                one_pass=options.device.one_pass,
+                one_pass=options.device.one_pass, prompts_ahead=options.device.prompts_ahead,
             )  # fmt: skip
         self.config = self._started.config
         self.tokenizer = self._started.tokenizer
@@ -226,6 +226,7 @@ class Engine:
             "kv_cache_bytes": s.cache.num_bytes,
             "prefix_caching": self.options.cache.enable_prefix_caching,
             "one_pass": self.options.device.one_pass,
+            "prompts_ahead": self.options.device.prompts_ahead,
         } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
 
     def count_experts(self, on: bool) -> None:

@@ -75,15 +75,17 @@ class ModelRunner:
         prompts: DevicePrompts | None = None,
         *,
         one_pass: bool = False,
+        prompts_ahead: bool = False,
     ) -> None:
         """graphed: the model's decode steps as CUDA graphs on this cache. prompts: its prompts in Triton kernels.
 
-        one_pass: compute decodes beside prompts in the pass of these.
+        one_pass: compute decodes beside prompts in the pass of these. prompts_ahead: leave the tokens of steps with
+        prompts on the device, so that the next step can be launched behind them.
         """
         self.model, self.cache, self.device = model, cache, device
         self._graphed, self._prompts, self._one_pass = graphed, prompts, one_pass
-        # Other ranks do not know prompts' tokens.
-        self.mixes_ahead = graphed is not None and prompts is not None and model.mesh.world.size == 1
+        alone = model.mesh.world.size == 1  # other ranks do not know prompts' tokens
+        self.mixes_ahead = prompts_ahead and graphed is not None and prompts is not None and alone
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
         self._counter: ExpertCounter | None = None  # once made it stays: graphs count into its memory
         self._sampler = Sampler()

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 
 _LANES = tl.constexpr(32)
-_STAYS_IN_L2 = 32 << 20  # bytes of rows that Hopper's L2 cache, of 50 MB, holds beside weights that pass through
-_GROUP = 16  # blocks of rows: with 8 blocks of columns as many programs as run at once
 
 
 def grid_blocks(tokens: int, top_k: int, slots: int, block: int) -> tuple[int, bool]:
@@ -35,15 +33,6 @@ def block_rows(tokens: int, top_k: int, slots: int) -> int:
     mean = tokens * top_k / max(active, 1.0)
     most: int = triton.next_power_of_2(int(mean + 3 * mean**0.5))
     return min(128, max(16, most))
-
-
-def group_for(row_bytes: int) -> int:
-    """For `in_groups`, where so many bytes of rows meet the experts.
-
-    Rows that stay in L2 want no groups: all blocks of an expert then read its weights at the same time. Others would
-    come from memory again for each block of columns. Inferred from bytes, not measured.
-    """
-    return _GROUP if row_bytes > _STAYS_IN_L2 else 0
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, group_for, in_groups
+from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, in_groups
 from flexmoe.kernels.triton.topk import select_experts
 
 
@@ -249,6 +249,7 @@ def expert_down_grouped(
 
 def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> DownTile:
     """A tile for `rows` tokens of uniform routing, by how many of them an expert that gets any may expect."""
+    del width  # it has been long next to every tile so far
     if dtype is torch.float32:  # no tensor cores for exact fp32
         return DownTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
@@ -256,8 +257,7 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         # Measured on an H200, Mixtral's shape: 577 TFLOP/s at 2,048 tokens (529 without TMA); at 512 a tile half as
         # wide has programs enough, 380 (337).
         wide = (rows * top_k // 128 + num_experts // 2) * hidden >= 256 * _MANY_PROGRAMS
-        group = group_for(rows * top_k * width * dtype.itemsize)
-        tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True, group=group)
+        tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True)
     elif block == 16:  # measured inside decode steps on an H200: up to 16% less than 64 columns and five stages
         tile = DownTile(block, block_k=128, num_stages=4)
     else:

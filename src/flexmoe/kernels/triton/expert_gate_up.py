@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, group_for, in_groups
+from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, in_groups
 from flexmoe.kernels.triton.topk import select_expert
 
 
@@ -313,13 +313,12 @@ def expert_gate_up_grouped(
 
 def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: int, dtype: torch.dtype) -> GateUpTile:
     """A tile for `rows` tokens of uniform routing, by how many of them an expert that gets any may expect."""
-    del width  # it has been long next to every tile so far
+    del hidden, width  # both have been long next to every tile so far
     if dtype is torch.float32:  # no tensor cores for exact fp32
         return GateUpTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
-        group = group_for(rows * hidden * dtype.itemsize)
-        tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False, group=group)
+        tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False)
     else:
         tile = GateUpTile(block, 64, 64, num_stages=5 if block <= 32 else 4)
     stage = (tile.block_m + 2 * tile.block_n) * tile.block_k * dtype.itemsize
