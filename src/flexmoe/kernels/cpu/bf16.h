@@ -10,19 +10,23 @@
 #define ROWS 4 /* weight rows that share the loads of one activation */
 enum { TILE = 64, TILE_BYTES = 1 << 18, MOST_TERMS = 2, STEP = 32 };
 
+/* Ask for weights, rows after the next: of short rows, several at a time, a processor does not guess what comes. Into the
+ * second cache: the first is full of the activations and rows at hand. */
+INLINE void prefetch(const void *weights) { __builtin_prefetch(weights, 0, 2); }
+
 /* From one row of activations to the next: their length, filled with zeros up to a whole step, and a line more, since
  * rows at multiples of 4096 bytes would displace each other from the first cache. */
 INLINE int64_t stride(int64_t k) { return (k + STEP - 1) / STEP * STEP + STEP; }
-
-/* WIDTH floats rounded to bf16, ties to even. */
-INLINE void store_halves(uint16_t *to, reg value) {
-    for (int i = 0; i < WIDTH; i++) store1(to, i, value[i], 1);
-}
 
 #ifdef __AVX512BF16__
 #define BF16_UNITS 1
 enum { BF16_TOKENS = 4 };
 static const __mmask32 ALL = 0xffffffff;
+
+/* STEP floats rounded to bf16, ties to even. */
+INLINE void store_step(uint16_t *to, reg low, reg high) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
 
 INLINE __m512 load_floats(const float *from, int64_t left) {
     if (left >= LANES) return _mm512_loadu_ps(from);
@@ -52,7 +56,7 @@ INLINE void bf16_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i
                       __mmask32 mask, __m512 *sums) {
     __m512bh wide[ROWS];
     for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(w + (r + 2 * ROWS) * k + i);
+        prefetch(w + (r + 2 * ROWS) * k + i);
         wide[r] = (__m512bh)(mask == ALL ? _mm512_loadu_si512(w + r * k + i) : _mm512_maskz_loadu_epi16(mask, w + r * k + i));
     }
     for (int t = 0; t < tokens; t++)
@@ -65,13 +69,10 @@ INLINE void bf16_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i
 /* out[t * ROWS + r] = dot(row r of w, activation t). One chain of sums a pair, as in products.h. */
 INLINE void bf16_block(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
     __m512 sums[BF16_TOKENS * ROWS];
-    for (int i = 0; i < BF16_TOKENS * ROWS; i++) sums[i] = _mm512_setzero_ps();
-    int apart = tokens == 1 ? rows : 1, beside = tokens == 1 ? 1 : rows;
-    for (int r = 0; r < apart; r++) { /* one activation: a row after the other, as they lie in memory */
-        int64_t i = 0;
-        for (; i + STEP <= k; i += STEP) bf16_step(w + r * k, k, x, i, beside, tokens, terms, ALL, sums + r);
-        if (i < k) bf16_step(w + r * k, k, x, i, beside, tokens, terms, ALL >> (STEP - (k - i)), sums + r);
-    }
+    int64_t i = 0;
+    for (int n = 0; n < BF16_TOKENS * ROWS; n++) sums[n] = _mm512_setzero_ps();
+    for (; i + STEP <= k; i += STEP) bf16_step(w, k, x, i, rows, tokens, terms, ALL, sums);
+    if (i < k) bf16_step(w, k, x, i, rows, tokens, terms, ALL >> (STEP - (k - i)), sums);
     v16 sum[BF16_TOKENS * ROWS], totals;
     memcpy(sum, sums, sizeof sum);
     totals = rows * tokens <= 4 ? sum_lanes4(sum) : sum_lanes16(sum);

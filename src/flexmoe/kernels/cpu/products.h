@@ -84,9 +84,7 @@ INLINE float load_weight(Rows w, int64_t r, int64_t k, int64_t i, int format) {
 INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, int count, int rows, int tokens,
                          int format, reg (*sums)[PARTS]) {
     float scales[ROWS];
-    /* Short rows of several at a time are too little for the processor to guess what comes next: rows after the next. */
-    for (int r = 0; r < rows; r++)
-        __builtin_prefetch(w.values + (r + 2 * ROWS) * row_bytes(k, format) + row_bytes(i, format));
+    for (int r = 0; r < rows; r++) prefetch(w.values + (r + 2 * ROWS) * row_bytes(k, format) + row_bytes(i, format));
     for (int r = 0; r < rows; r++)
         scales[r] = format >= INT8 ? load1(w.scales, r * groups(k) + i / GROUP, 1) : 1.0f;
     for (int at = 0; at < count; at += WIDTH) {
@@ -103,16 +101,10 @@ INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, in
  * result does not depend on what else is computed beside it. */
 INLINE void dot_block(Rows w, int64_t k, const float *const *x, int rows, int tokens, int format, float *out) {
     reg sums[PAIRS][PARTS];
-    for (int i = 0; i < PAIRS * PARTS; i++) sums[i / PARTS][i % PARTS] = (reg){0};
     int64_t i = 0;
-    /* One activation: a row after the other, as they lie in memory. Several: rows share what is loaded of these. */
-    int apart = tokens == 1 ? rows : 1, beside = tokens == 1 ? 1 : rows;
-    for (int r = 0; r < apart; r++) {
-        Rows own = skip(w, r, k, format);
-        for (i = 0; format >= INT8 && i + GROUP <= k; i += GROUP)
-            add_products(own, k, x, i, GROUP, beside, tokens, format, sums + r);
-        for (; i + LANES <= k; i += LANES) add_products(own, k, x, i, LANES, beside, tokens, format, sums + r);
-    }
+    for (int n = 0; n < PAIRS * PARTS; n++) sums[n / PARTS][n % PARTS] = (reg){0};
+    for (; format >= INT8 && i + GROUP <= k; i += GROUP) add_products(w, k, x, i, GROUP, rows, tokens, format, sums);
+    for (; i + LANES <= k; i += LANES) add_products(w, k, x, i, LANES, rows, tokens, format, sums);
     v16 sum[PAIRS], totals;
     memcpy(sum, sums, sizeof sum);
     if (rows * tokens <= 4) {
@@ -212,18 +204,23 @@ INLINE void prepare(Tile *tile, int64_t k, int64_t format, const Room *room) {
 /* The same rows in the format that is multiplied; `place`: which half of the room for widened ones to use. */
 INLINE Rows ready(Rows w, int64_t k, int rows, int place, int64_t *format, const Room *room) {
     if (*format <= BF16 || !as_bf16(*format, room)) return w;
+#if BF16_UNITS
     uint16_t *wide = room->widened + place * ROWS * k;
     for (int r = 0; r < rows; r++) {
         int64_t i = 0;
         for (; i + GROUP <= k; i += GROUP) {
             float scale = load1(w.scales, r * groups(k) + i / GROUP, 1);
-            for (int at = 0; at < GROUP; at += WIDTH)
-                store_halves(wide + r * k + i + at, load_weights(w, r, k, i, at, (int)*format, scale));
+            reg low = load_weights(w, r, k, i, 0, (int)*format, scale);
+            store_step(wide + r * k + i, low, load_weights(w, r, k, i, LANES, (int)*format, scale));
         }
         for (; i < k; i++) store1(wide, r * k + i, load_weight(w, r, k, i, (int)*format), 1);
     }
     *format = BF16;
-    return (Rows){(const char *)wide, NULL};
+    w = (Rows){(const char *)wide, NULL};
+#else
+    (void)k, (void)rows, (void)place;
+#endif
+    return w;
 }
 
 /* out[t * ROWS + r] for `tokens` activations of the tile from `first` on. */
