@@ -1,6 +1,6 @@
-/* Functions of vector.h, as functions that Python can call. */
+/* Functions of vector.h and products.h, as functions that Python can call. */
 #define _GNU_SOURCE
-#include "vector.h"
+#include "products.h"
 
 void t_exp(const float *x, float *y, int64_t size) {
     for (int64_t i = 0; i < size; i += LANES) {
@@ -38,9 +38,21 @@ void t_sums(const float *x, float *by_16, float *by_4, float *by_1) {
 }
 
 void t_linear(const void *weight, const void *bias, const uint16_t *scales, int64_t n, int64_t k, int64_t format,
-              const float *x, float *y, int64_t rows, int add, int half, int64_t from, int64_t to) {
+              const float *x, float *y, int64_t rows, int add, int half, int64_t from, int64_t to, int terms) {
     Linear l = {weight, bias, scales, n, k, format};
-    linear_rows(&l, x, y, rows, add, half, from, to);
+    size_t tile = tile_rows(k) * MOST_TERMS * stride(k) * sizeof(uint16_t), widened = 2 * ROWS * k * sizeof(uint16_t);
+    Room room = {terms, malloc(tile), malloc(widened)};
+    memset(room.tile, 0xff, tile); /* NaN */
+    memset(room.widened, 0xff, widened);
+    linear_rows(&l, x, y, rows, add, half, from, to, &room);
+    free(room.tile);
+    free(room.widened);
+}
+
+int t_bf16_units(void) { return BF16_UNITS; }
+
+void t_swiglu(const float *gate, const float *up, float *out, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) swiglu(gate + i, up + i, 1.0f, out + i);
 }
 
 void t_rms_norm(const float *x, const void *weight, int64_t size, float eps, int half, float *y) {

@@ -96,11 +96,12 @@ def test_every_sum_over_lanes_has_the_same_order(c: ctypes.CDLL) -> None:
 
 
 @given(
-    n=st.integers(1, 11), k=st.integers(1, 100), rows=st.integers(1, 10), form=st.integers(0, 3), bias=st.booleans(),
-    add=st.booleans(), ends=st.tuples(st.integers(0, 11), st.integers(0, 11)),
+    n=st.integers(1, 11), k=st.integers(1, 100), rows=st.integers(1, 10) | st.sampled_from([63, 64, 65, 131]),
+    form=st.integers(0, 3), terms=st.integers(1, 2), bias=st.booleans(), add=st.booleans(),
+    ends=st.tuples(st.integers(0, 11), st.integers(0, 11)),
 )  # fmt: skip
 def test_products_of_any_size(
-    c: ctypes.CDLL, n: int, k: int, rows: int, form: int, bias: bool, add: bool, ends: tuple[int, int]
+    c: ctypes.CDLL, n: int, k: int, rows: int, form: int, terms: int, bias: bool, add: bool, ends: tuple[int, int]
 ) -> None:
     """Only columns [from, to) of y are written, and each product is the one its row has alone."""
     first, last = sorted(min(end, n) for end in ends)
@@ -112,16 +113,32 @@ def test_products_of_any_size(
         given, scales, weight = matrix.codes, at(matrix.scales), matrix.dequantize(torch.float32)
     x, before = torch.randn(rows, k), torch.randn(rows, n)
     head = [at(given), at(offset) if bias else None, scales, long(n), long(k), long(form)]
-    tail = [int(add), int(form == 1), long(first), long(last)]
+    tail = [int(add), int(form == 1), long(first), long(last), terms]
     y = torch.cat((before.flatten(), torch.full((16,), CANARY)))
     c.t_linear(*head, at(x), at(y), long(rows), *tail)
     found = y[: rows * n].view(rows, n)
+    for row in {0, rows // 2, rows - 1}:
+        alone = before[row].clone()
+        c.t_linear(*head, at(x[row]), at(alone), long(1), *tail)
+        assert torch.equal(found[row], alone)
+    if c.t_bf16_units() and terms == 1 and form > 0:
+        x, weight = x.bfloat16(), weight.bfloat16()
     wanted = x.double() @ weight.double().T + (offset.double() if bias else 0) + (before.double() if add else 0)
     if first < last:
-        torch.testing.assert_close(found[:, first:last].double(), wanted[:, first:last], rtol=1e-4, atol=1e-4)
+        lengths = x.double().norm(dim=1)[:, None] * weight.double().norm(dim=1)[first:last] + 4
+        assert ((found[:, first:last].double() - wanted[:, first:last]).abs() / lengths).max() < 1e-5
     found[:, first:last] = before[:, first:last]
     assert torch.equal(found, before)
     assert (y[rows * n :] == CANARY).all()
+
+
+def test_swiglu_of_any_numbers(c: ctypes.CDLL) -> None:
+    gate = torch.cat((torch.linspace(-100, 100, 3985), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, 88, -88]),
+                      torch.full((7,), float("nan"))))  # fmt: skip
+    up, out = torch.randn(len(gate)), torch.empty(len(gate))
+    c.t_swiglu(at(gate), at(up), at(out), long(len(gate)))
+    wanted = torch.nn.functional.silu(gate.double()) * up.double()
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

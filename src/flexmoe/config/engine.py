@@ -13,7 +13,7 @@ from flexmoe.errors import ConfigError, UnknownOptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-ISAS = ("auto", "portable", "avx2", "avx512", "neon")
+ISAS = ("auto", "portable", "avx2", "avx512", "avx512_bf16", "neon")
 QUANTIZATIONS = ("int8", "int4")
 EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
 LAUNCHERS = ("auto", "spawn", "torchrun", "ray")

@@ -1,7 +1,7 @@
 /* Attention of one layer: norm, projections, rotation, cache write, softmax over the keys, projection back. */
 #ifndef FLEXMOE_ATTENTION_H
 #define FLEXMOE_ATTENTION_H
-#include "vector.h"
+#include "products.h"
 
 /* Rotate `size` leading values of a head. angles: cos of the first half of the dimensions, then sin. */
 static void rotate(float *head, const float *angles, int64_t size, float *copy) {
@@ -151,8 +151,9 @@ INLINE void attend(const Layer *l, const Step *s, const Buffers *b, int64_t t, i
 static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *seat) {
     int64_t from, to, q = l->num_heads * l->head_dim, kv = l->num_kv_heads * l->head_dim;
     float *own = b->own + seat->id * b->own_size;
+    Room room = room_of(b, s, seat);
     norm_rows(l, s, l->input_norm, own);
-    linear(&l->qkv, own, b->qkv, s->rows, 0, l->half, seat);
+    linear(&l->qkv, own, b->qkv, s->rows, 0, l->half, &room, seat);
     barrier(seat);
     if (l->qk_norm == 2) { /* over the whole projection, so before the heads are shared out */
         share(seat, s->rows, 1, &from, &to);
@@ -170,7 +171,7 @@ static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *sea
         else attend(l, s, b, t, g, 0, own);
     }
     barrier(seat);
-    linear(&l->out, b->attended, s->x, s->rows, 1, l->half, seat);
+    linear(&l->out, b->attended, s->x, s->rows, 1, l->half, &room, seat);
     barrier(seat);
 }
 #endif

@@ -48,7 +48,8 @@ static void run_step(void *argument, Seat *seat) {
         float *normed = b->own + seat->id * b->own_size;
         for (int64_t t = 0; t < s->rows; t++)
             rms_norm(s->x + t * m->hidden, m->norm, m->hidden, m->eps, (int)m->half, normed + t * m->hidden);
-        linear(&m->head, normed, s->logits, s->rows, 0, m->half, seat);
+        Room room = room_of(b, s, seat);
+        linear(&m->head, normed, s->logits, s->rows, 0, m->half, &room, seat);
     }
 }
 
@@ -57,11 +58,13 @@ INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 /* Lay the buffers out from `base` on and return their size in floats; with `base` NULL only that. */
 static size_t lay_out(const Model *m, const Step *s, int threads, float *base, Buffers *b) {
     int64_t qkv = 0, attended = 0, experts_ = 0, slots = 0, top_k = 0, width = 0, dense_ = 0, keys = 0;
+    int64_t deepest = m->hidden;
     for (const Layer *l = m->layers; l < m->layers + m->num_layers; l++) {
         qkv = larger(qkv, l->qkv.n), attended = larger(attended, l->num_heads * l->head_dim);
         experts_ = larger(experts_, l->num_experts), slots = larger(slots, l->num_slots);
         top_k = larger(top_k, l->top_k);
         width = larger(width, l->expert_width), dense_ = larger(dense_, l->dense_width);
+        deepest = larger(deepest, larger(l->num_heads * l->head_dim, larger(l->expert_width, l->dense_width)));
     }
     for (int64_t t = 0; t < s->rows; t++) keys = larger(keys, s->lengths[t]);
     size_t used = 0;
@@ -81,6 +84,10 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     b->scores = (larger(s->rows * m->hidden, m->layers->head_dim) + 15) / 16 * 16;
     b->own_size = b->scores + (keys + 47) / 16 * 16;
     TAKE(own, float, b->own_size * threads);
+    b->tile_size = tile_rows(deepest) * MOST_TERMS * stride(deepest);
+    b->widened_size = 2 * ROWS * stride(deepest);
+    TAKE(tiles, uint16_t, b->tile_size * threads);
+    TAKE(widened, uint16_t, b->widened_size * threads);
 #undef TAKE
     return used;
 }

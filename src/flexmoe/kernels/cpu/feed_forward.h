@@ -1,7 +1,7 @@
 /* The feed-forward of one layer: router and experts, or dense, or experts with a shared one. */
 #ifndef FLEXMOE_FEED_FORWARD_H
 #define FLEXMOE_FEED_FORWARD_H
-#include "vector.h"
+#include "products.h"
 
 /* Softmax over all experts, then the K best, the lower id first among equals; physical slots into `slots`. */
 static void choose_experts(const Layer *l, const Step *s, const Buffers *b, int64_t t) {
@@ -36,43 +36,59 @@ static void sort_assignments(const Layer *l, const Step *s, const Buffers *b) {
     b->first[0] = 0;
 }
 
+/* Activations of assignments [i, ...) of expert e: of each the row of x [., k] that it reads. of_token: one a token. */
+INLINE void gather(Tile *tile, const Layer *l, const int32_t *assigned, int64_t count, const float *x, int64_t k,
+                   int of_token) {
+    int64_t most = tile_rows(k);
+    tile->count = count < most ? count : most;
+    for (int64_t j = 0; j < tile->count; j++) tile->x[j] = x + (of_token ? assigned[j] / l->top_k : assigned[j]) * k;
+}
+
 /* hidden[a] = silu(gate) * up for width columns [from, to) of each assignment of expert e. x: normed rows. */
-static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *x, int64_t from, int64_t to) {
-    float gate[ROWS * TOKENS], up[ROWS * TOKENS];
-    const float *block[TOKENS];
-    const int32_t *assigned = b->assignment + b->first[e];
-    int64_t count = b->first[e + 1] - b->first[e], width = l->expert_width, k = l->hidden, format = l->gate_up.format;
-    for (int64_t f = from; f < to; f += ROWS) {
-        int rows = to - f < ROWS ? (int)(to - f) : ROWS;
-        Rows gate_rows = rows_at(&l->gate_up, e * 2 * width + f), up_rows = rows_at(&l->gate_up, (e * 2 + 1) * width + f);
-        for (int64_t i = 0, tokens; i < count; i += tokens) {
-            tokens = take_tokens(count - i, format);
-            for (int j = 0; j < tokens; j++) block[j] = x + assigned[i + j] / l->top_k * k;
-            dots(gate_rows, k, block, rows, (int)tokens, format, gate);
-            dots(up_rows, k, block, rows, (int)tokens, format, up);
-            for (int j = 0; j < tokens; j++)
-                for (int r = 0; r < rows; r++)
-                    b->hidden[assigned[i + j] * width + f + r] = silu(gate[j * ROWS + r]) * up[j * ROWS + r];
+static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *x, int64_t from, int64_t to,
+                      const Room *room) {
+    float gate[ROWS * TOKENS] = {0}, up[ROWS * TOKENS] = {0}, out[ROWS * TOKENS];
+    Tile tile;
+    int64_t width = l->expert_width, k = l->hidden, left = b->first[e + 1] - b->first[e];
+    for (const int32_t *assigned = b->assignment + b->first[e]; left; left -= tile.count, assigned += tile.count) {
+        gather(&tile, l, assigned, left, x, k, 1);
+        prepare(&tile, k, l->gate_up.format, room);
+        for (int64_t f = from; f < to; f += ROWS) {
+            int rows = to - f < ROWS ? (int)(to - f) : ROWS;
+            int64_t format = l->gate_up.format, same = format;
+            Rows gates = ready(rows_at(&l->gate_up, e * 2 * width + f), k, rows, 0, &format, room);
+            Rows ups = ready(rows_at(&l->gate_up, (e * 2 + 1) * width + f), k, rows, 1, &same, room);
+            for (int64_t t = 0, tokens; t < tile.count; t += tokens) {
+                tokens = take_tokens(tile.count - t, format);
+                dots(gates, k, &tile, t, rows, (int)tokens, format, room, gate);
+                dots(ups, k, &tile, t, rows, (int)tokens, format, room, up);
+                for (int64_t j = 0; j < tokens * ROWS; j += LANES) swiglu(gate + j, up + j, 1.0f, out + j);
+                for (int j = 0; j < tokens; j++)
+                    memcpy(b->hidden + assigned[t + j] * width + f, out + j * ROWS, rows * sizeof *out);
+            }
         }
     }
 }
 
-/* x[t] += weight * down(hidden) for hidden columns [from, to); experts in ascending slots. */
-static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t from, int64_t to) {
+/* x[t] += weight * down(hidden) for hidden columns [from, to) of expert e. */
+static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t e, int64_t from, int64_t to,
+                        const Room *room) {
     float out[ROWS * TOKENS];
-    const float *block[TOKENS];
-    int64_t width = l->expert_width, format = l->down.format;
-    for (int64_t e = 0; e < l->num_slots; e++) {
-        const int32_t *assigned = b->assignment + b->first[e];
-        int64_t count = b->first[e + 1] - b->first[e];
-        for (int64_t h = from; count && h < to; h += ROWS) {
+    Tile tile;
+    int64_t width = l->expert_width, left = b->first[e + 1] - b->first[e];
+    for (const int32_t *assigned = b->assignment + b->first[e]; left; left -= tile.count, assigned += tile.count) {
+        gather(&tile, l, assigned, left, b->hidden, width, 0);
+        prepare(&tile, width, l->down.format, room);
+        for (int64_t h = from; h < to; h += ROWS) {
             int rows = to - h < ROWS ? (int)(to - h) : ROWS;
-            for (int64_t i = 0, tokens; i < count; i += tokens) {
-                tokens = take_tokens(count - i, format);
-                for (int j = 0; j < tokens; j++) block[j] = b->hidden + assigned[i + j] * width;
-                dots(rows_at(&l->down, e * l->hidden + h), width, block, rows, (int)tokens, format, out);
+            int64_t format = l->down.format;
+            Rows w = ready(rows_at(&l->down, e * l->hidden + h), width, rows, 0, &format, room);
+            for (int64_t t = 0, tokens; t < tile.count; t += tokens) {
+                tokens = take_tokens(tile.count - t, format);
+                dots(w, width, &tile, t, rows, (int)tokens, format, room, out);
                 for (int j = 0; j < tokens; j++) {
-                    float *x = s->x + assigned[i + j] / l->top_k * l->hidden + h, weight = b->weights[assigned[i + j]];
+                    int32_t a = assigned[t + j];
+                    float *x = s->x + a / l->top_k * l->hidden + h, weight = b->weights[a];
                     for (int r = 0; r < rows; r++) x[r] += weight * out[j * ROWS + r];
                 }
             }
@@ -85,7 +101,8 @@ enum { SHARED_ROUTING = 512 }; /* probabilities from which sharing them out is w
 static void experts(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
     int64_t from, to, width = l->expert_width;
     Linear router = {l->router, NULL, NULL, l->num_experts, l->hidden, F32};
-    linear(&router, normed, b->logits, s->rows, 0, 0, seat);
+    Room room = room_of(b, s, seat);
+    linear(&router, normed, b->logits, s->rows, 0, 0, &room, seat);
     barrier(seat);
     int together = s->rows * l->num_experts > SHARED_ROUTING;
     share(seat, s->rows, 1, &from, &to);
@@ -94,38 +111,44 @@ static void experts(const Layer *l, const Step *s, const Buffers *b, const float
     if (together) barrier(seat);
     if (seat->id == 0) sort_assignments(l, s, b);
     barrier(seat);
-    /* The columns of all experts that any row chose, shared out as one long line. */
-    int64_t active = 0, place = 0;
-    for (int64_t e = 0; e < l->num_slots; e++) active += b->first[e + 1] > b->first[e];
-    share(seat, active * width, ROWS, &from, &to);
-    for (int64_t e = 0; e < l->num_slots; e++) {
-        if (b->first[e + 1] == b->first[e]) continue;
-        int64_t start = from > place ? from - place : 0, stop = to - place < width ? to - place : width;
-        if (start < stop) expert_up(l, b, e, normed, start, stop);
-        place += width;
-    }
+    /* A share of each expert's columns: experts with many rows then take all threads equally long. */
+    share(seat, width, ROWS, &from, &to);
+    for (int64_t e = 0; e < l->num_slots; e++) expert_up(l, b, e, normed, from, to, &room);
     barrier(seat);
     share(seat, l->hidden, ROWS, &from, &to);
-    expert_down(l, s, b, from, to);
+    for (int64_t e = 0; e < l->num_slots; e++) expert_down(l, s, b, e, from, to, &room); /* sums in ascending slots */
     barrier(seat);
+}
+
+/* out [n] = silu(gate [n]) * up [n] * scale. */
+static void swiglu_row(const float *gate, const float *up, int64_t n, float scale, float *out) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) swiglu(gate + i, up + i, scale, out + i);
+    if (i == n) return;
+    float rest[3][LANES] = {{0}};
+    memcpy(rest[0], gate + i, (n - i) * sizeof *gate);
+    memcpy(rest[1], up + i, (n - i) * sizeof *up);
+    swiglu(rest[0], rest[1], scale, rest[2]);
+    memcpy(out + i, rest[2], (n - i) * sizeof *out);
 }
 
 /* The dense feed-forward, or the shared expert with its sigmoid gate. */
 static void dense(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
     int64_t from, to, width = l->dense_width, half = l->half;
-    float *both = b->dense_hidden; /* [T, 2F], then silu(gate) * up in its first half's place */
-    linear(&l->dense_gate_up, normed, both, s->rows, 0, half, seat);
-    if (l->dense_gate.weight && seat->id == 0) linear_rows(&l->dense_gate, normed, b->gate, s->rows, 0, (int)half, 0, 1);
+    Room room = room_of(b, s, seat);
+    float *both = b->dense_hidden, *hidden = both + s->rows * 2 * width; /* [T, 2F], [T, F] */
+    linear(&l->dense_gate_up, normed, both, s->rows, 0, half, &room, seat);
+    if (l->dense_gate.weight && seat->id == 0)
+        linear_rows(&l->dense_gate, normed, b->gate, s->rows, 0, (int)half, 0, 1, &room);
     barrier(seat);
-    float *hidden = both + s->rows * 2 * width; /* [T, F] */
-    share(seat, s->rows * width, LANES, &from, &to);
-    for (int64_t i = from; i < to; i++) {
-        int64_t t = i / width, f = i % width;
+    share(seat, width, LANES, &from, &to);
+    for (int64_t t = 0; t < s->rows; t++) {
         float scale = l->dense_gate.weight ? 1.0f / (1.0f + expf(-b->gate[t])) : 1.0f;
-        hidden[i] = silu(both[t * 2 * width + f]) * both[t * 2 * width + width + f] * scale;
+        const float *gate = both + t * 2 * width + from;
+        swiglu_row(gate, gate + width, to - from, scale, hidden + t * width + from);
     }
     barrier(seat);
-    linear(&l->dense_down, hidden, s->x, s->rows, 1, half, seat);
+    linear(&l->dense_down, hidden, s->x, s->rows, 1, half, &room, seat);
     barrier(seat);
 }
 

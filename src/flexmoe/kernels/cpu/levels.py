@@ -23,10 +23,15 @@ class Level:
 
 _AVX2 = ("avx2", "fma", "f16c", "bmi2")
 _AVX512 = ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_BF16 = "avx512_bf16"  # compilers leave the line out
 PORTABLE = Level("portable")
 # Of each kind of machine, the best first. NEON is part of every 64-bit ARM processor, so there it is the portable one.
 LEVELS: dict[str, tuple[Level, ...]] = {
     "x86_64": (
+        Level(
+            _BF16, frozenset((*_AVX2, *_AVX512, _BF16)),
+            (*(f"-m{name}" for name in _AVX2 + _AVX512), "-mavx512bf16"),
+        ),
         Level("avx512", frozenset(_AVX2 + _AVX512), tuple(f"-m{name}" for name in _AVX2 + _AVX512)),
         Level("avx2", frozenset(_AVX2), tuple(f"-m{name}" for name in _AVX2)),
         PORTABLE,

@@ -62,5 +62,7 @@ typedef struct {
     int32_t *first, *assignment; /* [S + 1], [T * K]: assignments sorted by slot, ties by token */
     float *own;                  /* per thread: normed rows [T, H], a head, scores */
     int64_t own_size, scores;    /* floats per thread; offset of the scores in them */
+    uint16_t *tiles, *widened;   /* per thread: what products.h calls a Room */
+    int64_t tile_size, widened_size;
 } Buffers;
 #endif

@@ -1,4 +1,4 @@
-/* Sums of products on vectors of 16 floats, from weights in fp32, bf16, int8 or int4. */
+/* Vectors of 16 floats: loading, rounding, sums over lanes, norms, exp. */
 #ifndef FLEXMOE_VECTOR_H
 #define FLEXMOE_VECTOR_H
 #ifdef __AVX2__
@@ -11,18 +11,13 @@
 #include "threads.h"
 
 #define LANES 16
-#define ROWS 4   /* weight rows that share the loads of one activation */
-#define TOKENS 8 /* activations that share the loads of weight rows, at most */
-/* WIDTH: floats in a register. PAIRS: weight rows x activations in one block, as many sums as fit into registers. */
+/* Floats in a register. */
 #if defined(__AVX512F__)
 #define WIDTH 16
-#define PAIRS 16
 #elif defined(__AVX2__)
 #define WIDTH 8
-#define PAIRS 4
 #else
 #define WIDTH 4
-#define PAIRS 4
 #endif
 #define PARTS (LANES / WIDTH)
 
@@ -133,195 +128,6 @@ INLINE float sum16(v16 v) {
     return sum_lanes4(four)[0];
 }
 
-/* Weight rows from some row on. */
-typedef struct {
-    const char *values;
-    const uint16_t *scales;
-} Rows;
-
-enum { GROUP = 32 }; /* weights of a row that share a scale */
-
-INLINE int64_t groups(int64_t k) { return (k + GROUP - 1) / GROUP; }
-
-INLINE int64_t row_bytes(int64_t k, int format) {
-    return format == F32 ? 4 * k : format == BF16 ? 2 * k : format == INT8 ? k : groups(k) * (GROUP / 2);
-}
-
-INLINE Rows skip(Rows w, int64_t rows, int64_t k, int format) {
-    w.values += rows * row_bytes(k, format);
-    if (format >= INT8) w.scales += rows * groups(k);
-    return w;
-}
-
-INLINE Rows rows_at(const Linear *l, int64_t n) {
-    return skip((Rows){l->weight, l->scales}, n, l->k, (int)l->format);
-}
-
-typedef int32_t regi __attribute__((vector_size(4 * WIDTH)));
-typedef int16_t regs __attribute__((vector_size(2 * WIDTH)));
-typedef int8_t regc __attribute__((vector_size(WIDTH)));
-
-/* WIDTH signed bytes. Told what to use, or going by way of 16 bits: by itself GCC goes number by number. */
-INLINE regi widen(const char *from) {
-#if WIDTH == 16
-    return (regi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
-#elif WIDTH == 8
-    return (regi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
-#else
-    regc codes;
-    memcpy(&codes, from, sizeof codes);
-    return __builtin_convertvector(__builtin_convertvector(codes, regs), regi);
-#endif
-}
-
-/* WIDTH weights of row r from i + at on. Of integers i is a group's start and `scale` what theirs counts. Of INT4, 16
- * bytes hold a group's first half in their low bits and its second half in their high ones. */
-INLINE reg load_weights(Rows w, int64_t r, int64_t k, int64_t i, int at, int format, float scale) {
-    if (format <= BF16) return load_reg(w.values, r * k + i + at, format);
-    const char *from = w.values + r * row_bytes(k, format);
-    regi wide;
-    if (format == INT8) {
-        wide = widen(from + i + at);
-    } else {
-        wide = widen(from + i / 2 + at % (GROUP / 2));
-        wide = (at < GROUP / 2 ? wide & 15 : (wide >> 4) & 15) - 8;
-    }
-    return __builtin_convertvector(wide, reg) * scale;
-}
-
-INLINE float load_weight(Rows w, int64_t r, int64_t k, int64_t i, int format) {
-    if (format <= BF16) return load1(w.values, r * k + i, format);
-    const int8_t *from = (const int8_t *)w.values + r * row_bytes(k, format);
-    int code = format == INT8 ? from[i] : from[i / GROUP * (GROUP / 2) + i % (GROUP / 2)];
-    if (format == INT4) code = (i % GROUP < GROUP / 2 ? code & 15 : (code >> 4) & 15) - 8;
-    return (float)code * load1(w.scales, r * groups(k) + i / GROUP, 1);
-}
-
-/* Add the products of `count` weights from i on, LANES or GROUP of them, to the sums. */
-INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, int count, int rows, int tokens,
-                         int format, reg (*sums)[PARTS]) {
-    float scales[ROWS];
-    /* Short rows of several at a time are too little for the processor to guess what comes next: rows after the next. */
-    for (int r = 0; r < rows; r++)
-        __builtin_prefetch(w.values + (r + 2 * ROWS) * row_bytes(k, format) + row_bytes(i, format));
-    for (int r = 0; r < rows; r++)
-        scales[r] = format >= INT8 ? load1(w.scales, r * groups(k) + i / GROUP, 1) : 1.0f;
-    for (int at = 0; at < count; at += WIDTH) {
-        reg wide[ROWS];
-        for (int r = 0; r < rows; r++) wide[r] = load_weights(w, r, k, i, at, format, scales[r]);
-        for (int t = 0; t < tokens; t++) {
-            reg value = load_reg(x[t], i + at, 0);
-            for (int r = 0; r < rows; r++) sums[t * rows + r][at / WIDTH % PARTS] += wide[r] * value;
-        }
-    }
-}
-
-/* out[t * ROWS + r] = dot(row r of w, x[t]) for `rows` x `tokens` pairs, at most PAIRS. One chain of sums a pair: its
- * result does not depend on what else is computed beside it. */
-INLINE void dot_block(Rows w, int64_t k, const float *const *x, int rows, int tokens, int format, float *out) {
-    reg sums[PAIRS][PARTS];
-    for (int i = 0; i < PAIRS * PARTS; i++) sums[i / PARTS][i % PARTS] = (reg){0};
-    int64_t i = 0;
-    /* One activation: a row after the other, as they lie in memory. Several: rows share what is loaded of these. */
-    int apart = tokens == 1 ? rows : 1, beside = tokens == 1 ? 1 : rows;
-    for (int r = 0; r < apart; r++) {
-        Rows own = skip(w, r, k, format);
-        for (i = 0; format >= INT8 && i + GROUP <= k; i += GROUP)
-            add_products(own, k, x, i, GROUP, beside, tokens, format, sums + r);
-        for (; i + LANES <= k; i += LANES) add_products(own, k, x, i, LANES, beside, tokens, format, sums + r);
-    }
-    v16 sum[PAIRS], totals;
-    memcpy(sum, sums, sizeof sum);
-    if (rows * tokens <= 4) {
-        totals = sum_lanes4(sum);
-    } else {
-#if PAIRS > 4
-        totals = sum_lanes16(sum);
-#endif
-    }
-    for (int t = 0; t < tokens; t++)
-        for (int r = 0; r < rows; r++) out[t * ROWS + r] = totals[t * rows + r];
-    if (__builtin_expect(i < k, 0))
-        for (int t = 0; t < tokens; t++)
-            for (int r = 0; r < rows; r++)
-                for (int64_t j = i; j < k; j++) out[t * ROWS + r] += load_weight(w, r, k, j, format) * x[t][j];
-}
-
-/* How many of the `left` activations to take next. With many registers, where weights must be widened, eight with two
- * rows at a time widen fewer a product than four with four rows, even if one of the eight is there for nothing. */
-INLINE int take_tokens(int64_t left, int64_t format) {
-    int most = PAIRS == 4 ? 2 : format != F32 && left >= TOKENS - 1 ? TOKENS : 4;
-    return left < most ? (int)left : most;
-}
-
-/* The same with `rows` and `tokens` as constants, so that the sums stay in registers. x has room for TOKENS. */
-INLINE void dots_of(Rows w, int64_t k, const float **x, int rows, int tokens, int format, float *out) {
-    if (rows < ROWS)
-        for (int r = 0; r < rows; r++)
-            for (int t = 0; t < tokens; t++)
-                dot_block(skip(w, r, k, format), k, x + t, 1, 1, format, out + t * ROWS + r);
-    else if (tokens == 1) dot_block(w, k, x, ROWS, 1, format, out);
-#if PAIRS == 4
-    else {
-        dot_block(w, k, x, 2, 2, format, out);
-        dot_block(skip(w, 2, k, format), k, x, 2, 2, format, out + 2);
-    }
-#else
-    else if (tokens == 2) dot_block(w, k, x, ROWS, 2, format, out);
-    else if (tokens == 3) dot_block(w, k, x, ROWS, 3, format, out);
-    else if (tokens == 4) dot_block(w, k, x, ROWS, 4, format, out);
-    else {
-        for (int t = tokens; t < TOKENS; t++) x[t] = x[tokens - 1];
-        dot_block(w, k, x, 2, TOKENS, format, out);
-        dot_block(skip(w, 2, k, format), k, x, 2, TOKENS, format, out + 2);
-    }
-#endif
-}
-
-#define DOTS(name, format) \
-    static __attribute__((noinline)) void name(Rows w, int64_t k, const float **x, int rows, int tokens, float *out) { \
-        dots_of(w, k, x, rows, tokens, format, out); \
-    }
-DOTS(dots_f32, F32)
-DOTS(dots_bf16, BF16)
-DOTS(dots_int8, INT8)
-DOTS(dots_int4, INT4)
-#undef DOTS
-
-INLINE void dots(Rows w, int64_t k, const float **x, int rows, int tokens, int64_t format, float *out) {
-    if (format == F32) dots_f32(w, k, x, rows, tokens, out);
-    else if (format == BF16) dots_bf16(w, k, x, rows, tokens, out);
-    else if (format == INT8) dots_int8(w, k, x, rows, tokens, out);
-    else dots_int4(w, k, x, rows, tokens, out);
-}
-
-/* For weight rows [from, to): y[t][n] = dot + bias, or y[t][n] += dot + bias. x, y: [T, k], [T, n]. half: of the bias. */
-static void linear_rows(const Linear *l, const float *x, float *y, int64_t rows, int add, int half, int64_t from,
-                        int64_t to) {
-    float out[ROWS * TOKENS];
-    const float *block[TOKENS];
-    for (int64_t n = from; n < to; n += ROWS) {
-        int count = to - n < ROWS ? (int)(to - n) : ROWS;
-        for (int64_t t = 0, tokens; t < rows; t += tokens) {
-            tokens = take_tokens(rows - t, l->format);
-            for (int i = 0; i < tokens; i++) block[i] = x + (t + i) * l->k;
-            dots(rows_at(l, n), l->k, block, count, (int)tokens, l->format, out);
-            for (int i = 0; i < tokens; i++)
-                for (int r = 0; r < count; r++) {
-                    float value = out[i * ROWS + r] + (l->bias ? load1(l->bias, n + r, half) : 0.0f);
-                    float *target = y + (t + i) * l->n + n + r;
-                    *target = add ? *target + value : value;
-                }
-        }
-    }
-}
-
-static void linear(const Linear *l, const float *x, float *y, int64_t rows, int add, int64_t half, Seat *seat) {
-    int64_t from, to;
-    share(seat, l->n, ROWS, &from, &to);
-    linear_rows(l, x, y, rows, add, (int)half, from, to);
-}
-
 static void rms_norm(const float *x, const void *weight, int64_t size, float eps, int half, float *y) {
     v16 squares = {0};
     float tail = 0.0f;
@@ -340,14 +146,17 @@ static void norm_rows(const Layer *l, const Step *s, const void *weight, float *
         rms_norm(s->x + t * l->hidden, weight, l->hidden, l->eps, (int)l->half, out + t * l->hidden);
 }
 
-INLINE v16 larger16(v16 a, v16 b) {
-    v16u above = (v16u)(a > b), x, y;
+/* a where the mask is set, else b. */
+INLINE v16 select16(v16u mask, v16 a, v16 b) {
+    v16u x, y;
     memcpy(&x, &a, sizeof x);
     memcpy(&y, &b, sizeof y);
-    x = (x & above) | (y & ~above);
+    x = (x & mask) | (y & ~mask);
     memcpy(&a, &x, sizeof a);
     return a;
 }
+
+INLINE v16 larger16(v16 a, v16 b) { return select16((v16u)(a > b), a, b); }
 
 /* exp of each lane for x <= 0, within 3 units in the last place; 0 from -87 down. The range is reduced to
  * |r| <= ln(2) / 2, where the series of degree 6 leaves out r^7 / 5040, at most 1.2e-7. */
@@ -368,5 +177,12 @@ INLINE v16 exp16(v16 x) {
     return y;
 }
 
-INLINE float silu(float x) { return x / (1.0f + expf(-x)); }
+/* out = silu(gate) * up * scale of LANES numbers. Never inlined: every number is computed in one way, wherever it
+ * stands. */
+static __attribute__((noinline)) void swiglu(const float *gate, const float *up, float scale, float *out) {
+    v16 x = load16(gate, 0, 0), one = (v16){0} + 1.0f;
+    v16 e = exp16(-larger16(x, -x)); /* of -|x|, which never overflows */
+    v16 y = x * select16((v16u)(x < 0.0f), e, one) / (one + e) * load16(up, 0, 0) * scale;
+    memcpy(out, &y, sizeof y);
+}
 #endif

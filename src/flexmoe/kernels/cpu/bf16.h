@@ -1,0 +1,106 @@
+/* Products of bf16 weights with activations in the processor's bf16 units, where the level has them.
+ *
+ * Such a unit takes activations in bf16. Two of them, an activation rounded and what the rounding left, keep 16 bits of
+ * it: to 4e-6, as good as fp32 beside weights of 8 bits, for twice the products, which reading the weights still hides.
+ */
+#ifndef FLEXMOE_BF16_H
+#define FLEXMOE_BF16_H
+#include "vector.h"
+
+#define ROWS 4 /* weight rows that share the loads of one activation */
+enum { TILE = 64, TILE_BYTES = 1 << 18, MOST_TERMS = 2, STEP = 32 };
+
+/* Ask for weights, rows after the next: of short rows, several at a time, a processor does not guess what comes. Into the
+ * second cache: the first is full of the activations and rows at hand. */
+INLINE void prefetch(const void *weights) { __builtin_prefetch(weights, 0, 2); }
+
+/* From one row of activations to the next: their length, filled with zeros up to a whole step, and a line more, since
+ * rows at multiples of 4096 bytes would displace each other from the first cache. */
+INLINE int64_t stride(int64_t k) { return (k + STEP - 1) / STEP * STEP + STEP; }
+
+#ifdef __AVX512BF16__
+#define BF16_UNITS 1
+enum { BF16_TOKENS = 4 };
+static const __mmask32 ALL = 0xffffffff;
+
+/* STEP floats rounded to bf16, ties to even. */
+INLINE void store_step(uint16_t *to, reg low, reg high) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+
+INLINE __m512 load_floats(const float *from, int64_t left) {
+    if (left >= LANES) return _mm512_loadu_ps(from);
+    return _mm512_maskz_loadu_ps((__mmask16)(left > 0 ? (1u << left) - 1 : 0), from);
+}
+
+INLINE __m512 wide_half(__m512bh both, int high) {
+    __m256i half = _mm512_extracti64x4_epi64((__m512i)both, 1);
+    if (!high) half = _mm512_castsi512_si256((__m512i)both);
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+}
+
+/* x [k] as parts [terms, stride(k)] that add up to it. */
+INLINE void split(const float *x, int64_t k, int terms, uint16_t *parts) {
+    for (int64_t i = 0; i < k; i += STEP) {
+        __m512 low = load_floats(x + i, k - i), high = load_floats(x + i + LANES, k - i - LANES);
+        __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+        _mm512_storeu_si512(parts + i, (__m512i)rounded);
+        if (terms == 1) continue;
+        low -= wide_half(rounded, 0), high -= wide_half(rounded, 1);
+        _mm512_storeu_si512(parts + stride(k) + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+/* Add the products of STEP weights from i on, those of `mask`, to the sums. */
+INLINE void bf16_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i, int rows, int tokens, int terms,
+                      __mmask32 mask, __m512 *sums) {
+    __m512bh wide[ROWS];
+    for (int r = 0; r < rows; r++) {
+        prefetch(w + (r + 2 * ROWS) * k + i);
+        wide[r] = (__m512bh)(mask == ALL ? _mm512_loadu_si512(w + r * k + i) : _mm512_maskz_loadu_epi16(mask, w + r * k + i));
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < terms; p++) {
+            __m512bh part = (__m512bh)_mm512_loadu_si512(x + (t * terms + p) * stride(k) + i);
+            for (int r = 0; r < rows; r++) sums[t * rows + r] = _mm512_dpbf16_ps(sums[t * rows + r], wide[r], part);
+        }
+}
+
+/* out[t * ROWS + r] = dot(row r of w, activation t). One chain of sums a pair, as in products.h. */
+INLINE void bf16_block(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
+    __m512 sums[BF16_TOKENS * ROWS];
+    int64_t i = 0;
+    for (int n = 0; n < BF16_TOKENS * ROWS; n++) sums[n] = _mm512_setzero_ps();
+    for (; i + STEP <= k; i += STEP) bf16_step(w, k, x, i, rows, tokens, terms, ALL, sums);
+    if (i < k) bf16_step(w, k, x, i, rows, tokens, terms, ALL >> (STEP - (k - i)), sums);
+    v16 sum[BF16_TOKENS * ROWS], totals;
+    memcpy(sum, sums, sizeof sum);
+    totals = rows * tokens <= 4 ? sum_lanes4(sum) : sum_lanes16(sum);
+    memcpy(out, &totals, rows * tokens * sizeof *out); /* one row has one activation, so the order is that of out */
+}
+
+/* The same with `rows` and `tokens` as constants, so that the sums stay in registers. */
+INLINE void bf16_dots_of(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
+    if (rows < ROWS)
+        for (int r = 0; r < rows; r++)
+            for (int t = 0; t < tokens; t++)
+                bf16_block(w + r * k, k, x + t * terms * stride(k), 1, 1, terms, out + t * ROWS + r);
+    else if (tokens == 1) bf16_block(w, k, x, ROWS, 1, terms, out);
+    else if (tokens == 2) bf16_block(w, k, x, ROWS, 2, terms, out);
+    else if (tokens == 3) bf16_block(w, k, x, ROWS, 3, terms, out);
+    else bf16_block(w, k, x, ROWS, 4, terms, out);
+}
+
+static __attribute__((noinline)) void bf16_dots(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens,
+                                                int terms, float *out) {
+    if (terms == 1) bf16_dots_of(w, k, x, rows, tokens, 1, out);
+    else bf16_dots_of(w, k, x, rows, tokens, 2, out);
+}
+#else
+#define BF16_UNITS 0
+INLINE void split(const float *x, int64_t k, int terms, uint16_t *parts) { (void)x, (void)k, (void)terms, (void)parts; }
+INLINE void bf16_dots(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
+    (void)w, (void)k, (void)x, (void)rows, (void)tokens, (void)terms, (void)out;
+}
+#endif
+#endif
