@@ -151,7 +151,7 @@ def test_a_launcher_of_ranks_needs_ranks(name: str) -> None:
         ("load_format", "auto, safetensors, dummy"),
         ("expert_backend", "auto, reference, cpu, triton"),
         ("launcher", "auto, spawn, torchrun, ray"),
-        ("isa", "auto, portable, avx2, avx512, neon"),
+        ("isa", "auto, portable, avx2, avx512, avx512_bf16, neon"),
     ],
 )
 def test_a_choice_is_one_of_those_listed(name: str, choices: str) -> None:
