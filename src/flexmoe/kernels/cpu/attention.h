@@ -126,11 +126,10 @@ INLINE void sum_values(const Layer *l, const Step *s, int64_t t, int64_t g, cons
     for (int64_t i = 0; i < d; i++) out[i] /= total;
 }
 
-/* One row and one key head: write the new key and value, then attend with the query heads that share it. */
-INLINE void attend(const Layer *l, const Step *s, const Buffers *b, int64_t t, int64_t g, int half, float *own) {
+/* One row and one key head: prepare its heads, and write the new key and value. */
+INLINE void write_key(const Layer *l, const Step *s, const Buffers *b, int64_t t, int64_t g, int half, float *own) {
     int64_t d = l->head_dim, group = l->num_heads / l->num_kv_heads, heads = l->num_heads, kv = l->num_kv_heads;
     float *row = b->qkv + t * (heads + 2 * kv) * d;
-    float *scores = own + b->scores;
     prepare_heads(l, b, t, row, g * group, (g + 1) * group, own);
     prepare_heads(l, b, t, row, heads + g, heads + g + 1, own);
     float *key = row + (heads + g) * d, *value = row + (heads + kv + g) * d;
@@ -140,12 +139,30 @@ INLINE void attend(const Layer *l, const Step *s, const Buffers *b, int64_t t, i
         store1(l->cache, (slot * 2 * kv + g) * d + i, key[i], half);
         store1(l->cache, ((slot * 2 + 1) * kv + g) * d + i, value[i], half);
     }
+}
+
+/* One row and one key head, whose keys are written: attend with the query heads that share it. */
+INLINE void attend(const Layer *l, const Step *s, const Buffers *b, int64_t t, int64_t g, int half, float *own) {
+    int64_t d = l->head_dim, group = l->num_heads / l->num_kv_heads, heads = l->num_heads, to = s->lengths[t];
+    float *row = b->qkv + t * (heads + 2 * l->num_kv_heads) * d, *scores = own + b->scores;
     int64_t from = l->window > 0 && to > l->window ? to - l->window : 0;
     for (int64_t h = g * group; h < (g + 1) * group; h++) {
         score_keys(l, s, t, g, row + h * d, from, to, half, scores);
         float total = soften(scores, from, to);
         sum_values(l, s, t, g, scores, total, from, to, half, b->attended + (t * heads + h) * d);
     }
+}
+
+/* The pairs of rows and key heads in turns: later rows of a prompt see more keys, and so take longer. */
+INLINE void attend_rows(const Layer *l, const Step *s, const Buffers *b, int half, float *own, Seat *seat) {
+    int64_t kv = l->num_kv_heads, items = s->rows * kv, threads = seat->pool->threads;
+    for (int64_t i = seat->id; i < items; i += threads) {
+        write_key(l, s, b, i / kv, i % kv, half, own);
+        if (!s->prompts) attend(l, s, b, i / kv, i % kv, half, own);
+    }
+    if (!s->prompts) return;
+    barrier(seat);
+    for (int64_t i = seat->id; i < items; i += threads) attend(l, s, b, i / kv, i % kv, half, own);
 }
 
 static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *seat) {
@@ -164,12 +181,8 @@ static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *sea
         }
         barrier(seat);
     }
-    share(seat, s->rows * l->num_kv_heads, 1, &from, &to);
-    for (int64_t item = from; item < to; item++) {
-        int64_t t = item / l->num_kv_heads, g = item % l->num_kv_heads;
-        if (l->half) attend(l, s, b, t, g, 1, own);
-        else attend(l, s, b, t, g, 0, own);
-    }
+    if (l->half) attend_rows(l, s, b, 1, own, seat);
+    else attend_rows(l, s, b, 0, own, seat);
     barrier(seat);
     linear(&l->out, b->attended, s->x, s->rows, 1, l->half, &room, seat);
     barrier(seat);

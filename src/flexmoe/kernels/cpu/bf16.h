@@ -53,7 +53,7 @@ INLINE void split(const float *x, int64_t k, int terms, uint16_t *parts) {
 
 /* Add the products of STEP weights from i on, those of `mask`, to the sums. */
 INLINE void bf16_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i, int rows, int tokens, int terms,
-                      __mmask32 mask, __m512 *sums) {
+                      __mmask32 mask, v16 *sums) {
     __m512bh wide[ROWS];
     for (int r = 0; r < rows; r++) {
         prefetch(w + (r + 2 * ROWS) * k + i);
@@ -62,20 +62,18 @@ INLINE void bf16_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i
     for (int t = 0; t < tokens; t++)
         for (int p = 0; p < terms; p++) {
             __m512bh part = (__m512bh)_mm512_loadu_si512(x + (t * terms + p) * stride(k) + i);
-            for (int r = 0; r < rows; r++) sums[t * rows + r] = _mm512_dpbf16_ps(sums[t * rows + r], wide[r], part);
+            for (int r = 0; r < rows; r++) sums[t * rows + r] = (v16)_mm512_dpbf16_ps((__m512)sums[t * rows + r], wide[r], part);
         }
 }
 
 /* out[t * ROWS + r] = dot(row r of w, activation t). One chain of sums a pair, as in products.h. */
 INLINE void bf16_block(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
-    __m512 sums[BF16_TOKENS * ROWS];
+    v16 sums[BF16_TOKENS * ROWS];
     int64_t i = 0;
-    for (int n = 0; n < BF16_TOKENS * ROWS; n++) sums[n] = _mm512_setzero_ps();
+    for (int n = 0; n < BF16_TOKENS * ROWS; n++) sums[n] = (v16){0};
     for (; i + STEP <= k; i += STEP) bf16_step(w, k, x, i, rows, tokens, terms, ALL, sums);
     if (i < k) bf16_step(w, k, x, i, rows, tokens, terms, ALL >> (STEP - (k - i)), sums);
-    v16 sum[BF16_TOKENS * ROWS], totals;
-    memcpy(sum, sums, sizeof sum);
-    totals = rows * tokens <= 4 ? sum_lanes4(sum) : sum_lanes16(sum);
+    v16 totals = rows * tokens <= 4 ? sum_lanes4(sums) : sum_lanes16(sums);
     memcpy(out, &totals, rows * tokens * sizeof *out); /* one row has one activation, so the order is that of out */
 }
 

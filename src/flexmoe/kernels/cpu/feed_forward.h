@@ -70,10 +70,21 @@ static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *
     }
 }
 
+/* x += weight * value, of `count` columns. */
+INLINE void add_scaled(float *x, const float *value, float weight, int count) {
+    float sum[ROWS];
+    if (count < ROWS) {
+        for (int r = 0; r < count; r++) x[r] += weight * value[r];
+        return;
+    }
+    for (int r = 0; r < ROWS; r++) sum[r] = x[r] + weight * value[r];
+    memcpy(x, sum, sizeof sum);
+}
+
 /* x[t] += weight * down(hidden) for hidden columns [from, to) of expert e. */
 static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t e, int64_t from, int64_t to,
                         const Room *room) {
-    float out[ROWS * TOKENS];
+    float out[ROWS * TOKENS] = {0};
     Tile tile;
     int64_t width = l->expert_width, left = b->first[e + 1] - b->first[e];
     for (const int32_t *assigned = b->assignment + b->first[e]; left; left -= tile.count, assigned += tile.count) {
@@ -88,8 +99,7 @@ static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t
                 dots(w, width, &tile, t, rows, (int)tokens, format, room, out);
                 for (int j = 0; j < tokens; j++) {
                     int32_t a = assigned[t + j];
-                    float *x = s->x + a / l->top_k * l->hidden + h, weight = b->weights[a];
-                    for (int r = 0; r < rows; r++) x[r] += weight * out[j * ROWS + r];
+                    add_scaled(s->x + a / l->top_k * l->hidden + h, out + j * ROWS, b->weights[a], rows);
                 }
             }
         }

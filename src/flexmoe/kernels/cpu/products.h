@@ -173,8 +173,7 @@ typedef struct {
 } Room;
 
 INLINE Room room_of(const Buffers *b, const Step *s, const Seat *seat) {
-    (void)s;
-    return (Room){2, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
+    return (Room){s->prompts ? 1 : MOST_TERMS, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
 }
 
 /* Activations that the weights meet together, where they lie; for bf16 units their parts lie in the room. */
