@@ -168,7 +168,7 @@ INLINE void attend_rows(const Layer *l, const Step *s, const Buffers *b, int hal
 static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *seat) {
     int64_t from, to, q = l->num_heads * l->head_dim, kv = l->num_kv_heads * l->head_dim;
     float *own = b->own + seat->id * b->own_size;
-    Room room = room_of(b, s, seat);
+    Room room = room_of(b, seat);
     norm_rows(l, s, l->input_norm, own);
     linear(&l->qkv, own, b->qkv, s->rows, 0, l->half, &room, seat);
     barrier(seat);

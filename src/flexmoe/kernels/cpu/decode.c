@@ -48,7 +48,7 @@ static void run_step(void *argument, Seat *seat) {
     }
     if (s->parts & HEAD) {
         float *normed = b->own + seat->id * b->own_size;
-        Room room = room_of(b, s, seat);
+        Room room = room_of(b, seat);
         for (int64_t i = 0; i < s->num_samples; i++)
             rms_norm(s->x + s->samples[i] * m->hidden, m->norm, m->hidden, m->eps, (int)m->half, normed + i * m->hidden);
         linear(&m->head, normed, s->logits, s->num_samples, 0, m->half, &room, seat);
@@ -99,7 +99,7 @@ int fm_bf16_units(void) { return BF16_UNITS; }
 
 /* Run one step. Returns 0, or 1 if memory for the buffers is not to be had. */
 int fm_step(Pool *pool, const Model *model, Step *step) {
-    Call call = {model, step, {0}};
+    Call call = {model, step, {.terms = step->prompts && model->half ? 1 : MOST_TERMS}};
     pthread_mutex_lock(&pool->turn); /* engines of several threads take turns */
     size_t need = lay_out(model, step, pool->threads, NULL, &call.buffers) * sizeof(float);
     if (need > pool->scratch_size) {

@@ -111,7 +111,7 @@ enum { SHARED_ROUTING = 512 }; /* probabilities from which sharing them out is w
 static void experts(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
     int64_t from, to, width = l->expert_width;
     Linear router = {l->router, NULL, NULL, l->num_experts, l->hidden, F32};
-    Room room = room_of(b, s, seat);
+    Room room = room_of(b, seat);
     linear(&router, normed, b->logits, s->rows, 0, 0, &room, seat);
     barrier(seat);
     int together = s->rows * l->num_experts > SHARED_ROUTING;
@@ -145,7 +145,7 @@ static void swiglu_row(const float *gate, const float *up, int64_t n, float scal
 /* The dense feed-forward, or the shared expert with its sigmoid gate. */
 static void dense(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
     int64_t from, to, width = l->dense_width, half = l->half;
-    Room room = room_of(b, s, seat);
+    Room room = room_of(b, seat);
     float *both = b->dense_hidden, *hidden = both + s->rows * 2 * width; /* [T, 2F], [T, F] */
     linear(&l->dense_gate_up, normed, both, s->rows, 0, half, &room, seat);
     if (l->dense_gate.weight && seat->id == 0)

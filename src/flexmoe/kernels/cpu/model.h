@@ -40,8 +40,8 @@ typedef struct {
 } Model;
 
 /* The rows of one step, each with the keys of its sequence that it sees. In a step of decodes each is the latest token of
- * a sequence of its own. In one of prompts many follow each other in a sequence, and activations are rounded to bf16
- * where bf16 units multiply, as torch rounds them. */
+ * a sequence of its own. In one of prompts many follow each other in a sequence, and in bf16 models, where bf16 units
+ * multiply, activations are rounded to bf16, as torch rounds them. */
 typedef struct {
     int64_t rows, block_size, table_width, prompts, num_samples;
     const int64_t *token_ids;      /* [T] */
@@ -67,5 +67,6 @@ typedef struct {
     int64_t own_size, scores;    /* floats per thread; offset of the scores in them */
     uint16_t *tiles, *widened;   /* per thread: what products.h calls a Room */
     int64_t tile_size, widened_size;
+    int terms;
 } Buffers;
 #endif

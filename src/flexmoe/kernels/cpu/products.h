@@ -172,8 +172,8 @@ typedef struct {
     uint16_t *widened; /* [2 * ROWS, k] weights */
 } Room;
 
-INLINE Room room_of(const Buffers *b, const Step *s, const Seat *seat) {
-    return (Room){s->prompts ? 1 : MOST_TERMS, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
+INLINE Room room_of(const Buffers *b, const Seat *seat) {
+    return (Room){b->terms, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
 }
 
 /* Activations that the weights meet together, where they lie; for bf16 units their parts lie in the room. */
