@@ -71,8 +71,11 @@ def test_levels_differ_by_rounding_only(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.parametrize(
     ("name", "beyond"),
-    [("portable", r"%[yz]mm|\bv[a-z]+ .*%xmm"), ("avx2", r"%zmm|%[xy]mm(1[6-9]|[23]\d)|\{%k"),
-     ("avx512", r"\bv(dpbf16|cvtne)")],
+    [
+        ("portable", r"%[yz]mm|\bv[a-z]+ .*%xmm"),
+        ("avx2", r"%zmm|%[xy]mm(1[6-9]|[23]\d)|\{%k"),
+        ("avx512", r"\bv(dpbf16|cvtne)"),
+    ],
 )
 def test_no_level_has_instructions_beyond_its_own(name: str, beyond: str) -> None:
     """A processor of that level would stop at them; this one may have them all."""

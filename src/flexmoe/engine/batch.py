@@ -98,9 +98,7 @@ def build_prompt_rows(step: Step, block_size: int, most: int | None) -> list[Pag
     for first in range(0, len(owners), most or len(owners)):
         rows = slice(first, first + (most or len(owners)))
         inside = sampled[(sampled >= rows.start) & (sampled < rows.stop)] - first
-        pieces.append(
-            PagedRows(token_ids[rows], tables[owners[rows]], lengths[rows], inside, block_size, prompts=True)
-        )
+        pieces.append(PagedRows(token_ids[rows], tables[owners[rows]], lengths[rows], inside, block_size, prompts=True))
     return pieces
 
 

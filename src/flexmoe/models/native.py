@@ -49,8 +49,8 @@ def why_not_native(
 def takes_prompts(dtype: torch.dtype, isa: str = "auto", *, quantized: bool = False) -> bool:
     """Whether the C kernels are the faster way for prompts, too.
 
-    They are in bf16 where they have bf16 units and oneDNN has no tile units (AMX), and for weights that torch would first
-    widen. In fp32 that differs between processors, and prompts stay with torch.
+    They are in bf16 where they have bf16 units and oneDNN has no tile units (AMX), and for weights that torch would
+    first widen. In fp32 that differs between processors, and prompts stay with torch.
     """
     native = library.load(isa).library
     assert native is not None, "ask why_not_native() first"

@@ -110,9 +110,9 @@ class OuterWeights:
 class PagedRows:
     """T rows, each with the keys of its sequence that it sees.
 
-    token_ids: int64 [T]; tables: int32 [T, M] blocks of each row's sequence; lengths: int32 [T] keys that each row sees,
-    its own included; samples: int64 [N], the rows whose logits are wanted. prompts: rows of one sequence may follow each
-    other; else each is the latest token of a sequence of its own.
+    token_ids: int64 [T]; tables: int32 [T, M] blocks of each row's sequence; lengths: int32 [T] keys that each row
+    sees, its own included; samples: int64 [N], the rows whose logits are wanted. prompts: rows of one sequence may
+    follow each other; else each is the latest token of a sequence of its own.
     """
 
     token_ids: npt.NDArray[np.int64]

@@ -29,7 +29,8 @@ PORTABLE = Level("portable")
 LEVELS: dict[str, tuple[Level, ...]] = {
     "x86_64": (
         Level(
-            _BF16, frozenset((*_AVX2, *_AVX512, _BF16)),
+            _BF16,
+            frozenset((*_AVX2, *_AVX512, _BF16)),
             (*(f"-m{name}" for name in _AVX2 + _AVX512), "-mavx512bf16"),
         ),
         Level("avx512", frozenset(_AVX2 + _AVX512), tuple(f"-m{name}" for name in _AVX2 + _AVX512)),
