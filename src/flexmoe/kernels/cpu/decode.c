@@ -84,7 +84,8 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     TAKE(first, int32_t, slots + 1);
     TAKE(assignment, int32_t, s->rows * top_k);
     b->scores = (larger(larger(s->rows, s->num_samples) * m->hidden, m->layers->head_dim) + 15) / 16 * 16;
-    b->own_size = b->scores + (keys + 47) / 16 * 16;
+    b->score_size = (keys + 47) / 16 * 16;
+    b->own_size = b->scores + QUERIES * b->score_size;
     TAKE(own, float, b->own_size * threads);
     b->tile_size = tile_rows(deepest) * MOST_TERMS * stride(deepest);
     b->widened_size = 2 * ROWS * stride(deepest);

@@ -63,8 +63,8 @@ typedef struct {
     float *angles, *qkv, *attended, *logits, *weights, *hidden, *dense_hidden, *gate;
     int64_t *slots;              /* [T, K] */
     int32_t *first, *assignment; /* [S + 1], [T * K]: assignments sorted by slot, ties by token */
-    float *own;                  /* per thread: normed rows [T, H], a head, scores */
-    int64_t own_size, scores;    /* floats per thread; offset of the scores in them */
+    float *own;                  /* per thread: normed rows [T, H] or a head, then scores of some queries */
+    int64_t own_size, scores, score_size; /* floats per thread; where the scores begin in them; those of a query */
     uint16_t *tiles, *widened;   /* per thread: what products.h calls a Room */
     int64_t tile_size, widened_size;
     int terms;
