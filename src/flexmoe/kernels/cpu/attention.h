@@ -66,11 +66,16 @@ INLINE void score_block(const char *key, int64_t stride, const float *const *que
                 for (int c = 0; c < count; c++) sums[4 * n + c][p] += keys[c] * q;
             }
         }
+    v16 sum[4 * QUERIES];
+    memcpy(sum, sums, 4 * queries * sizeof *sum);
+    if (queries == 4) { /* all in one: the same sums, with a third of the shuffles */
+        v16 all = sum_lanes16(sum) * scale;
+        for (int n = 0; n < queries; n++) memcpy(scores[n] + at, (float *)&all + 4 * n, count * sizeof **scores);
+        return;
+    }
     for (int n = 0; n < queries; n++) {
-        v16 four[4];
-        memcpy(four, sums + 4 * n, sizeof four);
-        v16 totals = sum_lanes4(four) * scale;
-        memcpy(scores[n] + at, &totals, count * sizeof **scores);
+        v16 four = sum_lanes4(sum + 4 * n) * scale;
+        memcpy(scores[n] + at, &four, count * sizeof **scores);
     }
 }
 

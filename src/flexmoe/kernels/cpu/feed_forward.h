@@ -63,8 +63,11 @@ static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *
                 dots(gates, k, &tile, t, rows, (int)tokens, format, room, gate);
                 dots(ups, k, &tile, t, rows, (int)tokens, format, room, up);
                 for (int64_t j = 0; j < tokens * ROWS; j += LANES) swiglu(gate + j, up + j, 1.0f, out + j);
-                for (int j = 0; j < tokens; j++)
-                    memcpy(b->hidden + assigned[t + j] * width + f, out + j * ROWS, rows * sizeof *out);
+                for (int j = 0; j < tokens; j++) {
+                    float *hidden = b->hidden + assigned[t + j] * width + f;
+                    if (rows == ROWS) memcpy(hidden, out + j * ROWS, ROWS * sizeof *out); /* one store */
+                    else memcpy(hidden, out + j * ROWS, rows * sizeof *out);
+                }
             }
         }
     }
