@@ -10,7 +10,7 @@ import torch
 from flexmoe.config.model import LayerConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine import model_runner
-from flexmoe.engine.model_runner import ModelRunner
+from flexmoe.engine.model_runner import ModelRunner, _after_pending
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.models.decoder import Decoder
@@ -190,3 +190,11 @@ def test_small_layers_decode_many_rows_in_c_and_large_ones_few() -> None:
     mixtral, olmoe = PRESETS["mixtral-8x7b"].config, PRESETS["olmoe-1b-7b"].config
     assert most_rows(mixtral, torch.bfloat16) == 4
     assert most_rows(mixtral, torch.bfloat16) <= most_rows(olmoe, torch.bfloat16) <= most_rows(olmoe, torch.float32)
+
+
+def test_a_row_whose_last_token_is_pending_draws_the_number_after_it() -> None:
+    state = SamplingState(SamplingParams(temperature=1.0), 3)
+    known, pending = _after_pending(state, -1), _after_pending(state, 0)
+    assert known is state
+    assert pending.uniform() == state.uniform(1) != state.uniform()
+    assert state.num_tokens == 0

@@ -117,7 +117,7 @@ def decode(mesh: Mesh, model: ModelConfig, grouped: bool) -> Decoded:
     packed = PackedRows(BUCKET, 32, CPU)
     for number, order, sources in ((0, [0, 1, 2], [-1, -1, -1]), (1, [1, 2, 0], [1, 2, 0])):
         chunks = [ScheduledChunk(requests[row], number, 1, True) for row in order]
-        packed.load(chunks, sources, states if number else (), ahead=number)
+        packed.load(chunks, sources, states if number else ())
         sampling = Sampling(packed.sampling, filtered=True) if number else None
         with torch.inference_mode():
             fused.step(packed.rows, sampling, cache, probe, counter=counter)

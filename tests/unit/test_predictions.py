@@ -19,6 +19,9 @@ H200, TWO = Machine.load("h200x1"), Machine.load("h200x2")
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
 
 
+WRONG_TILE = ("qwen3-30b-a3b", 256)  # measured with a tile for half as many rows, which is not taken any more: LOG.md
+
+
 def rows_of(name: str) -> list[dict[str, Any]]:
     """Steps of the model as it is, of the kernels' latest version."""
     rows = [json.loads(line) for line in (RESULTS / "h200_latency.jsonl").read_text().splitlines()]
@@ -26,7 +29,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return [
         row for row in rows
         if row["engine"] == "flexmoe" and row["model"]["label"] == name and row["model"]["layers"] == whole
-        and row["time"] >= "2026-11-28"
+        and row["time"] >= "2026-11-28" and (name, row["params"]["batch"]) != WRONG_TILE
     ]  # fmt: skip
 
 
@@ -36,7 +39,7 @@ def steps(machine: Machine, names: Sequence[str]) -> list[Check]:
 
 def test_steps_of_measured_models() -> None:
     errors = Errors.of(steps(H200, MODELS))
-    assert errors.count == 24
+    assert errors.count == 33
     assert errors.mean <= 0.10
     assert errors.worst <= 0.20
 

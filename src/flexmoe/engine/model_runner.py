@@ -5,6 +5,7 @@ A launched step is a Flight. While one is on its way the next may be launched be
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -236,11 +237,14 @@ class ModelRunner:
         """Launch decodes and prompts, one behind the other or in one pass."""
         first = 0 if self._one_pass else step.num_decodes  # chunk of the pass that is not a graph
         rest = Step(step.chunks[first:], step.num_decodes - first, [])
-        before = graphed.tokens_of(sources) if sources and self._one_pass else None
+        before, drawing = None, states[first:]
+        if sources and self._one_pass:
+            before = graphed.tokens_of(sources)
+            drawing = [*map(_after_pending, drawing, sources), *drawing[len(sources) :]]
 
         def launch() -> Tensor | None:
             logits = self._logits(rest, None, None, before)
-            return self._sampler.choose(logits, states[first:]) if len(logits) else None
+            return self._sampler.choose(logits, drawing) if len(logits) else None
 
         return graphed.launch_mixed(step, states, sources, first, launch)
 
@@ -281,6 +285,15 @@ class ModelRunner:
         if not step.num_samples:
             return hidden.new_empty(0, self.model.config.vocab_size)
         return self.model.logits(hidden, batch)
+
+
+def _after_pending(state: SamplingState, source: int) -> SamplingState:
+    """The state as it will be once the token with that place is known; itself where none is pending (-1)."""
+    if source < 0:
+        return state
+    later = copy.copy(state)
+    later.num_tokens += 1
+    return later
 
 
 def decodes_only(step: Step, max_rows: int) -> bool:

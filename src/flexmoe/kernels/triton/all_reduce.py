@@ -6,7 +6,7 @@ same bits on all ranks, and its rows normed for what comes next.
 "One shot": every rank reads the parts of all others, so P - 1 times a part goes to each, but nobody waits twice. A
 program takes a row. It tells the others that this rank's part is there, waits until they have said so too, and reads.
 A flag is set by one rank and cleared by the one that waited for it. Nobody says that a part has been read: it may be
-written again once a *later* sum over the same ranks, in other memory, is done (see `parallel/peers.py`).
+written again once a *later* sum over the same ranks, in other memory, is done (`models.fused_ranks.OneShotSums`).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
