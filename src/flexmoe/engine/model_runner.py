@@ -174,8 +174,8 @@ class ModelRunner:
         Decodes and prompts are two passes, unless one_pass is asked for: otherwise a request's rounding, in bf16 its
         tokens too, would depend on whether another one's prompt is computed in the same step. Measured on a CPU, the
         two passes take as long as one; on a GPU the second reads most weights again. Data ranks, which would have to
-        agree on the passes, take one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of
-        torch's products; in fp32 that has not been seen to change a token.
+        agree on the passes, take one. What torch computes, decodes beyond `max_rows` and many prompts, is rounded as
+        the shape of its products will have it; in fp32 that has not been seen to change a token.
         """
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
