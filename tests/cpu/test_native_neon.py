@@ -44,7 +44,9 @@ def near(found: np.ndarray, wanted: np.ndarray) -> None:
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("level", levels.available(), ids=lambda level: level.name)
-def test_the_program_agrees_with_itself_at_each_level(level: levels.Level, portable: np.ndarray, tmp_path: Path) -> None:
+def test_the_program_agrees_with_itself_at_each_level(
+    level: levels.Level, portable: np.ndarray, tmp_path: Path
+) -> None:
     compiler = library.find_compiler()
     assert compiler is not None
     near(outputs(compiler, level, tmp_path / "step"), portable)
