@@ -9,6 +9,7 @@ import torch
 
 from flexmoe.config.model import LayerConfig
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine import model_runner
 from flexmoe.engine.model_runner import ModelRunner, _after_pending
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
@@ -28,8 +29,8 @@ CONFIG = config(layers=(LayerConfig(is_moe=True), LayerConfig(is_moe=False)))
 class Watched:
     """Native kernels that note how many rows they were given."""
 
-    def __init__(self, native: NativeDecoder, max_rows: int) -> None:
-        self._native, self.max_rows, self.calls = native, max_rows, list[int]()
+    def __init__(self, native: NativeDecoder, max_rows: int, *, prompts: bool = False) -> None:
+        self._native, self.max_rows, self.prompts, self.calls = native, max_rows, prompts, list[int]()
 
     def __call__(self, rows: Any, *rest: Any) -> torch.Tensor:
         self.calls.append(len(rows.token_ids))
@@ -59,25 +60,32 @@ def run(model: Decoder, step: Step, cache: Any, **options: Any) -> SampleOutput:
 
 
 @pytest.mark.parametrize(
-    ("num_decodes", "num_prefills", "max_rows", "calls"),
+    ("num_decodes", "num_prefills", "max_rows", "prompts", "calls"),
     [
-        (3, 0, 3, [3]),
-        (3, 0, 2, []),
-        (0, 2, 9, []),
-        (1, 1, 9, [1]),
-        (3, 3, 3, [3]),
-        (3, 3, 2, []),
+        (3, 0, 3, False, [3]),
+        (3, 0, 2, False, []),
+        (0, 2, 9, False, []),
+        (1, 1, 9, False, [1]),
+        (3, 3, 3, False, [3]),
+        (3, 3, 2, False, []),
+        (3, 0, 3, True, [3]),
+        (0, 2, 9, True, [5, 1]),
+        (3, 3, 3, True, [3, 5, 4]),
+        (1, 1, 9, True, [1, 3]),
     ],
 )
-def test_decodes_in_c_prefills_in_torch(num_decodes: int, num_prefills: int, max_rows: int, calls: list[int]) -> None:
+def test_decodes_in_c_prefills_in_torch_or_in_c(
+    num_decodes: int, num_prefills: int, max_rows: int, prompts: bool, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Together they give what torch alone gives: tokens and log-probabilities in order, keys and values."""
+    monkeypatch.setattr(model_runner, "PROMPT_ROWS", 5)
     model = decoder(CONFIG)
     assert model.native is not None
     step, num_blocks = make_step(num_decodes, num_prefills)
     cache = filled_cache(CONFIG, [chunk.request for chunk in step.chunks], num_blocks, BLOCK, torch.float32)
     other = copy_cache(cache, torch.float32)
     wanted = run(in_fp32(model), step, other, logprobs=2)
-    watched = Watched(model.native, max_rows)
+    watched = Watched(model.native, max_rows, prompts=prompts)
     model.native = watched  # type: ignore[assignment]
     found = run(model, step, cache, logprobs=2)
     assert watched.calls == calls

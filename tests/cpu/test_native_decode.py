@@ -7,6 +7,7 @@ So both dtypes must agree closely. In bf16 a key that rounds the other way costs
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from flexmoe.config.engine import LoadConfig
 from flexmoe.config.model import LayerConfig, ModelConfig, RopeConfig
 from flexmoe.engine.batch import build_paged_rows
-from flexmoe.kernels.cpu.decode import PagedRows, supports
+from flexmoe.kernels.cpu.decode import supports
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.hub import open_model
 from flexmoe.models.loader import load_weights
@@ -164,7 +165,7 @@ def test_a_table_may_be_wider_than_its_sequences(dtype: torch.dtype) -> None:
         used = -(-r.num_tokens // 4)
         table[:used] = r.blocks[:used]
     assert model.native is not None
-    wide = model.native(PagedRows(rows.token_ids, tables, rows.lengths, 4), cache)
+    wide = model.native(replace(rows, tables=tables), cache)
     assert torch.equal(wide, by_c(model, requests, other))
 
 

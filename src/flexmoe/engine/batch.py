@@ -71,15 +71,43 @@ def build_batch(
 def build_paged_rows(step: Step, block_size: int) -> PagedRows:
     """Lay out a step of decodes for the C kernels, which read the block tables themselves."""
     requests = [chunk.request for chunk in step.chunks]
+    return PagedRows(
+        np.array([request.token_ids[-1] for request in requests], dtype=np.int64),
+        _tables(requests),
+        np.array([len(request.token_ids) for request in requests], dtype=np.int32),
+        np.arange(len(requests)),
+        block_size,
+    )
+
+
+def build_prompt_rows(step: Step, block_size: int, most: int | None) -> list[PagedRows]:
+    """Lay out a step of prompts for the C kernels, in pieces of at most `most` rows to be computed in this order."""
+    chunks = step.chunks
+    counts = [chunk.num_tokens for chunk in chunks]
+    owners = np.repeat(np.arange(len(chunks)), counts)  # the chunk of each row
+    token_ids = np.empty(len(owners), dtype=np.int64)
+    lengths = np.empty(len(owners), dtype=np.int32)
+    samples = np.array([chunk.samples for chunk in chunks], dtype=bool)
+    ends = np.cumsum(counts)
+    for chunk, end in zip(chunks, ends, strict=True):
+        own, stop = slice(end - chunk.num_tokens, end), chunk.start + chunk.num_tokens
+        token_ids[own] = chunk.request.token_ids[chunk.start : stop]
+        lengths[own] = np.arange(chunk.start + 1, stop + 1)
+    sampled, tables = ends[samples] - 1, _tables([chunk.request for chunk in chunks])
+    pieces = []
+    for first in range(0, len(owners), most or len(owners)):
+        rows = slice(first, first + (most or len(owners)))
+        inside = sampled[(sampled >= rows.start) & (sampled < rows.stop)] - first
+        pieces.append(PagedRows(token_ids[rows], tables[owners[rows]], lengths[rows], inside, block_size, prompts=True))
+    return pieces
+
+
+def _tables(requests: Sequence[Request]) -> npt.NDArray[np.int32]:
+    """The blocks of each request, filled up with zeros."""
     tables = np.zeros((len(requests), max(len(request.blocks) for request in requests)), dtype=np.int32)
     for row, request in enumerate(requests):
         tables[row, : len(request.blocks)] = request.blocks
-    return PagedRows(
-        np.array([request.token_ids[-1] for request in requests], dtype=np.int64),
-        tables,
-        np.array([len(request.token_ids) for request in requests], dtype=np.int32),
-        block_size,
-    )
+    return tables
 
 
 def _slots(request: Request, start: int, stop: int, block_size: int) -> Array:

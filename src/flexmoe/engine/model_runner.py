@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.config.routing import LayerLoad
-from flexmoe.engine.batch import build_batch, build_paged_rows
+from flexmoe.engine.batch import build_batch, build_paged_rows, build_prompt_rows
 from flexmoe.engine.choices import ChoiceTap
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
@@ -26,7 +27,7 @@ from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DevicePrompts
-from flexmoe.models.native import NativeDecoder
+from flexmoe.models.native import PROMPT_ROWS, NativeDecoder
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.scheduler import Step
 
@@ -173,8 +174,8 @@ class ModelRunner:
         Decodes and prompts are two passes, unless one_pass is asked for: otherwise a request's rounding, in bf16 its
         tokens too, would depend on whether another one's prompt is computed in the same step. Measured on a CPU, the
         two passes take as long as one; on a GPU the second reads most weights again. Data ranks, which would have to
-        agree on the passes, take one. Beyond `max_rows` decodes, and for prompts, rounding depends on the shape of
-        torch's products; in fp32 that has not been seen to change a token.
+        agree on the passes, take one. What torch computes, decodes beyond `max_rows` and many prompts, is rounded as
+        the shape of its products will have it; in fp32 that has not been seen to change a token.
         """
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
@@ -214,12 +215,19 @@ class ModelRunner:
     def _decode_native(
         self, native: NativeDecoder, step: Step, states: Sequence[SamplingState], probe: Probe | None
     ) -> SampleOutput:
-        # Torch's threads stay out: after any work they spin for a while on the cores that the C threads need.
-        # Measured: 6 ms instead of 1 for a step of 8 rows, from one parallel argmax.
-        _use_torch_threads(1)
-        try:
+        with self._torch_threads_out():
             logits = native(build_paged_rows(step, self.cache.block_size), self.cache, probe)
             return self._sampler.sample(logits, states)
+
+    @contextmanager
+    def _torch_threads_out(self) -> Iterator[None]:
+        """Torch's threads stay out: after any work they spin for a while on the cores that the C threads need.
+
+        Measured: 6 ms instead of 1 for a step of 8 rows, from one parallel argmax.
+        """
+        _use_torch_threads(1)
+        try:
+            yield
         finally:
             _use_torch_threads(self._threads)
 
@@ -239,6 +247,13 @@ class ModelRunner:
             return self._sampler.choose(logits, drawing) if len(logits) else None
 
         return graphed.launch_mixed(step, states, sources, first, launch)
+
+    def _prompts_native(self, native: NativeDecoder, step: Step, probe: Probe | None) -> Tensor:
+        """Logits of the chunks that sample. In pieces that bound the memory; a probe sees the step whole."""
+        pieces = build_prompt_rows(step, self.cache.block_size, PROMPT_ROWS if probe is None else None)
+        with self._torch_threads_out():
+            logits = [native(rows, self.cache, probe) for rows in pieces]
+            return torch.cat(logits)
 
     @torch.inference_mode()
     def _run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
@@ -260,7 +275,10 @@ class ModelRunner:
                 decodes = rows.token_ids[: len(before)]
                 decodes.copy_(torch.where(before >= 0, before, decodes))
             return self._prompts.logits(rows, self.cache, probe)
-        assert before is None, "torch lays out tokens that the host knows"
+        assert before is None, "the host lays out tokens that it knows"
+        native = self.model.native
+        if native is not None and native.prompts and most_rows is None:
+            return self._prompts_native(native, step, probe)
         _use_torch_threads(self._threads)
         batch = build_batch(step, self.cache.block_size, self._windows, self.device, probe, most_rows)
         hidden: Tensor = self.model(batch, self.cache)

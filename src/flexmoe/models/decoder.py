@@ -21,7 +21,7 @@ from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import Rotary, inverse_frequencies
-from flexmoe.models.native import NativeDecoder, layer_weights, most_rows, weight_of
+from flexmoe.models.native import NativeDecoder, layer_weights, most_rows, takes_prompts, weight_of
 from flexmoe.models.quantized import bits_of
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts.weights import ExpertWeights
@@ -153,8 +153,11 @@ class Decoder(nn.Module):
         if native_threads is not None:
             layers = [layer.native() for layer in self.decoder_layers]
             quantized = self.embed_tokens.quantized is not None
-            max_rows = most_rows(self.config, self.norm.weight.dtype, quantized=quantized)
-            self.native = NativeDecoder(layers, self._outer_weights(), native_threads, max_rows, isa)
+            dtype = self.norm.weight.dtype
+            prompts = takes_prompts(dtype, isa, quantized=quantized)
+            max_rows = most_rows(self.config, dtype, quantized=quantized, prompts=prompts)
+            outer = self._outer_weights()
+            self.native = NativeDecoder(layers, outer, native_threads, max_rows, isa, prompts=prompts)
 
     def _outer_weights(self) -> OuterWeights:
         embedding = weight_of(self.embed_tokens)

@@ -1,4 +1,4 @@
-"""NativeDecoder: the decoder in the C kernels, for steps of a few rows with one query each.
+"""NativeDecoder: the decoder in the C kernels, for decodes and, where they are the faster way, for prompts.
 
 Enters: a loaded Decoder, whose weights it reads where they are. Leaves: the same numbers, without Python between the
 operations. `kernels/cpu/decode.c` says how.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.config.model import ModelConfig
-from flexmoe.kernels.cpu import library
+from flexmoe.kernels.cpu import levels, library
 from flexmoe.kernels.cpu.decode import Activations, DecodeModel, LayerWeights, OuterWeights, PagedRows, Part, supports
 from flexmoe.kernels.quantize import Weights
 from flexmoe.layers.attention import Attention
@@ -30,6 +30,8 @@ from flexmoe.moe.dispatch import LocalDispatcher
 # Python between them. Measured crossings: 16 rows of 12 M weights a layer in bf16, beyond 32 rows in fp32.
 _WORTH_TORCH = {torch.bfloat16: 200e6, torch.float32: 400e6}
 _LEAST_ROWS, _MOST_ROWS = 4, 64
+_ANY_ROWS = 1024  # of decodes, where C is the faster way for prompts as well
+PROMPT_ROWS = 512  # of one call: more would read weights more seldom, and need more memory
 _QK_NORM = {"none": 0, "head": 1, "full": 2}
 
 
@@ -44,8 +46,23 @@ def why_not_native(
     return library.load(isa).reason
 
 
-def most_rows(config: ModelConfig, dtype: torch.dtype, *, quantized: bool = False) -> int:
-    """Rows of a step up to which the C kernels are the faster way; torch would first widen all quantized weights."""
+def takes_prompts(dtype: torch.dtype, isa: str = "auto", *, quantized: bool = False) -> bool:
+    """Whether the C kernels are the faster way for prompts, too.
+
+    They are in bf16 where they have bf16 units and oneDNN has no tile units (AMX), and for weights that torch would
+    first widen. In fp32 that differs between processors, and prompts stay with torch.
+    """
+    native = library.load(isa).library
+    assert native is not None, "ask why_not_native() first"
+    if "amx_tile" in levels.features():
+        return False
+    return quantized or (dtype is torch.bfloat16 and bool(native.fm_bf16_units()))
+
+
+def most_rows(config: ModelConfig, dtype: torch.dtype, *, quantized: bool = False, prompts: bool = False) -> int:
+    """Rows of a step of decodes up to which the C kernels are the faster way. prompts: they are for these as well."""
+    if prompts:
+        return _ANY_ROWS
     if quantized:
         return _MOST_ROWS
     weights = config.num_active_parameters() - config.vocab_size * config.hidden_size
@@ -54,20 +71,24 @@ def most_rows(config: ModelConfig, dtype: torch.dtype, *, quantized: bool = Fals
 
 
 class NativeDecoder:
-    """A whole decoder in C, from token ids to logits; its weights live as long as this does."""
+    """A whole decoder in C, from token ids to logits; its weights live as long as this does.
+
+    max_rows: decodes of a step that it should be given at most. prompts: whether it should be given these.
+    """
 
     def __init__(
-        self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, max_rows: int, isa: str = "auto"
-    ) -> None:
-        self.max_rows = max_rows
+        self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, max_rows: int, isa: str = "auto",
+        *, prompts: bool = False,
+    ) -> None:  # fmt: skip
+        self.max_rows, self.prompts = max_rows, prompts
         self._model = DecodeModel(layers, outer, threads, isa)
         self._moe_layers = ["router" in layer.tensors for layer in layers]
         self._cache: KVCache | None = None
 
     def __call__(self, rows: PagedRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
-        """Logits fp32 [T, V] of T rows; writes their keys and values into the cache."""
+        """Logits fp32 [N, V] of the rows that sample; writes all rows' keys and values into the cache."""
         self._bind(cache)
-        out = self._model.activations(len(rows.token_ids))
+        out = self._model.activations(rows)
         if probe is None:
             self._model.run(rows, out)
         else:
@@ -77,7 +98,7 @@ class NativeDecoder:
     def parts(self, rows: PagedRows, cache: KVCache) -> Callable[[Part, int | None], None]:
         """A step in parts, for who times them: call it with parts and a layer or None, Part.EMBED first."""
         self._bind(cache)
-        return functools.partial(self._model.run, rows, self._model.activations(len(rows.token_ids)))
+        return functools.partial(self._model.run, rows, self._model.activations(rows))
 
     def _bind(self, cache: KVCache) -> None:
         if self._cache is not cache:

@@ -44,7 +44,8 @@ def at_a_stroke(llm: LLM, answer: Answer, tie: float) -> Pass:
     """The whole sequence as one prefill, with the logits of all positions.
 
     Where the engine's router chose otherwise than the reference's, but the experts were as good as equal (router
-    logits at most `tie` apart), it is made to take the reference's choice: all that follows stays comparable.
+    logits at most `tie` apart), it is made to take the reference's choice: all that follows stays comparable. On a CPU
+    torch computes this pass, whose routers can be told; the C kernels are seen step by step.
     """
     use_scheduler(llm, [answer.sequence], max_tokens=1)
     model = llm.engine.local_runner.model
@@ -114,9 +115,11 @@ def _replayed(model: Decoder, reference: Recording, tie: float, choices: dict[in
         for index, layer in enumerate(layers)
         if layer.moe is not None and ("topk_ids", index) in reference
     ]
+    native, model.native = model.native, None
     try:
         yield
     finally:
+        model.native = native
         for handle in handles:
             handle.remove()
 

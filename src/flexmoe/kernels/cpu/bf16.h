@@ -51,13 +51,14 @@ INLINE void split(const float *x, int64_t k, int terms, uint16_t *parts) {
     }
 }
 
-/* Add the products of STEP weights from i on, those of `mask`, to the sums. */
+/* Add the products of STEP weights from i on, those of `mask`, to the sums. ahead: whether to ask for weights to come. */
 INLINE void bf16_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i, int rows, int tokens, int terms,
-                      __mmask32 mask, __m512 *sums) {
+                      int ahead, __mmask32 mask, __m512 *sums) {
     __m512bh wide[ROWS];
     for (int r = 0; r < rows; r++) {
-        prefetch(w + (r + 2 * ROWS) * k + i);
-        wide[r] = (__m512bh)(mask == ALL ? _mm512_loadu_si512(w + r * k + i) : _mm512_maskz_loadu_epi16(mask, w + r * k + i));
+        const uint16_t *from = w + r * k + i;
+        if (ahead) prefetch(from + 2 * ROWS * k);
+        wide[r] = (__m512bh)(mask == ALL ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from));
     }
     for (int t = 0; t < tokens; t++)
         for (int p = 0; p < terms; p++) {
@@ -67,40 +68,46 @@ INLINE void bf16_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i
 }
 
 /* out[t * ROWS + r] = dot(row r of w, activation t). One chain of sums a pair, as in products.h. */
-INLINE void bf16_block(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
+INLINE void bf16_block(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, int ahead,
+                       float *out) {
     __m512 sums[BF16_TOKENS * ROWS];
-    int64_t i = 0;
-    for (int n = 0; n < BF16_TOKENS * ROWS; n++) sums[n] = _mm512_setzero_ps();
-    for (; i + STEP <= k; i += STEP) bf16_step(w, k, x, i, rows, tokens, terms, ALL, sums);
-    if (i < k) bf16_step(w, k, x, i, rows, tokens, terms, ALL >> (STEP - (k - i)), sums);
-    v16 sum[BF16_TOKENS * ROWS], totals;
-    memcpy(sum, sums, sizeof sum);
-    totals = rows * tokens <= 4 ? sum_lanes4(sum) : sum_lanes16(sum);
+    for (int n = 0; n < rows * tokens; n++) sums[n] = _mm512_setzero_ps();
+    int64_t last = (k - 1) / STEP * STEP; /* its step is masked even if whole: one way through keeps sums in registers */
+    for (int64_t i = 0; i < last; i += STEP) bf16_step(w, k, x, i, rows, tokens, terms, ahead, ALL, sums);
+    bf16_step(w, k, x, last, rows, tokens, terms, ahead, ALL >> (STEP - (k - last)), sums);
+    v16 sum[BF16_TOKENS * ROWS];
+    for (int n = 0; n < BF16_TOKENS * ROWS; n++) sum[n] = n < rows * tokens ? (v16)sums[n] : (v16){0};
+    v16 totals = rows * tokens <= 4 ? sum_lanes4(sum) : sum_lanes16(sum);
     memcpy(out, &totals, rows * tokens * sizeof *out); /* one row has one activation, so the order is that of out */
 }
 
 /* The same with `rows` and `tokens` as constants, so that the sums stay in registers. */
-INLINE void bf16_dots_of(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
+INLINE void bf16_dots_of(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, int ahead,
+                         float *out) {
     if (rows < ROWS)
         for (int r = 0; r < rows; r++)
             for (int t = 0; t < tokens; t++)
-                bf16_block(w + r * k, k, x + t * terms * stride(k), 1, 1, terms, out + t * ROWS + r);
-    else if (tokens == 1) bf16_block(w, k, x, ROWS, 1, terms, out);
-    else if (tokens == 2) bf16_block(w, k, x, ROWS, 2, terms, out);
-    else if (tokens == 3) bf16_block(w, k, x, ROWS, 3, terms, out);
-    else bf16_block(w, k, x, ROWS, 4, terms, out);
+                bf16_block(w + r * k, k, x + t * terms * stride(k), 1, 1, terms, 0, out + t * ROWS + r);
+    else if (tokens == 1) bf16_block(w, k, x, ROWS, 1, terms, ahead, out);
+    else if (tokens == 2) bf16_block(w, k, x, ROWS, 2, terms, ahead, out);
+    else if (tokens == 3) bf16_block(w, k, x, ROWS, 3, terms, ahead, out);
+    else bf16_block(w, k, x, ROWS, 4, terms, ahead, out);
 }
 
+/* The first activations that meet some weights ask for those to come. */
 static __attribute__((noinline)) void bf16_dots(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens,
-                                                int terms, float *out) {
-    if (terms == 1) bf16_dots_of(w, k, x, rows, tokens, 1, out);
-    else bf16_dots_of(w, k, x, rows, tokens, 2, out);
+                                                int terms, int ahead, float *out) {
+    if (terms == 1 && ahead) bf16_dots_of(w, k, x, rows, tokens, 1, 1, out);
+    else if (terms == 1) bf16_dots_of(w, k, x, rows, tokens, 1, 0, out);
+    else if (ahead) bf16_dots_of(w, k, x, rows, tokens, 2, 1, out);
+    else bf16_dots_of(w, k, x, rows, tokens, 2, 0, out);
 }
 #else
 #define BF16_UNITS 0
 INLINE void split(const float *x, int64_t k, int terms, uint16_t *parts) { (void)x, (void)k, (void)terms, (void)parts; }
-INLINE void bf16_dots(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, float *out) {
-    (void)w, (void)k, (void)x, (void)rows, (void)tokens, (void)terms, (void)out;
+INLINE void bf16_dots(const uint16_t *w, int64_t k, const uint16_t *x, int rows, int tokens, int terms, int ahead,
+                      float *out) {
+    (void)w, (void)k, (void)x, (void)rows, (void)tokens, (void)terms, (void)ahead, (void)out;
 }
 #endif
 #endif

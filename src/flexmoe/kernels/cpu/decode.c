@@ -1,11 +1,13 @@
-/* Decode steps of a decoder-only transformer on a CPU: few rows, each with one query, through whole layers.
+/* Steps of a decoder-only transformer on a CPU, through whole layers: decodes, few rows with one query each, or prompts.
  *
  * Decoding is bound by reading weights, and in Python by the calls around the arithmetic. So one call runs the whole
- * step, or any part of it: every thread walks through the same phases and takes its share of each, with a barrier between phases
- * that read what others wrote. Activations are fp32 throughout; weights are fp32, bf16, int8 or int4, the KV cache is fp32 or bf16.
+ * step, or any part of it: every thread walks through the same phases and takes its share of each, with a barrier between
+ * phases that read what others wrote. Residual stream and sums are fp32 throughout; weights are fp32, bf16, int8 or int4,
+ * the KV cache is fp32 or bf16.
  *
  * Every sum has one order that depends neither on the number of rows nor of threads: a row gives the same bits alone
- * and in a batch. Plain C with GCC's and clang's vector extension; libtorch is not involved.
+ * and in a batch, a prompt the same in one piece and in many. Plain C with GCC's and clang's vector extension; libtorch
+ * is not involved.
  */
 #define _GNU_SOURCE
 #include "attention.h"
@@ -46,10 +48,10 @@ static void run_step(void *argument, Seat *seat) {
     }
     if (s->parts & HEAD) {
         float *normed = b->own + seat->id * b->own_size;
-        for (int64_t t = 0; t < s->rows; t++)
-            rms_norm(s->x + t * m->hidden, m->norm, m->hidden, m->eps, (int)m->half, normed + t * m->hidden);
-        Room room = room_of(b, s, seat);
-        linear(&m->head, normed, s->logits, s->rows, 0, m->half, &room, seat);
+        Room room = room_of(b, seat);
+        for (int64_t i = 0; i < s->num_samples; i++)
+            rms_norm(s->x + s->samples[i] * m->hidden, m->norm, m->hidden, m->eps, (int)m->half, normed + i * m->hidden);
+        linear(&m->head, normed, s->logits, s->num_samples, 0, m->half, &room, seat);
     }
 }
 
@@ -81,8 +83,9 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     TAKE(slots, int64_t, s->rows * top_k);
     TAKE(first, int32_t, slots + 1);
     TAKE(assignment, int32_t, s->rows * top_k);
-    b->scores = (larger(s->rows * m->hidden, m->layers->head_dim) + 15) / 16 * 16;
-    b->own_size = b->scores + (keys + 47) / 16 * 16;
+    b->scores = (larger(larger(s->rows, s->num_samples) * m->hidden, m->layers->head_dim) + 15) / 16 * 16;
+    b->score_size = (keys + 47) / 16 * 16;
+    b->own_size = b->scores + QUERIES * b->score_size;
     TAKE(own, float, b->own_size * threads);
     b->tile_size = tile_rows(deepest) * MOST_TERMS * stride(deepest);
     b->widened_size = 2 * ROWS * stride(deepest);
@@ -92,9 +95,12 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     return used;
 }
 
+/* Whether bf16 weights are multiplied in units of the processor's own. */
+int fm_bf16_units(void) { return BF16_UNITS; }
+
 /* Run one step. Returns 0, or 1 if memory for the buffers is not to be had. */
 int fm_step(Pool *pool, const Model *model, Step *step) {
-    Call call = {model, step, {0}};
+    Call call = {model, step, {.terms = step->prompts && model->half ? 1 : MOST_TERMS}};
     pthread_mutex_lock(&pool->turn); /* engines of several threads take turns */
     size_t need = lay_out(model, step, pool->threads, NULL, &call.buffers) * sizeof(float);
     if (need > pool->scratch_size) {

@@ -64,8 +64,8 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _I64) for name in ("rows", "block_size", "table_width")),
-        *((name, _POINTER) for name in ("token_ids", "tables", "lengths")),
+        *((name, _I64) for name in ("rows", "block_size", "table_width", "prompts", "num_samples")),
+        *((name, _POINTER) for name in ("token_ids", "tables", "lengths", "samples")),
         *((name, _POINTER) for name in ("x", "logits", "topk_ids", "topk_weights")),
         *((name, _I64) for name in ("first", "last", "parts")),
     )
@@ -108,26 +108,29 @@ class OuterWeights:
 
 @dataclass(frozen=True, slots=True)
 class PagedRows:
-    """T rows that are each the latest token of a sequence.
+    """T rows, each with the keys of its sequence that it sees.
 
-    token_ids: int64 [T]; tables: int32 [T, M] blocks of each sequence; lengths: int32 [T] keys of each, this token
-    included.
+    token_ids: int64 [T]; tables: int32 [T, M] blocks of each row's sequence; lengths: int32 [T] keys that each row
+    sees, its own included; samples: int64 [N], the rows whose logits are wanted. prompts: rows of one sequence may
+    follow each other; else each is the latest token of a sequence of its own.
     """
 
     token_ids: npt.NDArray[np.int64]
     tables: npt.NDArray[np.int32]
     lengths: npt.NDArray[np.int32]
+    samples: npt.NDArray[np.int64]
     block_size: int
+    prompts: bool = False
 
 
 class Activations:
-    """Tensors of one step of T rows: x fp32 [T, H], logits fp32 [T, V], topk_ids and topk_weights [T, K]."""
+    """Tensors of one step of T rows: x fp32 [T, H], logits fp32 [N, V], topk_ids and topk_weights [T, K]."""
 
     __slots__ = ("logits", "topk_ids", "topk_weights", "x")
 
-    def __init__(self, rows: int, hidden: int, vocab: int, top_k: int) -> None:
+    def __init__(self, rows: int, samples: int, hidden: int, vocab: int, top_k: int) -> None:
         self.x = torch.empty(rows, hidden)
-        self.logits = torch.empty(rows, vocab)
+        self.logits = torch.empty(samples, vocab)
         self.topk_ids = torch.empty(rows, top_k, dtype=torch.int64)
         self.topk_weights = torch.empty(rows, top_k)
 
@@ -164,7 +167,7 @@ def _make_pool(threads: int, isa: str) -> tuple[int, int]:
 
 
 class DecodeModel:
-    """A whole model that computes rows of one query each in one call, with the caller and `threads` - 1 others."""
+    """A whole model that computes a step's rows in one call, with the caller and `threads` - 1 others."""
 
     def __init__(self, layers: Sequence[LayerWeights], outer: OuterWeights, threads: int, isa: str = "auto") -> None:
         native = library.load(isa).library
@@ -191,21 +194,22 @@ class DecodeModel:
         for layer, cache in zip(self._layers, caches, strict=True):
             layer.cache = _address(cache)
 
-    def activations(self, rows: int) -> Activations:
-        """Tensors for a step of so many rows, unfilled."""
-        return Activations(rows, self._hidden, self._vocab, self._top_k)
+    def activations(self, rows: PagedRows) -> Activations:
+        """Tensors for a step of these rows, unfilled."""
+        return Activations(len(rows.token_ids), len(rows.samples), self._hidden, self._vocab, self._top_k)
 
     def run(self, rows: PagedRows, out: Activations, parts: Part = Part.ALL, layer: int | None = None) -> None:
         """Compute `parts` of a step, of all layers or of one, into `out`; writes the rows' keys and values."""
         count, width = rows.tables.shape
         first, last = (0, self.num_layers) if layer is None else (layer, layer + 1)
         step = _Step(
-            count, rows.block_size, width, _start(rows.token_ids), _start(rows.tables), _start(rows.lengths),
+            count, rows.block_size, width, int(rows.prompts), len(rows.samples),
+            _start(rows.token_ids), _start(rows.tables), _start(rows.lengths), _start(rows.samples),
             out.x.data_ptr(), out.logits.data_ptr(), out.topk_ids.data_ptr(), out.topk_weights.data_ptr(),
             first, last, int(parts),
         )  # fmt: skip
         if self._call(self._pool, ctypes.byref(self._model), ctypes.byref(step)):
-            raise MemoryError("no memory for the buffers of a decode step")
+            raise MemoryError("no memory for the buffers of a step")
 
 
 def _start(array: npt.NDArray[Any]) -> int:

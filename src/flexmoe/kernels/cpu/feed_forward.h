@@ -63,17 +63,31 @@ static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *
                 dots(gates, k, &tile, t, rows, (int)tokens, format, room, gate);
                 dots(ups, k, &tile, t, rows, (int)tokens, format, room, up);
                 for (int64_t j = 0; j < tokens * ROWS; j += LANES) swiglu(gate + j, up + j, 1.0f, out + j);
-                for (int j = 0; j < tokens; j++)
-                    memcpy(b->hidden + assigned[t + j] * width + f, out + j * ROWS, rows * sizeof *out);
+                for (int j = 0; j < tokens; j++) {
+                    float *hidden = b->hidden + assigned[t + j] * width + f;
+                    if (rows == ROWS) memcpy(hidden, out + j * ROWS, ROWS * sizeof *out); /* one store */
+                    else memcpy(hidden, out + j * ROWS, rows * sizeof *out);
+                }
             }
         }
     }
 }
 
+/* x += weight * value, of `count` columns. */
+INLINE void add_scaled(float *x, const float *value, float weight, int count) {
+    float sum[ROWS];
+    if (count < ROWS) {
+        for (int r = 0; r < count; r++) x[r] += weight * value[r];
+        return;
+    }
+    for (int r = 0; r < ROWS; r++) sum[r] = x[r] + weight * value[r];
+    memcpy(x, sum, sizeof sum);
+}
+
 /* x[t] += weight * down(hidden) for hidden columns [from, to) of expert e. */
 static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t e, int64_t from, int64_t to,
                         const Room *room) {
-    float out[ROWS * TOKENS];
+    float out[ROWS * TOKENS] = {0};
     Tile tile;
     int64_t width = l->expert_width, left = b->first[e + 1] - b->first[e];
     for (const int32_t *assigned = b->assignment + b->first[e]; left; left -= tile.count, assigned += tile.count) {
@@ -88,8 +102,7 @@ static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t
                 dots(w, width, &tile, t, rows, (int)tokens, format, room, out);
                 for (int j = 0; j < tokens; j++) {
                     int32_t a = assigned[t + j];
-                    float *x = s->x + a / l->top_k * l->hidden + h, weight = b->weights[a];
-                    for (int r = 0; r < rows; r++) x[r] += weight * out[j * ROWS + r];
+                    add_scaled(s->x + a / l->top_k * l->hidden + h, out + j * ROWS, b->weights[a], rows);
                 }
             }
         }
@@ -101,7 +114,7 @@ enum { SHARED_ROUTING = 512 }; /* probabilities from which sharing them out is w
 static void experts(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
     int64_t from, to, width = l->expert_width;
     Linear router = {l->router, NULL, NULL, l->num_experts, l->hidden, F32};
-    Room room = room_of(b, s, seat);
+    Room room = room_of(b, seat);
     linear(&router, normed, b->logits, s->rows, 0, 0, &room, seat);
     barrier(seat);
     int together = s->rows * l->num_experts > SHARED_ROUTING;
@@ -135,7 +148,7 @@ static void swiglu_row(const float *gate, const float *up, int64_t n, float scal
 /* The dense feed-forward, or the shared expert with its sigmoid gate. */
 static void dense(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
     int64_t from, to, width = l->dense_width, half = l->half;
-    Room room = room_of(b, s, seat);
+    Room room = room_of(b, seat);
     float *both = b->dense_hidden, *hidden = both + s->rows * 2 * width; /* [T, 2F], [T, F] */
     linear(&l->dense_gate_up, normed, both, s->rows, 0, half, &room, seat);
     if (l->dense_gate.weight && seat->id == 0)

@@ -42,7 +42,11 @@ LEVELS: dict[str, tuple[Level, ...]] = {
 _SAME_MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}
 
 # The order of sums is written down in the source and stays: no -ffast-math, which would also change the process.
-_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+# Clearing a few registers must not become a loop over memory, as GCC's pattern for memset would have it.
+_FLAGS = (
+    "-O3", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-tree-loop-distribute-patterns",
+)  # fmt: skip
 
 
 def of_machine(machine: str = "") -> tuple[Level, ...]:

@@ -39,14 +39,17 @@ typedef struct {
     const Layer *layers;
 } Model;
 
-/* The rows of one step: each is the latest token of a sequence of its own, at position length - 1. */
+/* The rows of one step, each with the keys of its sequence that it sees. In a step of decodes each is the latest token of
+ * a sequence of its own. In one of prompts many follow each other in a sequence, and in bf16 models, where bf16 units
+ * multiply, activations are rounded to bf16, as torch rounds them. */
 typedef struct {
-    int64_t rows, block_size, table_width;
+    int64_t rows, block_size, table_width, prompts, num_samples;
     const int64_t *token_ids;      /* [T] */
-    const int32_t *tables;         /* [T, table_width] blocks of each sequence */
-    const int32_t *lengths;        /* [T] keys of each sequence, this token included */
+    const int32_t *tables;         /* [T, table_width] blocks of each row's sequence */
+    const int32_t *lengths;        /* [T] keys that each row sees, its own the last */
+    const int64_t *samples;        /* [N] rows whose logits are wanted */
     float *x;                      /* [T, H] residual stream */
-    float *logits;                 /* [T, V] out */
+    float *logits;                 /* [N, V] out */
     int64_t *topk_ids;             /* [T, K] out: logical experts of the last layer run */
     float *topk_weights;           /* [T, K] out */
     int64_t first, last;           /* layers to run */
@@ -60,9 +63,10 @@ typedef struct {
     float *angles, *qkv, *attended, *logits, *weights, *hidden, *dense_hidden, *gate;
     int64_t *slots;              /* [T, K] */
     int32_t *first, *assignment; /* [S + 1], [T * K]: assignments sorted by slot, ties by token */
-    float *own;                  /* per thread: normed rows [T, H], a head, scores */
-    int64_t own_size, scores;    /* floats per thread; offset of the scores in them */
+    float *own;                  /* per thread: normed rows [T, H] or a head, then scores of some queries */
+    int64_t own_size, scores, score_size; /* floats per thread; where the scores begin in them; those of a query */
     uint16_t *tiles, *widened;   /* per thread: what products.h calls a Room */
     int64_t tile_size, widened_size;
+    int terms;
 } Buffers;
 #endif

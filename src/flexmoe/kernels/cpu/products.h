@@ -102,11 +102,14 @@ INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, in
 INLINE void dot_block(Rows w, int64_t k, const float *const *x, int rows, int tokens, int format, float *out) {
     reg sums[PAIRS][PARTS];
     int64_t i = 0;
-    for (int n = 0; n < PAIRS * PARTS; n++) sums[n / PARTS][n % PARTS] = (reg){0};
+    for (int n = 0; n < rows * tokens * PARTS; n++) sums[n / PARTS][n % PARTS] = (reg){0};
     for (; format >= INT8 && i + GROUP <= k; i += GROUP) add_products(w, k, x, i, GROUP, rows, tokens, format, sums);
     for (; i + LANES <= k; i += LANES) add_products(w, k, x, i, LANES, rows, tokens, format, sums);
     v16 sum[PAIRS], totals;
-    memcpy(sum, sums, sizeof sum);
+    for (int n = 0; n < PAIRS; n++) {
+        if (n < rows * tokens) memcpy(sum + n, sums[n], sizeof *sum);
+        else sum[n] = (v16){0};
+    }
     if (rows * tokens <= 4) {
         totals = sum_lanes4(sum);
     } else {
@@ -172,9 +175,8 @@ typedef struct {
     uint16_t *widened; /* [2 * ROWS, k] weights */
 } Room;
 
-INLINE Room room_of(const Buffers *b, const Step *s, const Seat *seat) {
-    (void)s;
-    return (Room){2, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
+INLINE Room room_of(const Buffers *b, const Seat *seat) {
+    return (Room){b->terms, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
 }
 
 /* Activations that the weights meet together, where they lie; for bf16 units their parts lie in the room. */
@@ -229,7 +231,7 @@ INLINE void dots(Rows w, int64_t k, Tile *tile, int64_t first, int rows, int tok
     const float **x = tile->x + first;
     const uint16_t *parts = room->tile + first * room->terms * stride(k);
     if (format == F32) dots_f32(w, k, x, rows, tokens, out);
-    else if (BF16_UNITS && format == BF16) bf16_dots((const uint16_t *)w.values, k, parts, rows, tokens, room->terms, out);
+    else if (BF16_UNITS && format == BF16) bf16_dots((const uint16_t *)w.values, k, parts, rows, tokens, room->terms, !first, out);
     else if (format == BF16) dots_bf16(w, k, x, rows, tokens, out);
     else if (format == INT8) dots_int8(w, k, x, rows, tokens, out);
     else dots_int4(w, k, x, rows, tokens, out);
