@@ -95,7 +95,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     num_blocks = mesh.world.minimum(_num_blocks(options, mesh, config, max_model_len, dtype, device), device)
     tokenizer = load_tokenizer(options, source) if alone else None
     native_reason = why_not_native(config, dtype, device, backend, isa) if alone else "several ranks"
-    model = _build(options, mesh, source, max_model_len, backend, dtype, device)
+    model = _build(options, mesh, source, max_model_len, backend, dtype, device, in_c=not native_reason)
     model.pack(None if native_reason else threads, isa=isa, in_place=device.type == "cuda")
     cache = KVCache(mesh.shard(config).local, num_blocks, options.cache.block_size, dtype, device)
     if native_reason and options.device.quantization is not None:
@@ -158,11 +158,15 @@ def _build(
     backend: str,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    in_c: bool,
 ) -> Decoder:
     config = source.config
     model = Decoder(config, mesh.plan, backend, max_model_len, dtype=dtype, device=device, mesh=mesh).eval()
     if options.device.quantization is not None:
         model.quantize(options.device.quantization)
+    if in_c:
+        model.move_to_large_pages()
     params = model.weights()
     if options.load.load_format == "dummy":
         fill_dummy(params, options.seed, getattr(torch, config.checkpoint_dtype), mesh.shard(config))

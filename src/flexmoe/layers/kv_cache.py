@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from flexmoe.config.model import ModelConfig
-
-_ALIGNMENT = 64  # bytes of a cache line and of a vector register
+from flexmoe.layers import large_pages
 
 
 class KVCache:
@@ -22,22 +18,16 @@ class KVCache:
         a = config.attention
         shape = (num_blocks * block_size, 2, a.num_kv_heads, a.head_dim)
         # Zeros, not empty: a masked key must be finite, since 0 * NaN is NaN.
-        self.layers: list[Tensor] = [_zeros(shape, dtype, device) for _ in config.layers]
+        self.layers: list[Tensor]
+        if device.type == "cpu":
+            self.layers = large_pages.zeros([(shape, dtype)] * config.num_layers)
+        else:
+            self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in config.layers]
         self.block_size = block_size
 
     @property
     def num_bytes(self) -> int:
         return sum(layer.numel() * layer.element_size() for layer in self.layers)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that a CPU takes from memory only when they are written: torch.zeros would write them all at once."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    raw = torch.from_numpy(np.zeros(size + _ALIGNMENT, dtype=np.uint8))
-    start = -raw.data_ptr() % _ALIGNMENT
-    return raw[start : start + size].view(dtype).view(shape)
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.cpu.decode import LayerWeights, OuterWeights
-from flexmoe.kernels.quantize import Weights
+from flexmoe.kernels.quantize import QuantizedMatrix, Weights
 from flexmoe.layers.attention import Attention
 from flexmoe.layers.embedding import Embedding
 from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.layers.kv_cache import KVCache
+from flexmoe.layers.large_pages import move_to_large_pages
 from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
@@ -129,6 +130,14 @@ class Decoder(nn.Module):
                 bits = bits_of(held, quantization)
                 if bits is not None:
                     module.quantize(bits)
+
+    def move_to_large_pages(self) -> None:
+        """Hold all weights side by side on large pages, before they are loaded; for who reads them where they are."""
+        tensors: list[Tensor] = list(self.parameters())
+        for matrix in self.weights().values():
+            if isinstance(matrix, QuantizedMatrix):
+                tensors += (matrix.codes, matrix.scales)
+        move_to_large_pages(tensors)
 
     def weights(self) -> dict[str, Weights]:
         """Everything to be loaded, by name: parameters and quantized matrices."""
