@@ -43,7 +43,7 @@ INLINE Run next_run(const Step *s, const int32_t *table, int64_t key, int64_t to
 }
 
 /* Keys of one head are far apart, too far for the processor to foresee: ask for those to come, and for the values. */
-enum { AHEAD = 8, LINE = 64 };
+enum { AHEAD = 8 };
 
 /* Queries that share the loads of keys and values, as many as there are registers for. */
 enum { QUERIES = WIDTH == 16 ? 4 : 2 };
@@ -248,8 +248,10 @@ static void attention(const Layer *l, const Step *s, const Buffers *b, Seat *sea
     }
     if (l->half) attend_rows(l, s, b, 1, own, seat);
     else attend_rows(l, s, b, 0, own, seat);
+    ask(&l->out, seat);
     barrier(seat);
     linear(&l->out, b->attended, s->x, s->rows, 1, l->half, &room, seat);
+    ask(&l->dense_gate_up, seat);
     barrier(seat);
 }
 #endif

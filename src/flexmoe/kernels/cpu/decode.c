@@ -44,7 +44,8 @@ static void run_step(void *argument, Seat *seat) {
     start_rows(m, s, b, seat);
     for (int64_t i = s->first; i < s->last; i++) {
         if (s->parts & ATTEND) attention(&m->layers[i], s, b, seat);
-        if (s->parts & FEED) feed_forward(&m->layers[i], s, b, seat);
+        const Linear *next = i + 1 < m->num_layers ? &m->layers[i + 1].qkv : &m->head;
+        if (s->parts & FEED) feed_forward(&m->layers[i], s, b, next, seat);
     }
     if (s->parts & HEAD) {
         float *normed = b->own + seat->id * b->own_size;

@@ -111,7 +111,15 @@ static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t
 
 enum { SHARED_ROUTING = 512 }; /* probabilities from which sharing them out is worth a barrier */
 
-static void experts(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
+/* Ask for the first rows of the first expert that has some. */
+static void ask_experts(const Layer *l, const Buffers *b, const Linear *stack, int64_t rows, int64_t from, int64_t to) {
+    int64_t e = 0;
+    while (e < l->num_slots && b->first[e] == b->first[e + 1]) e++;
+    if (e < l->num_slots) ask_rows(stack, e * rows + from, e * rows + to);
+}
+
+static void experts(const Layer *l, const Step *s, const Buffers *b, const float *normed, const Linear *next,
+                  Seat *seat) {
     int64_t from, to, width = l->expert_width;
     Linear router = {l->router, NULL, NULL, l->num_experts, l->hidden, F32};
     Room room = room_of(b, seat);
@@ -126,10 +134,13 @@ static void experts(const Layer *l, const Step *s, const Buffers *b, const float
     barrier(seat);
     /* A share of each expert's columns: experts with many rows then take all threads equally long. */
     share(seat, width, ROWS, &from, &to);
+    ask_experts(l, b, &l->gate_up, 2 * width, from, to);
     for (int64_t e = 0; e < l->num_slots; e++) expert_up(l, b, e, normed, from, to, &room);
-    barrier(seat);
     share(seat, l->hidden, ROWS, &from, &to);
+    ask_experts(l, b, &l->down, l->hidden, from, to);
+    barrier(seat);
     for (int64_t e = 0; e < l->num_slots; e++) expert_down(l, s, b, e, from, to, &room); /* sums in ascending slots */
+    ask(next, seat);
     barrier(seat);
 }
 
@@ -146,7 +157,8 @@ static void swiglu_row(const float *gate, const float *up, int64_t n, float scal
 }
 
 /* The dense feed-forward, or the shared expert with its sigmoid gate. */
-static void dense(const Layer *l, const Step *s, const Buffers *b, const float *normed, Seat *seat) {
+static void dense(const Layer *l, const Step *s, const Buffers *b, const float *normed, const Linear *next,
+                  Seat *seat) {
     int64_t from, to, width = l->dense_width, half = l->half;
     Room room = room_of(b, seat);
     float *both = b->dense_hidden, *hidden = both + s->rows * 2 * width; /* [T, 2F], [T, F] */
@@ -160,15 +172,18 @@ static void dense(const Layer *l, const Step *s, const Buffers *b, const float *
         const float *gate = both + t * 2 * width + from;
         swiglu_row(gate, gate + width, to - from, scale, hidden + t * width + from);
     }
+    ask(&l->dense_down, seat);
     barrier(seat);
     linear(&l->dense_down, hidden, s->x, s->rows, 1, half, &room, seat);
+    ask(next, seat);
     barrier(seat);
 }
 
-static void feed_forward(const Layer *l, const Step *s, const Buffers *b, Seat *seat) {
+/* next: weights that come after this layer's. */
+static void feed_forward(const Layer *l, const Step *s, const Buffers *b, const Linear *next, Seat *seat) {
     float *normed = b->own + seat->id * b->own_size;
     norm_rows(l, s, l->mlp_norm, normed); /* both kinds have a barrier before any thread writes x */
-    if (l->num_experts) experts(l, s, b, normed, seat);
-    if (l->dense_width) dense(l, s, b, normed, seat);
+    if (l->num_experts) experts(l, s, b, normed, l->dense_width ? &l->dense_gate_up : next, seat);
+    if (l->dense_width) dense(l, s, b, normed, next, seat);
 }
 #endif

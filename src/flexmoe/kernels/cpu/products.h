@@ -22,7 +22,7 @@ typedef struct {
     const uint16_t *scales;
 } Rows;
 
-enum { GROUP = 32 }; /* weights of a row that share a scale */
+enum { GROUP = 32, LINE = 64 }; /* weights of a row that share a scale; bytes of a cache line */
 
 INLINE int64_t groups(int64_t k) { return (k + GROUP - 1) / GROUP; }
 
@@ -38,6 +38,19 @@ INLINE Rows skip(Rows w, int64_t rows, int64_t k, int format) {
 
 INLINE Rows rows_at(const Linear *l, int64_t n) {
     return skip((Rows){l->weight, l->scales}, n, l->k, (int)l->format);
+}
+
+/* Ask for the first rows of a thread's share of some weights, before it waits for the others: they travel meanwhile. */
+INLINE void ask_rows(const Linear *l, int64_t from, int64_t to) {
+    const char *first = rows_at(l, from).values;
+    int64_t bytes = (to - from < 2 * ROWS ? to - from : 2 * ROWS) * row_bytes(l->k, (int)l->format);
+    for (int64_t i = 0; i < bytes; i += LINE) prefetch(first + i);
+}
+
+INLINE void ask(const Linear *l, Seat *seat) {
+    int64_t from, to;
+    share(seat, l->n, ROWS, &from, &to);
+    if (l->weight) ask_rows(l, from, to);
 }
 
 typedef int32_t regi __attribute__((vector_size(4 * WIDTH)));

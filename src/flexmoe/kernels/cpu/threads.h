@@ -6,11 +6,13 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Spinning covers the gaps between the calls of one step; whoever waits longer sleeps, so an idle engine is idle. */
-enum { BARRIER_SPINS = 400, WORKER_SPINS = 4000 };
+/* Spinning covers the gap between a step and the next, since waking a thread takes a tenth of a small model's step.
+ * Whoever waits longer sleeps, so an idle engine is idle. */
+enum { BARRIER_SPINS = 400, GAP_NANOSECONDS = 1000000, SPINS_A_LOOK = 64 };
 
 typedef struct Pool Pool;
 typedef struct {
@@ -53,11 +55,26 @@ static void barrier(Seat *seat) {
     }
 }
 
+INLINE int64_t nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000ll + now.tv_nsec;
+}
+
+/* Wait for a new generation of work, for as long as the gap between two steps. */
+static void wait_awake(Pool *pool, unsigned seen) {
+    for (int64_t end = nanoseconds() + GAP_NANOSECONDS; nanoseconds() < end;)
+        for (int spins = 0; spins < SPINS_A_LOOK; spins++) {
+            if (atomic_load_explicit(&pool->generation, memory_order_acquire) != seen) return;
+            pause_cpu();
+        }
+}
+
 static void *worker(void *argument) {
     Seat *seat = argument;
     Pool *pool = seat->pool;
     for (unsigned seen = 0;; seen++) {
-        for (int spins = 0; spins < WORKER_SPINS && atomic_load(&pool->generation) == seen; spins++) pause_cpu();
+        wait_awake(pool, seen);
         if (atomic_load(&pool->generation) == seen) {
             pthread_mutex_lock(&pool->lock);
             while (atomic_load(&pool->generation) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
