@@ -6,7 +6,8 @@ On a CPU one process decodes in torch, as ranks do there, and as it comes; on GP
 it, if one GPU holds the model. Then each strategy on each number of ranks. All get the same prompts, greedily, exactly
 so many tokens; in fp32 their answers must be the same. A sample is (time for N + 1 tokens - time for 1) / N. Bytes are
 those that all ranks together send for a token of a decode step, beside what the formulas of docs/parallel.md give for
-the experts that one process was seen to choose. A row is one JSON line.
+the experts that one process was seen to choose. The floor is the time to read the weights, keys and values of a step at
+the speed measured at the start. A row is one JSON line.
 """
 
 from __future__ import annotations
@@ -21,28 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from harness.traffic import Bytes, Choices, formula, imbalance
 
 from flexmoe import LLM, SamplingParams
+from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.engines import TimedEngine
+from flexmoe.bench.floor import floor
 from flexmoe.bench.hugging_face import HuggingFace
 from flexmoe.bench.latency import first_difference
 from flexmoe.bench.record import append, facts, summary
 from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.workload import make_prompts
-from flexmoe.config.layout import RankLayout
-from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
-from flexmoe.config.shard import block_share
 from flexmoe.engine import startup
 from flexmoe.engine.ranks import RankedRunner
 from flexmoe.errors import ConfigError
 
 Row = dict[str, Any]
-Bytes = dict[str, float]
 
-_COUNT_BYTES, _BEST_BYTES, _ROUTING_BYTES = 8, 8, 4  # int64s, and each slot and weight of a token sent
-_SQUARES_BYTES = 8  # of a row's queries and of its keys, fp32
 _REPEATS = 3
 
 
@@ -69,101 +66,6 @@ def setups(ranks: int) -> list[Setup]:
         found.append(Setup("hybrid, all-reduce", ParallelPlan(ranks, ranks // 2)))
         found.append(Setup("hybrid, all-to-all", ParallelPlan(ranks, ranks // 2, moe_dispatch="all_to_all")))
     return found
-
-
-class Choices:
-    """A probe that keeps the experts which each MoE layer chose in decode steps of `rows` rows: [rows, K] each."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self.by_layer: dict[int, list[Tensor]] = {}
-
-    def record(self, stage: str, layer: int, tensor: Tensor) -> None:
-        if stage == "topk_ids" and len(tensor) == self._rows:
-            self.by_layer.setdefault(layer, []).append(tensor.to("cpu", torch.int64, copy=True))
-
-
-def formula(
-    config: ModelConfig, plan: ParallelPlan, batch: int, itemsize: int, choices: Choices, *, fused: bool = False,
-    one_shot: bool = False,
-) -> Bytes:  # fmt: skip
-    """Bytes by label that all ranks send for a token of a decode step, if experts are chosen like that.
-
-    fused: each rank sends the others the best of its words, and not the first one all. one_shot: each sends the others
-    its whole part of a sum.
-    """
-    P, H = plan.num_ranks, config.hidden_size
-    moe_layers = sum(layer.is_moe for layer in config.layers)
-    all_reduce = (P if one_shot else 2) * (P - 1) * H * itemsize
-    sent: Bytes = {
-        "embedding": all_reduce,
-        "linear": (2 * config.num_layers - moe_layers) * all_reduce,  # attention, and dense feed-forwards
-        "logits": P * (P - 1) * _BEST_BYTES if fused else (P - 1) * -(-config.vocab_size // P) * itemsize,
-    }
-    if config.attention.qk_norm == "full":
-        sent["qk_norm"] = config.num_layers * (P if one_shot else 2) * (P - 1) * _SQUARES_BYTES
-    if not plan.uses_all_to_all:
-        return sent | {"combine": moe_layers * all_reduce}
-    assert config.moe is not None
-    ep, etp, row = plan.expert_parallel_size, plan.expert_tensor_size, H * itemsize
-    away, copies = _copies(config, plan, choices)
-    routing = 2 * config.moe.top_k * _ROUTING_BYTES
-    sent |= {
-        "counts": moe_layers * P * (ep - 1 + etp - 1) * _COUNT_BYTES / batch,
-        "dispatch": away * row,
-        "combine": away * row,
-        "routing": (away + copies * (etp - 1)) * routing,
-        "rows": moe_layers * P * (P - 1) * -(-batch // P) * row / batch,
-    }
-    if etp > 1:
-        sent |= {"slice_dispatch": copies * (etp - 1) * row, "slice_combine": copies * (etp - 1) * row}
-    return sent
-
-
-def _copies(config: ModelConfig, plan: ParallelPlan, choices: Choices) -> tuple[float, float]:
-    """Of a token, summed over layers: copies that go to other ep ranks, and all that an ep rank computes (D)."""
-    layout, away, total, tokens = RankLayout(plan), 0, 0, 0
-    for layer, steps in choices.by_layer.items():
-        for chosen in steps:
-            goes = _targets(config, plan, layer, chosen)  # [T, ep]
-            owners = torch.zeros(len(chosen), dtype=torch.int64)
-            for rank in range(plan.num_ranks):
-                share = block_share(len(chosen), plan.num_ranks, rank)
-                owners[share.start : share.stop] = layout.coordinates(rank).ep
-            total += int(goes.sum())
-            away += int(goes.sum()) - int(goes.gather(1, owners[:, None]).sum())
-            tokens += len(chosen)
-    rows = max(1, tokens) / max(1, len(choices.by_layer))
-    return away / rows, total / rows
-
-
-def _rank_of(config: ModelConfig, plan: ParallelPlan, layer: int) -> Tensor:
-    """[E] the ep rank of each expert; placements without replicas only."""
-    assert config.moe is not None
-    placement = plan.placement(config.moe.num_experts, layer)
-    return torch.tensor([placement.replicas(expert)[0][0] for expert in range(config.moe.num_experts)])
-
-
-def _targets(config: ModelConfig, plan: ParallelPlan, layer: int, chosen: Tensor) -> Tensor:
-    """chosen [T, K] -> [T, ep]: which ranks hold some expert of each row."""
-    return (_rank_of(config, plan, layer)[chosen][..., None] == torch.arange(plan.expert_parallel_size)).any(1)
-
-
-def imbalance(config: ModelConfig, plan: ParallelPlan, choices: Choices) -> Row:
-    """Most loaded ep rank over the mean, averaged over layers: of the choices of all steps, and of each step."""
-    if not choices.by_layer:
-        return {"run": 1.0, "step": 1.0}
-    runs, steps = [], []
-    for layer, seen in choices.by_layer.items():
-        ranks = _rank_of(config, plan, layer)
-        loads = torch.stack([torch.bincount(ranks[c].flatten(), minlength=plan.expert_parallel_size) for c in seen])
-        runs.append(_over_mean(loads.sum(0)))
-        steps += [_over_mean(load) for load in loads]
-    return {"run": round(sum(runs) / len(runs), 3), "step": round(sum(steps) / len(steps), 3)}
-
-
-def _over_mean(load: Tensor) -> float:
-    return float(load.max() / load.double().mean())
 
 
 class Ours:
@@ -240,7 +142,8 @@ class Bench:
 
     def __init__(self, subject: Subject, args: argparse.Namespace) -> None:
         self.subject, self.args = subject, args
-        self.facts = facts(torch.device(args.device))
+        device = torch.device(args.device)
+        self.facts, self.bandwidth = facts(device), read_bandwidth(device)
         vocab = subject.config.vocab_size
         self.prompts = {batch: make_prompts(vocab, batch, args.prompt_len, args.seed) for batch in args.batch}
         self.answers: dict[int, list[list[int]]] = {}
@@ -280,9 +183,22 @@ class Bench:
                 result |= self._spread(engine, plan, batch)
             elif batch not in self.choices:
                 self.choices[batch] = engine.choices(prompts, count)
+            result |= self._floor(plan, batch, result["step_ms"]["median"])
             yield self._row("flexmoe", config, {"batch": batch}, result)
         if setup == AS_IT_COMES and self.args.hf:
             yield from self._hugging_face(engine)
+
+    def _floor(self, plan: ParallelPlan, batch: int, step_ms: float) -> Row:
+        """The time to read what a step must, each GPU its even share, all ranks on a CPU from the same memory."""
+        choices, args = self.choices.get(batch), self.args
+        if choices is None:
+            return {}
+        distinct = [sum(len(step.unique()) for step in steps) / len(steps) for steps in choices.by_layer.values()]
+        context = args.prompt_len + (args.output_len + 1) / 2
+        itemsize = getattr(torch, args.dtype).itemsize
+        needed = floor(self.subject.config, batch, context, itemsize, distinct).total
+        least = 1e3 * needed / self.bandwidth / (plan.num_ranks if args.device == "cuda" else 1)
+        return {"floor_ms": round(least, 4), "percent_of_floor": round(100 * least / step_ms, 1)}
 
     def _spread(self, engine: Ours, plan: ParallelPlan, batch: int) -> Row:
         """What travels, beside the formulas, and how unevenly the work falls: if choices of experts are known."""

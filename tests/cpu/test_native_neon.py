@@ -1,4 +1,4 @@
-"""The C kernels for ARM's NEON, compiled across and run in an emulator where there is one: near those of this machine."""
+"""The C kernels for ARM's NEON, compiled across and run in an emulator, if there is one: near those of this machine."""
 
 from __future__ import annotations
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from flexmoe.errors import ConfigError
-from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled, strategies
+from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled
 from flexmoe.report.headlines import headlines
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
+from flexmoe.report.strategies import spread as spread_figure
+from flexmoe.report.strategies import strategies
 from flexmoe.report.tables import cpu as cpu_table
 from flexmoe.report.tables import latency as latency_table
 from flexmoe.report.tables import llama_cpp, markdown, spread, three
@@ -73,10 +75,17 @@ def test_strategies_on_gpus_stand_beside_one_gpu_of_the_same_run() -> None:
     table = spread([*rows, step(5, 8, 1.0, "c")])
     assert table is not None
     assert [[shown.text for shown in line[2:]] for line in table.rows] == [
-        ["2", "tensor", "3.00", "4.00", "0.75", "1.50", "one launch"],
-        ["4", "tensor", "2.00", "5.00", "0.40", "1.50", "all-reduce"],
+        ["2", "tensor", "3.00", "not recorded", "4.00", "0.75", "1.50", "one launch"],
+        ["4", "tensor", "2.00", "not recorded", "5.00", "0.40", "1.50", "all-reduce"],
     ]
     assert spread([row(1)]) is None
+    figure = spread_figure([*rows, step(6, 4, 2.5, "b", strategy="expert, all-reduce", **by_nccl)])
+    assert figure is not None
+    (panel,) = figure.panels
+    shown = [(one.key, point.value.number, point.note.number) for one in panel.series for point in one.points]  # type: ignore[union-attr]
+    assert shown == [("tensor", 0.4, 2.0), ("expert, all-reduce", 0.5, 2.5)], "the most GPUs alone"
+    assert panel.series[0].points[0].value.cells[1] == Cell("rows.jsonl", 2, "result.step_ms.median")
+    assert spread_figure([row(1)]) is None
 
 
 def test_cited_rows_of_another_device_are_not_set_beside_ours() -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from flexmoe.layers import large_pages
+
 _GPU_BYTES = 4 * 2**30  # far more than any cache
 _CPU_BYTES = 2**29
 _REPEATS = 5
@@ -22,7 +24,8 @@ _REPEATS = 5
 def read_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
     """Bytes a second of the fastest read-only stream that was found within about `seconds`. Measured once a process.
 
-    On a GPU a Triton kernel with a few shapes of block, on a CPU torch.dot of a vector with itself, on torch's threads.
+    On a GPU a Triton kernel with a few shapes of block; on a CPU torch.dot of a vector with itself, on torch's threads
+    and on large pages.
     """
     if device.type != "cuda":
         return _on_cpu(seconds)
@@ -32,7 +35,8 @@ def read_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
 
 
 def _on_cpu(seconds: float) -> float:
-    x = torch.ones(_CPU_BYTES // 4)
+    (x,) = large_pages.zeros([((_CPU_BYTES // 4,), torch.float32)])  # where an engine's weights lie
+    x.fill_(1.0)
     torch.dot(x, x)
     end = time.perf_counter() + seconds
     best = 0.0

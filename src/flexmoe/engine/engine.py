@@ -226,7 +226,7 @@ class Engine:
             "kv_cache_bytes": s.cache.num_bytes,
             "prefix_caching": self.options.cache.enable_prefix_caching,
             "one_pass": self.options.device.one_pass,
-            "prompts_ahead": self.options.device.prompts_ahead,
+            "prompts_ahead": self.runner.mixes_ahead,
         } | (self.options.parallel.to_json() if self.options.parallel.num_ranks > 1 else {})
 
     def count_experts(self, on: bool) -> None:

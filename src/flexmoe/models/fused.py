@@ -78,9 +78,8 @@ class FusedLayer:
         self.stage = "mlp" if layer.moe is None else "moe"
         if layer.moe is not None:
             self._router_weight = narrowest(layer.moe.router.weight.data, buffers.normed.dtype)
-            self._slots = slots_by_row(
-                mesh, len(layer.moe.router.weight), layer.index, len(buffers.x), buffers.x.device
-            )
+            slots = slots_by_row(mesh, len(layer.moe.router.weight), layer.index, buffers.x.device)
+            self._slots = None if slots is None else slots.rows(len(buffers.x))
             self._ids = buffers.topk_ids[sum(before.is_moe for before in config.layers[: layer.index])]
 
     @property

@@ -51,7 +51,7 @@ class PromptLayer:
         if layer.moe is not None:
             weight = layer.moe.router.weight.data
             self._router = narrowest(weight, dtype)
-            self._in_order = slots_by_row(mesh, len(weight), layer.index, 1, weight.device) is None
+            self._slots = slots_by_row(mesh, len(weight), layer.index, weight.device)
 
     def attend(self, x: Tensor, normed: Tensor, rows: PromptRows, cos: Tensor, sin: Tensor, cache: Tensor) -> Tensor:
         """x += attention(normed); writes the rows' keys and values. Returns the rows normed for what comes next."""
@@ -104,7 +104,7 @@ class PromptLayer:
         route(x, norm.weight.data, norm.eps, self._router, normed, logits, is_normed=True, tile=tile)
         ids = torch.empty(T, K, dtype=torch.int32, device=x.device)
         weights = torch.empty(T, K, dtype=torch.float32, device=x.device)
-        slots = None if self._in_order else slots_by_row(self._mesh, E, self.index, T, x.device)
+        slots = None if self._slots is None else self._slots.rows(T)
         places = ids if slots is None else torch.empty_like(ids)
         topk(logits, ids, weights, renormalize=moe.router.renormalize, slots=slots, slot_ids=places)
         return ids, weights, places

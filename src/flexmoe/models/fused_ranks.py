@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexmoe.config.plan import ExpertPlacement
 from flexmoe.kernels.decode_attention import QKNormWeights
 from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.norm_linear import NormAfter
@@ -145,15 +146,29 @@ def sums_of(
     return sums
 
 
-def slots_by_row(mesh: Mesh, num_experts: int, layer: int, max_rows: int, device: torch.device) -> Tensor | None:
-    """The slot on this rank that row t takes for expert e, int32 [max_rows, E], -1 where another rank computes it.
+class SlotsByRow:
+    """The slot on this rank that row t takes for expert e: int32 [T, E], -1 where another rank computes it.
 
-    None if all experts are here and in order, so that a slot is an expert.
+    Made once a layer: the host waits while a placement's table is copied to the device.
     """
+
+    def __init__(self, placement: ExpertPlacement, rank: int, device: torch.device) -> None:
+        self._table, self._rank = SlotTable(placement, device), rank
+        self._every = torch.arange(placement.num_experts, device=device)[None]  # [1, E]
+        alike = all(len(placement.replicas(expert)) == 1 for expert in range(placement.num_experts))
+        self._each = self._of(1) if alike else None
+
+    def _of(self, rows: int) -> Tensor:
+        return self._table.on_rank(self._every.expand(rows, -1), self._rank).int()
+
+    def rows(self, count: int) -> Tensor:
+        """Of rows 0 to count - 1 of a step."""
+        return self._of(count) if self._each is None else self._each.expand(count, -1)
+
+
+def slots_by_row(mesh: Mesh, num_experts: int, layer: int, device: torch.device) -> SlotsByRow | None:
+    """None if all experts are here and in order, so that a slot is an expert."""
     placement = mesh.plan.placement(num_experts, layer)
     if placement.slots == (tuple(range(num_experts)),):
         return None
-    every = torch.arange(num_experts, device=device).expand(max_rows, num_experts)
-    slots = SlotTable(placement, device).on_rank(every, mesh.place.ep).int()
-    alike = all(len(placement.replicas(expert)) == 1 for expert in range(num_experts))
-    return slots[:1].clone().expand_as(slots) if alike else slots
+    return SlotsByRow(placement, mesh.place.ep, device)

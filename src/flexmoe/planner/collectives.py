@@ -45,11 +45,6 @@ def link_seconds(link: Link, op: str, ranks: int, num_bytes: float, *, captured:
     return _formula(link, op, ranks, num_bytes)
 
 
-def is_measured(link: Link, op: str, ranks: int) -> bool:
-    """Whether so many ranks were measured."""
-    return any(point.op == op and point.ranks == ranks for point in link.measured)
-
-
 def _formula(link: Link, op: str, ranks: int, num_bytes: float) -> float:
     """A rank sends at least its part of the tensor. Each doubling of the ranks adds half a latency, but not where all
     read each other's memory at once.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from flexmoe.report.figure import ENGINES, MODELS, Figure, Panel, Point, Series, measured, short_device
 from flexmoe.report.rows import Row, newest
+from flexmoe.report.strategies import spread, strategies
 
 _SHOWN_BATCHES = (1, 8, 32, 128)
 _MOST_PANELS = 3
@@ -36,7 +37,7 @@ CPU_METRICS = {
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """All that these rows can fill."""
     makers: tuple[Callable[[Sequence[Row]], Figure | None], ...]
-    makers = (latency, experts, cpu, strategies, operations, profiled, throughput, served)
+    makers = (latency, experts, cpu, strategies, spread, operations, profiled, throughput, served)
     return [figure for make in makers if (figure := make(rows)) is not None]
 
 
@@ -202,57 +203,6 @@ def cpu(rows: Sequence[Row]) -> Figure | None:
     first = pairs[0][1]
     about = f"built-in model, {first.get('device.cores')} cores of {short_device(str(first.get('device.cpu')))}"
     return Figure("cpu", "pairs", "", panels, f"{about}; {measured(first)}")
-
-
-STRATEGIES = {
-    "tensor": "tensor (intra-expert)",
-    "expert, all-reduce": "expert, all-reduce",
-    "expert, all-to-all": "expert, all-to-all",
-    "hybrid, all-reduce": "hybrid, all-reduce",
-    "hybrid, all-to-all": "hybrid, all-to-all",
-}
-
-
-def strategy_rows(rows: Sequence[Row]) -> list[Row]:
-    """On the most ranks, with the largest batch: the newest row of each strategy, in STRATEGIES' order."""
-    found = [row for row in rows if row.get("benchmark") == "strategies" and row.get("result.sent_in_all") is not None]
-    if not found:
-        return []
-    ranks, batch = max((int(row.get("config.ranks")), int(row.get("params.batch"))) for row in found)
-    found = [row for row in found if (row.get("config.ranks"), row.get("params.batch")) == (ranks, batch)]
-    chosen = {row.get("config.strategy"): row for row in newest(found, ("config.strategy",))}
-    return [chosen[name] for name in STRATEGIES if name in chosen]
-
-
-def strategies(rows: Sequence[Row]) -> Figure | None:
-    """What each strategy sends, how unevenly it loads its ranks, and how long a step took."""
-    found = strategy_rows(rows)
-    if not found:
-        return None
-    shown = {
-        "result.sent_in_all": "bytes sent a token",
-        "result.imbalance.step": "busiest rank / mean",
-        "result.step_ms.median": "ms a step",
-    }
-    panels = tuple(
-        Panel(
-            title,
-            (
-                Series(
-                    "flexmoe",
-                    title,
-                    tuple(Point(STRATEGIES[row.get("config.strategy")], row.value(key)) for row in found),
-                ),
-            ),
-        )
-        for key, title in shown.items()
-    )
-    first = found[0]
-    about = (
-        f"{first.get('model.label')}, batch {first.get('params.batch')}, {first.get('config.ranks')} ranks over gloo"
-    )
-    about += f" on {first.get('device.cores')} shared CPU cores; {measured(first)}"
-    return Figure("strategies", "bars", "", panels, about)
 
 
 def operations(rows: Sequence[Row]) -> Figure | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flexmoe.report import style
@@ -11,13 +11,13 @@ from flexmoe.report.figure import ENGINES, Figure, Panel, Point
 _CLIP = 1.28  # bars above the highest of ours, the floor and vLLM times this are cut, with their value written on them
 _LEAST_GROUPS = 3  # a single group of bars does not become as wide as the page
 _INCHES = {
-    "latency": (15.4, 4.0),
+    "latency": (15.4, 3.7),
     "experts": (6.2, 3.1),
     "cpu": (6.2, 3.1),
     "operations": (6.2, 3.1),
     "profiled": (6.2, 3.1),
 }
-_INCHES |= {"strategies": (9.6, 2.7), "throughput": (6.2, 3.1), "served": (7.4, 2.9)}
+_INCHES |= {"strategies": (9.6, 2.7), "spread": (9.6, 2.8), "throughput": (6.2, 3.1), "served": (7.4, 2.9)}
 
 
 def draw(figure: Figure) -> Any:
@@ -32,15 +32,20 @@ def draw(figure: Figure) -> Any:
         "pairs": _pair,
         "bars": _bars,
         "stack": _stack,
+        "spread": _spread,
     }
     for column, panel in enumerate(figure.panels):
         _plain(axes[0][column])
         axes[0][column].set_title(panel.title, loc="left", fontweight="semibold", fontsize=15, color=style.INK, pad=10)
         kinds[figure.kind](axes[0][column], panel, column)
+    if figure.kind == "spread":
+        top = max(one.get_ylim()[1] for one in axes[0])
+        for one in axes[0]:
+            one.set_ylim(0, top)
     if figure.unit:
         (axes[0][0].set_xlabel if figure.kind == "stack" else axes[0][0].set_ylabel)(figure.unit)
-    if figure.kind == "latency":
-        _legend_below(canvas, axes[0])
+    if figure.kind in ("latency", "spread"):
+        _legend_below(canvas, axes[0], {ENGINES["floor"]: style.INK} if figure.kind == "latency" else {})
     return canvas
 
 
@@ -212,11 +217,29 @@ def _stack(axes: Any, panel: Panel, _: int) -> None:
     axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=11, handlelength=1.1)
 
 
-def _legend_below(canvas: Any, axes: Any) -> None:
-    """Each engine once, whichever panel has it; the floor first."""
+def _spread(axes: Any, panel: Panel, column: int) -> None:
+    """Groups of bars, one a batch size; a line at 1, the time of one GPU. Inside a bar the milliseconds."""
+    batches = list(dict.fromkeys(point.x for one in panel.series for point in one.points))
+    width = 0.84 / len(panel.series)
+    for number, one in enumerate(panel.series):
+        for point in one.points:
+            x, height = batches.index(point.x) + (number - (len(panel.series) - 1) / 2) * width, point.value.number
+            axes.bar(x, height, width * 0.92, label=one.label, color=_bar_colour(one.key))
+            axes.text(x, height + 0.02, f"{height:.2f}", ha="center", va="bottom", fontsize=11, color=style.INK)
+            if point.note is not None:
+                axes.text(x, 0.04, short(point.note.number), ha="center", fontsize=9.5, color=style.PAPER)
+    axes.axhline(1, color=style.INK, lw=1.5)
+    axes.set_ylim(0, 1.12 * max(1.0, *(point.value.number for one in panel.series for point in one.points)))
+    axes.set_yticks([0, 0.5, 1], ["0", "½", "1"] if column == 0 else ["", "", ""])
+    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches], color=style.INK, fontsize=12)
+    axes.title.set_fontsize(12.5)
+
+
+def _legend_below(canvas: Any, axes: Any, lines_of: Mapping[str, str]) -> None:
+    """Each name once, whichever panel has it; those of lines, with their colours, first."""
     import matplotlib.lines as lines
 
-    named: dict[str, Any] = {ENGINES["floor"]: lines.Line2D([], [], color=style.INK, lw=3)}
+    named: dict[str, Any] = {name: lines.Line2D([], [], color=colour, lw=3) for name, colour in lines_of.items()}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups
 from flexmoe.report.figure import ENGINES, MODELS, short_device
 from flexmoe.report.rows import Row, Value, newest
+from flexmoe.report.strategies import spread_pairs
 
 _MISSING = "not recorded"
 _LLAMA_METRICS = {
@@ -108,28 +109,20 @@ def _latency_line(model: str, row: Row, peers: Sequence[Row], rows: Sequence[Row
 
 def spread(rows: Sequence[Row]) -> Table | None:
     """Strategies on several GPUs, beside one GPU of the same run."""
-    steps = [row for row in rows if row.get("benchmark") == "strategies" and row.get("device.kind") == "cuda"]
-    steps = [row for row in steps if row.get("engine") == "flexmoe" and row.get("result.step_ms.median")]
-    one = {(row.get("commit"), *_step(row)): row for row in steps if row.get("config.ranks") == 1}
-    found = newest(
-        [row for row in steps if row.get("config.ranks") > 1 and (row.get("commit"), *_step(row)) in one],
-        ("model.label", "config.ranks", "params.batch", "config.strategy"),
-    )
-    if not found:
+    pairs = spread_pairs(rows)
+    if not pairs:
         return None
-    found.sort(key=lambda row: (-row.get("model.parameters"), *_step(row), row.get("config.ranks")))
-    lines = tuple(_spread_line(row, one[(row.get("commit"), *_step(row))]) for row in found)
+    lines = tuple(_spread_line(row, alone) for row, alone in pairs)
+    found = [row for row, _ in pairs]
     header = (
-        "model", "batch", "GPUs", "strategy", "ms a step", "one GPU, ms", "of its time", "busiest / mean", "sums",
+        "model", "batch", "GPUs", "strategy", "ms a step", "% of floor", "one GPU, ms", "of its time", "busiest / mean",
+        "sums",
     )  # fmt: skip
     about = f"{_versions(found[0])} {_dates(found)} " + (
-        "“Busiest / mean”: choices of the rank that got most of a step, over the mean. “Sums”: how ranks add up."
+        "Floor: all GPUs read what a step must together. “Busiest / mean”: choices of the rank that got most of a "
+        "step, over the mean. “Sums”: how ranks add up."
     )
     return Table("spread", "Several GPUs", header, lines, about)
-
-
-def _step(row: Row) -> tuple[str, int]:
-    return str(row.get("model.label")), int(row.get("params.batch"))
 
 
 def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
@@ -142,6 +135,7 @@ def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
         Shown(str(row.get("config.ranks")), row.value("config.ranks")),
         Shown(str(row.get("config.strategy"))),
         _number(ours),
+        _percent(row, "result.percent_of_floor"),
         _number(one),
         _number(ours.over(one), "{:.2f}"),
         _number(row.value("result.imbalance.step"), "{:.2f}"),
