@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from flexmoe.bench import machine_cpu
 from flexmoe.bench.machine_jobs import Lazy, run_jobs
+from flexmoe.bench.machine_ranks import slowest
 from flexmoe.bench.machine_samples import native_samples, prompt_samples, step_samples, torch_decode_samples
 from flexmoe.bench.machine_shapes import builtin_shape, cpu_shapes, cpu_slices, gpu_shapes, gpu_slices
 from flexmoe.bench.native_operations import NativeLayers
@@ -41,6 +43,17 @@ def test_operations_of_a_prompt_add_up_to_the_layer() -> None:
     assert sum(took.values()) > took["experts"] > 0
     assert {s.op for s in known(prompt_samples(layers, 32))} >= {"torch.linear", "torch.experts"}
     assert known(torch_decode_samples(layers, 4, 64, ranks=2))[0].ranks == 2
+
+
+def test_of_ranks_the_slowest_counts_and_what_one_lost_is_left_out() -> None:
+    """As happens on a busy machine: the second rank's router took less than can be told from noise."""
+    linear, router = (
+        Sample("torch.linear", "float32", 1, (8, 8), 1e-5, 2),
+        Sample("torch.router", "float32", 1, (4, 8, 2), 1e-6, 2),
+    )
+    slower = replace(linear, seconds=3e-5)
+    assert slowest([[linear, linear, router], [linear, slower]]) == [slower]
+    assert slowest([[router, linear], [slower, router]]) == [router, slower]
 
 
 def test_a_prompt_behind_others_sees_them() -> None:

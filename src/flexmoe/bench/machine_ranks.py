@@ -6,7 +6,7 @@ Ranks are processes of this module. They begin each shape together; a figure is 
 from __future__ import annotations
 
 import sys
-from collections.abc import MutableSequence
+from collections.abc import Collection, MutableSequence, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,11 +57,19 @@ def rank_samples(ranks: int, threads: int) -> list[Sample]:
     try:
         for index in range(len(_shapes(ranks))):
             number = supervisor.post("measure", (index, threads), "measuring", owed=range(ranks), patient=True)
-            alike = zip(*supervisor.wait(number).values(), strict=True)
-            found += [replace(each[0], seconds=max(sample.seconds for sample in each)) for each in alike]
+            found += slowest(supervisor.wait(number).values())
     finally:
         supervisor.close()
     return found
+
+
+def slowest(by_rank: Collection[Sequence[Sample]]) -> list[Sample]:
+    """Of each operation the longest time. One that some rank lost in noise was measured by none."""
+    alike: dict[Sample, list[float]] = {}
+    for samples in by_rank:
+        for sample in samples:
+            alike.setdefault(replace(sample, seconds=0.0), []).append(sample.seconds)
+    return [replace(same, seconds=max(each)) for same, each in alike.items() if len(each) % len(by_rank) == 0]
 
 
 def _shapes(ranks: int) -> list[Shape]:

@@ -119,7 +119,7 @@ class TorchLayers:
         return statistics.median(took[_FEWEST:])
 
     def seconds(self, call: Call) -> float:
-        """Of one call, layers in turn: the median; on a CPU, which others use too, the fastest."""
+        """Of one call, layers in turn: the median."""
         layers = itertools.cycle(range(self.config.num_layers))
         run = functools.partial(_timed_on_gpu if self.device.type == "cuda" else _timed, call)
         for _ in range(2):
@@ -128,7 +128,7 @@ class TorchLayers:
         end = time.perf_counter() + _SECONDS
         while len(took) < _FEWEST or (len(took) < _MOST and time.perf_counter() < end):
             took.append(run(next(layers)))
-        return statistics.median(took) if self.device.type == "cuda" else min(took)
+        return statistics.median(took)
 
 
 def _choices(config: ModelConfig, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
