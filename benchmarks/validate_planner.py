@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from flexmoe.bench.machine_shapes import builtin_shape
 from flexmoe.bench.record import append, facts
 from flexmoe.config.machine import Machine
 from flexmoe.config.model import ModelConfig
@@ -35,8 +36,10 @@ _NOISE = 3e-6  # seconds; operations of a GPU that take less are lost in the noi
 
 
 def model_of(row: dict[str, Any]) -> ModelConfig | None:
-    """The model of a row, if it is a preset, changed or not."""
+    """The model of a row, if it is the built-in one or a preset, changed or not."""
     about = row["model"]
+    if about["name"] == "builtin":
+        return builtin_shape().config
     preset = PRESETS.get(about["name"])
     if preset is None or preset.config.moe is None:
         return None
@@ -55,8 +58,10 @@ def read_rows(paths: Sequence[Path], since: str) -> list[dict[str, Any]]:
 
 def _is_current(row: dict[str, Any]) -> bool:
     """Whether it was measured as decodes are computed today."""
-    ranks = row["config"].get("ranks", 1)
-    return "error" not in row["result"] and (ranks == 1 or "one launch" in row["config"]["decode_kernels"])
+    config, by_launch = row["config"], row["device"]["kind"] == "cuda" and row["config"].get("ranks", 1) > 1
+    if "error" in row["result"] or config.get("strategy") == "one process, torch":
+        return False
+    return not by_launch or "one launch" in config["decode_kernels"]
 
 
 def measured_rows() -> Iterator[dict[str, Any]]:

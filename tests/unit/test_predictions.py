@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flexmoe.bench.machine_shapes import builtin_shape
 from flexmoe.config.machine import Machine
 from flexmoe.models.presets import PRESETS
 from flexmoe.planner.validation import Check, Errors, leave_one_out, step_checks, without_model
@@ -86,6 +87,39 @@ def test_the_plan_that_is_chosen_is_near_the_best() -> None:
     for case in compared:
         chosen = min(case.values(), key=lambda check: check.predicted)
         assert chosen.measured <= 1.05 * min(check.measured for check in case.values()), chosen.what
+
+
+def cpu_checks() -> dict[tuple[int, int], dict[str, Check]]:
+    """Of each number of ranks and batch size, the strategies on two cores, on the day when the table was made."""
+    machine = Machine.load(RESULTS / "cpu2_machine.json")
+    rows = [json.loads(line) for line in (RESULTS / "cpu_strategies.jsonl").read_text().splitlines()]
+    found: dict[tuple[int, int], dict[str, Check]] = {}
+    for row in rows:
+        if row["time"] >= "2026-11-28" and row["config"]["strategy"] != "one process, torch":
+            case = found.setdefault((row["config"]["ranks"], row["params"]["batch"]), {})
+            case[row["config"]["strategy"]] = next(iter(step_checks(machine, builtin_shape().config, [row])))
+    return found
+
+
+def test_strategies_on_a_cpu_come_in_the_measured_order() -> None:
+    """Those that were measured a third apart; nearer ones change places from run to run."""
+    compared = 0
+    for case in cpu_checks().values():
+        for slow in case.values():
+            for fast in case.values():
+                if slow.measured > 1.33 * fast.measured:
+                    compared += 1
+                    assert slow.predicted > fast.predicted, f"{slow.what} beside {fast.what}"
+    assert compared >= 14
+
+
+def test_on_a_cpu_one_process_is_chosen_and_is_best() -> None:
+    every = [check for case in cpu_checks().values() for check in case.values()]
+    for batch in ("batch 1,", "batch 8,"):
+        of_batch = [check for check in every if batch in check.what]
+        chosen = min(of_batch, key=lambda check: check.predicted)
+        assert "one process" in chosen.what
+        assert chosen.measured == min(check.measured for check in of_batch)
 
 
 def test_leaving_a_model_out_leaves_its_shapes_out() -> None:

@@ -11,26 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexmoe.cli.bench_machine import machine
+from flexmoe.cli.bench_options import positive, some_of, subject_options
 from flexmoe.cli.bench_serve import serve
 from flexmoe.cli.bench_suite import suite
 from flexmoe.cli.bench_throughput import throughput
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import count, note
-from flexmoe.config.engine import DTYPES, LOAD_FORMATS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _ENGINES = ("flexmoe", "hf-best", "hf-default")
-_positive = click.IntRange(min=1)
-
-
-def _engines(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    words = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
-    unknown = [word for word in words if word not in _ENGINES]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(_ENGINES)}.")
-    return words
 
 
 @click.group()
@@ -47,33 +38,23 @@ bench.add_command(throughput)
 @bench.command()
 @click.argument("model", required=False)
 @click.option("--batch", "batches", default="1,8,32,128", show_default=True, callback=numbers, help="Batch sizes.")
-@click.option("--prompt-len", type=_positive, default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--output-len", type=_positive, default=64, show_default=True, help="Steps that are timed.")
+@click.option("--prompt-len", type=positive, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--output-len", type=positive, default=64, show_default=True, help="Steps that are timed.")
 @click.option(
     "--engine",
     "engines",
     default="flexmoe",
     show_default=True,
-    callback=_engines,
+    callback=some_of(_ENGINES),
     help="Several with commas between: flexmoe, hf-best, hf-default. The latter two are Hugging Face transformers, on "
     "the same weights: in the fastest configuration that is found, and as it comes.",
 )
-@click.option("--layers", type=_positive, help="Change a preset: how many layers.")
-@click.option("--experts", type=_positive, help="Change a preset: how many experts in a layer.")
-@click.option("--top-k", type=_positive, help="Change a preset: how many experts a token.")
-@click.option("--expert-width", type=_positive, help="Change a preset: how wide an expert's hidden layer is.")
-@click.option(
-    "--load-format",
-    type=click.Choice(LOAD_FORMATS),
-    default="auto",
-    show_default=True,
-    help="`dummy`: random weights from config.json alone, as presets always have.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]")
-@click.option("--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: all prompts]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and of dummy weights.")
+@click.option("--layers", type=positive, help="Change a preset: how many layers.")
+@click.option("--experts", type=positive, help="Change a preset: how many experts in a layer.")
+@click.option("--top-k", type=positive, help="Change a preset: how many experts a token.")
+@click.option("--expert-width", type=positive, help="Change a preset: how wide an expert's hidden layer is.")
+@subject_options
+@click.option("--max-num-batched-tokens", type=positive, help="Tokens computed together.  [default: all prompts]")
 @click.option(
     "--hf-seconds",
     type=click.FloatRange(min=0),

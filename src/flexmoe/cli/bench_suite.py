@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.bench_options import positive, subject_options
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import note
-from flexmoe.config.engine import DTYPES, LOAD_FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flexmoe.bench.suite import Progress
-
-_positive = click.IntRange(min=1)
 
 
 def _words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
@@ -41,14 +39,10 @@ def _words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
 @click.option(
     "--streams", "concurrencies", default="1,16", show_default=True, callback=numbers, help="At once, for serving."
 )
-@click.option("--requests", type=_positive, default=64, show_default=True, help="For throughput.")
-@click.option("--prompt-len", type=_positive, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--requests", type=positive, default=64, show_default=True, help="For throughput.")
+@click.option("--prompt-len", type=positive, default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--output-len", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens of each answer.")
-@click.option("--load-format", type=click.Choice(LOAD_FORMATS), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and of dummy weights.")
+@subject_options
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -7,53 +7,34 @@ from typing import Any
 
 import click
 
+from flexmoe.cli.bench_options import positive, some_of, subject_options
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
-from flexmoe.config.engine import DTYPES, LOAD_FORMATS
 
 _ENGINES = ("flexmoe", "hf-default")
-_positive = click.IntRange(min=1)
-
-
-def _engines(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    words = tuple(dict.fromkeys(word.strip() for word in value.split(",")))
-    unknown = [word for word in words if word not in _ENGINES]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(_ENGINES)}.")
-    return words
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--requests", type=_positive, default=512, show_default=True, help="How many.")
-@click.option("--prompt-len", type=_positive, default=512, show_default=True, help="Tokens of each prompt.")
+@click.option("--requests", type=positive, default=512, show_default=True, help="How many.")
+@click.option("--prompt-len", type=positive, default=512, show_default=True, help="Tokens of each prompt.")
 @click.option("--output-len", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of each answer.")
 @click.option(
     "--engine",
     "engines",
     default="flexmoe",
     show_default=True,
-    callback=_engines,
+    callback=some_of(_ENGINES),
     help="flexmoe, hf-default, or both with a comma between. The latter is Hugging Face transformers as it comes, on "
     "the same weights, in batches of 16.",
 )
-@click.option("--max-num-seqs", type=_positive, help="Requests that run together.  [default: all, up to 256]")
+@click.option("--max-num-seqs", type=positive, help="Requests that run together.  [default: all, up to 256]")
 @click.option(
-    "--max-num-batched-tokens", type=_positive, help="Tokens computed together.  [default: the engine's choice]"
+    "--max-num-batched-tokens", type=positive, help="Tokens computed together.  [default: the engine's choice]"
 )
 @click.option("--one-pass", is_flag=True, help="Compute decodes beside prompts in one pass over the weights.")
 @click.option("--prompts-ahead", is_flag=True, help="Launch steps with prompts ahead, too.")
-@click.option(
-    "--load-format",
-    type=click.Choice(LOAD_FORMATS),
-    default="auto",
-    show_default=True,
-    help="`dummy`: random weights from config.json alone, as presets always have.",
-)
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and of dummy weights.")
+@subject_options
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to append a JSON row an engine to.")
 @debug_option
 def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], load_format: str, **options: Any) -> None:

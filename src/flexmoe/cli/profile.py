@@ -8,24 +8,19 @@ from typing import Any
 
 import click
 
+from flexmoe.cli.bench_options import positive, subject_options
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
-from flexmoe.config.engine import DTYPES, LOAD_FORMATS
 
-_positive = click.IntRange(min=1)
 _file = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--batch", type=_positive, default=1, show_default=True, help="Sequences that decode together.")
-@click.option("--prompt-len", type=_positive, default=128, show_default=True, help="Tokens of each prompt.")
-@click.option("--steps", type=_positive, default=16, show_default=True, help="Steps that are watched.")
-@click.option("--load-format", type=click.Choice(LOAD_FORMATS), default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--threads", type=_positive, help="Threads on a CPU.  [default: one a physical core]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of prompts and of dummy weights.")
+@click.option("--batch", type=positive, default=1, show_default=True, help="Sequences that decode together.")
+@click.option("--prompt-len", type=positive, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--steps", type=positive, default=16, show_default=True, help="Steps that are watched.")
+@subject_options
 @click.option(
     "--torch",
     "torch_path",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.bench_options import some_of
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import note
 from flexmoe.config.engine import DTYPES, LoadConfig
@@ -32,14 +33,6 @@ OPS = (
 )
 
 
-def _ops(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    words = OPS if value is None else tuple(dict.fromkeys(word.strip() for word in value.split(",")))
-    unknown = [word for word in words if word not in OPS]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(OPS)}.")
-    return words
-
-
 @click.command()
 @click.argument("model", required=False)
 @click.option(
@@ -53,7 +46,7 @@ def _ops(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str,
 @click.option(
     "--seconds", type=click.FloatRange(min=0), default=60, show_default=True, help="Try no other tile after so long."
 )
-@click.option("--ops", callback=_ops, help=f"Some of {', '.join(OPS)}, with commas between.  [default: all]")
+@click.option("--ops", callback=some_of(OPS), help=f"Some of {', '.join(OPS)}, with commas between.  [default: all]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format.")
 @click.option("--device", default="auto", show_default=True, help="cuda or cuda:N.")
 @click.option(

@@ -281,11 +281,17 @@ class CostModel:
             whole = rows * plan.data_parallel_size * hidden
             seconds = sum(self._collective(path, op, groups["dp"], whole) for op in ("all_gather", "reduce_scatter"))
             return StepCost({"all-reduce": seconds}).plus(self._all_reduce(path, groups["tp"], rows * hidden))
-        sent = load.reached * rows / plan.tensor_parallel_size * hidden
-        seconds = 2 * self._collective(path, "all_to_all", groups["ep"], sent)
-        seconds += self._collective(path, "all_to_all", groups["ep"], len(groups["ep"]) * 8)  # how many rows come
-        for op in ("all_gather", "reduce_scatter"):
-            seconds += self._collective(path, op, groups["etp"], sent * plan.expert_tensor_size)
+        assert self.model.moe is not None
+        copies, slices = load.reached * rows / plan.tensor_parallel_size, plan.expert_tensor_size
+        routing = 2 * self.model.moe.top_k  # slots and weights of a row
+        exchanges = [
+            ("all_to_all", "ep", 8 * len(groups["ep"])),  # how many rows come
+            ("all_to_all", "ep", copies * hidden), ("all_to_all", "ep", copies * routing),
+            ("all_gather", "etp", 8 * slices),
+            ("all_gather", "etp", copies * hidden * slices), ("all_gather", "etp", copies * routing * slices),
+            ("reduce_scatter", "etp", copies * hidden * slices), ("all_to_all", "ep", copies * hidden),
+        ]  # fmt: skip
+        seconds = sum(self._collective(path, op, groups[group], numbers) for op, group, numbers in exchanges)
         return StepCost({"all-to-all": seconds + self._collective(path, "all_gather", groups["tp"], rows * hidden)})
 
     def _all_reduce(self, path: str, ranks: tuple[int, ...], numbers: float) -> StepCost:
@@ -299,6 +305,8 @@ class CostModel:
 
     def _collective(self, path: str, op: str, ranks: tuple[int, ...], numbers: float) -> float:
         captured = path == "fused" and self.machine.device.kind == "cuda"
+        if self.machine.device.kind == "cpu" and op != "send" and len(ranks) > 1:
+            ranks = tuple(range(self.plan.num_ranks))  # groups exchange at the same time, on the same cores
         return exchange_seconds(self.machine, op, ranks, numbers * BITS[self.dtype] / 8, captured=captured)
 
     # ------------------------------------------------------------------------------------------------ prices
