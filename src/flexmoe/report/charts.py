@@ -126,11 +126,11 @@ def experts(rows: Sequence[Row]) -> Figure | None:
         )
         series = _expert_series(of_device)
         if max((len(one.points) for one in series), default=0) > 1:
-            panels.append(Panel(f"this project, {short_device(str(device)).removeprefix('NVIDIA ')}", series))
+            panels.append(Panel(f"here, {short_device(str(device)).removeprefix('NVIDIA ')}", series))
     if not panels:
         return None
     if cited:
-        panels.insert(0, Panel("course project, L4 (cited)", _expert_series(cited)))
+        panels.insert(0, Panel("course, L4 (cited)", _expert_series(cited)))
     about = f"TinyMistral-6x248M's shape, two experts a token, one sequence; {measured(found[-1])}"
     return Figure("experts", "experts", "ms a token", tuple(panels), about)
 
@@ -175,6 +175,7 @@ def cpu_pairs(rows: Sequence[Row]) -> list[tuple[str, Row, Row]]:
     """(metric, ours as it comes, the best configuration of transformers), of the newest run on a CPU."""
     found = [row for row in rows if row.get("benchmark") == "cpu_compare_hf" and row.get("phase") == "final"]
     found = [row for row in found if row.get("median") is not None and not row.get("quick")]
+    found = _like_the_last(found, ("commit", "device.cpu"))
     pairs = []
     for metric in CPU_METRICS:
         of_metric = newest([row for row in found if row.get("metric") == metric], ("engine", "config"))

@@ -44,7 +44,7 @@ def draw(figure: Figure) -> Any:
             one.set_ylim(0, top)
     if figure.unit:
         (axes[0][0].set_xlabel if figure.kind == "stack" else axes[0][0].set_ylabel)(figure.unit)
-    if figure.kind in ("latency", "spread"):
+    if figure.kind in ("latency", "spread", "experts"):
         _legend_below(canvas, axes[0], {ENGINES["floor"]: style.INK} if figure.kind == "latency" else {})
     return canvas
 
@@ -133,25 +133,25 @@ def _tell(axes: Any, x: float, height: float, point: Point, top: float, *, ours:
 
 
 def _experts(axes: Any, panel: Panel, _: int) -> None:
-    """Lines from zero, so that flat looks flat."""
+    """Lines from zero, so that flat looks flat. The legend names those that no title does."""
     places = {x: float(x) for one in panel.series for x in (point.x for point in one.points)}
     for one in panel.series:
         values = [point.value.number for point in one.points]
         colour = style.ENGINE_COLOURS.get(one.key, style.MUTED)
-        axes.plot([places[point.x] for point in one.points], values, "o-", lw=4, ms=9, color=colour, label=one.label)
+        label = one.label if len(panel.series) > 1 else None
+        axes.plot([places[point.x] for point in one.points], values, "o-", lw=4, ms=9, color=colour, label=label)
         for end, point in ((0, one.points[0]), (-1, one.points[-1])):
             axes.annotate(
                 short(point.value.number), (places[point.x], values[end]), (0, 11), textcoords="offset points",
                 ha="center", fontweight="bold", color=style.INK,
             )  # fmt: skip
-    axes.title.set_fontsize(13)
+    axes.title.set_fontsize(12.5)
     highest = max(point.value.number for one in panel.series for point in one.points)
     axes.set_ylim(0, highest * 1.35)
     axes.margins(x=0.1)
     axes.set_xticks(sorted(set(places.values())), [str(int(x)) for x in sorted(set(places.values()))])
-    axes.set_xlabel("experts in a layer")
-    if len(panel.series) > 1:
-        axes.legend(frameon=False, fontsize=11)
+    axes.set_xlabel("experts in a layer", fontsize=12)
+    axes.tick_params(labelsize=11)
 
 
 def _pair(axes: Any, panel: Panel, _: int) -> None:
@@ -243,5 +243,7 @@ def _legend_below(canvas: Any, axes: Any, lines_of: Mapping[str, str]) -> None:
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
+    if not named:
+        return
     canvas.legend(named.values(), named.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=11.5,
                   handlelength=1.4, columnspacing=1.4)  # fmt: skip

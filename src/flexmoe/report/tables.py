@@ -190,6 +190,8 @@ def cpu(rows: Sequence[Row]) -> Table | None:
         f"Built-in model, {first.get('device.cores')} cores of {short_device(str(first.get('device.cpu')))}; medians. "
     )
     header = ("what", "FlexMoE", "transformers", "its configuration", "ratio", "% of floor")
+    if any((ours.get("percent_of_floor") or 0) > 100 for _, ours, _ in pairs):
+        about += "Above 100% of the floor: the caches hold part of so small a model. "
     about += f"{_versions(first)} {_dates([ours for _, ours, _ in pairs])}"
     return Table("cpu", "On a CPU, beside the best of transformers", header, tuple(lines), about)
 
