@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from flexmoe.errors import ConfigError
-from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled
+from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled, throughput
 from flexmoe.report.headlines import headlines
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
 from flexmoe.report.strategies import spread as spread_figure
 from flexmoe.report.strategies import strategies
 from flexmoe.report.tables import cpu as cpu_table
+from flexmoe.report.tables import first_tokens, llama_cpp, markdown, spread, three
 from flexmoe.report.tables import latency as latency_table
-from flexmoe.report.tables import llama_cpp, markdown, spread, three
+from flexmoe.report.tables import throughput as throughput_table
 
 CPU = {"kind": "cpu", "name": "A Processor"}
 
@@ -86,6 +87,36 @@ def test_strategies_on_gpus_stand_beside_one_gpu_of_the_same_run() -> None:
     assert shown == [("tensor", 0.4, 2.0), ("expert, all-reduce", 0.5, 2.5)], "the most GPUs alone"
     assert panel.series[0].points[0].value.cells[1] == Cell("rows.jsonl", 2, "result.step_ms.median")
     assert spread_figure([row(1)]) is None
+
+
+def test_prompts_and_many_requests_stand_beside_vllm_and_a_goal() -> None:
+    def many(line: int, rate: float, **fields: Any) -> Row:
+        params = {"requests": 512, "prompt_len": 512, "output_len": 128}
+        result = {"output_tokens_per_s": rate, "percent_of_floor": 40.0, "device_busy_percent": 99.0}
+        return row(line, **({"benchmark": "throughput", "params": params, "result": result} | fields))
+
+    rows = [
+        many(1, 900.0),
+        many(2, 1500.0, config={"one_pass": True}),
+        many(3, 600.0, engine="vllm", cited=True),
+        many(4, 1000.0, benchmark="throughput_target", cited=True),
+    ]
+    table, figure = throughput_table(rows), throughput(rows)
+    assert table is not None
+    assert [[shown.text for shown in line[2:]] for line in table.rows] == [["900", "40", "99", "600", "1.50×", "1,000"]]
+    assert figure is not None
+    assert [point.value.number for point in figure.panels[0].series[0].points] == [900.0, 600.0]
+
+    def first(line: int, ms: float, **fields: Any) -> Row:
+        device, params = {"kind": "cuda", "name": "A GPU"}, {"batch": 1, "prompt_len": 2048}
+        return row(line, **({"params": params, "result": {"first_token_ms": ms}, "device": device} | fields))
+
+    prompts = [first(1, 12.0), first(2, 18.0, benchmark="first_token", engine="vllm", cited=True)]
+    for goal, missed in ((10.0, "10.0"), (12.0, ""), (13.0, "")):
+        table = first_tokens([*prompts, first(3, goal, benchmark="first_token_target", cited=True)])
+        assert table is not None
+        assert [shown.text for shown in table.rows[0][1:]] == ["2,048", "12.0", "not recorded", "18.0", "1.50×", missed]
+    assert throughput_table([row(1)]) is first_tokens([row(1)]) is throughput([row(1)]) is None
 
 
 def test_cited_rows_of_another_device_are_not_set_beside_ours() -> None:

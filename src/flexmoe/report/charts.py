@@ -254,18 +254,33 @@ def profiled(rows: Sequence[Row]) -> Figure | None:
     return Figure("profiled", "stack", "µs a step", (Panel("", tuple(series)),), f"{about}; {measured(last)}")
 
 
-def throughput(rows: Sequence[Row]) -> Figure | None:
-    """Output tokens a second of many requests at once, without a server: the newest model on its device."""
+def throughput_rows(rows: Sequence[Row]) -> list[Row]:
+    """Our engine's, as it comes: the newest of each model on the last one's device, under the last one's load."""
     found = [row for row in rows if row.get("benchmark") == "throughput" and row.get("result.output_tokens_per_s")]
-    found = _like_the_last(found, ("model.label", "device.name", "params.requests"))
-    if not found:
+    found = [row for row in found if row.get("engine") == "flexmoe" and not row.is_cited]
+    found = [row for row in found if not row.get("config.one_pass")]
+    load = ("device.name", "params.requests", "params.prompt_len", "params.output_len")
+    return newest(_like_the_last(found, load), ("model.label",))
+
+
+def throughput(rows: Sequence[Row]) -> Figure | None:
+    """Output tokens a second of many requests at once, without a server, beside others under the same load."""
+    ours = throughput_rows(rows)
+    if not ours:
         return None
-    points = tuple(Point(_who(row), row.value("result.output_tokens_per_s")) for row in newest(found, ("engine",)))
-    first = found[-1]
-    about = f"{first.get('model.label')}, {first.get('params.requests')} requests of {first.get('params.prompt_len')}"
+    same = ("model.label", "device.name", "params.requests", "params.prompt_len", "params.output_len")
+    panels = []
+    for row in sorted(ours, key=lambda row: -row.get("model.parameters"))[:_MOST_PANELS]:
+        others = [one for one in rows if one.get("benchmark") == "throughput" and one.get("engine") != "flexmoe"]
+        others = newest([one for one in others if all(one.get(k) == row.get(k) for k in same)], ("engine",))
+        shown = [row, *(one for one in others if one.get("result.output_tokens_per_s"))]
+        points = tuple(Point(_who(one), one.value("result.output_tokens_per_s")) for one in shown)
+        label = str(row.get("model.label"))
+        panels.append(Panel(MODELS.get(label, label), (Series("flexmoe", "tokens a second", points),)))
+    first = ours[-1]
+    about = f"output tokens a second, {first.get('params.requests')} requests of {first.get('params.prompt_len')}"
     about += f" + {first.get('params.output_len')} tokens on {short_device(str(first.get('device.name')))}"
-    panel = Panel("output tokens a second", (Series("flexmoe", "tokens a second", points),))
-    return Figure("throughput", "bars", "", (panel,), f"{about}; {measured(first)}")
+    return Figure("throughput", "bars", "", tuple(panels), f"{about}; {measured(first)}")
 
 
 def served(rows: Sequence[Row]) -> Figure | None:

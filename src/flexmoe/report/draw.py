@@ -17,7 +17,7 @@ _INCHES = {
     "operations": (6.2, 3.1),
     "profiled": (6.2, 3.1),
 }
-_INCHES |= {"strategies": (9.6, 2.7), "spread": (9.6, 2.8), "throughput": (6.2, 3.1), "served": (7.4, 2.9)}
+_INCHES |= {"strategies": (9.6, 2.7), "spread": (9.6, 2.8), "throughput": (9.6, 1.8), "served": (7.4, 2.9)}
 
 
 def draw(figure: Figure) -> Any:
@@ -189,7 +189,7 @@ def _bars(axes: Any, panel: Panel, column: int) -> None:
 
 def _bar_colour(name: str) -> str:
     """By strategy, or ours and others'."""
-    words = {"FlexMoE": style.OURS, "tensor": style.OURS, "expert": style.LINK, "hybrid": style.ROUTER}
+    words = {"FlexMoE": style.OURS, "vLLM": style.ENGINE_COLOURS["vllm"], "tensor": style.OURS, "expert": style.LINK, "hybrid": style.ROUTER}
     return next((colour for word, colour in words.items() if name.startswith(word)), style.ENGINE_COLOURS["hf-best"])
 
 

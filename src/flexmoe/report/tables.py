@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups
+from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups, throughput_rows
 from flexmoe.report.figure import ENGINES, MODELS, short_device
 from flexmoe.report.rows import Row, Value, newest
 from flexmoe.report.strategies import spread_pairs
 
 _MISSING = "not recorded"
+_LONG_PROMPT = 1024  # tokens from which a prompt is one to time
 _LLAMA_METRICS = {
     "decode_bs1": "a token, one sequence (ms)",
     "decode_bs4": "a step, four sequences (ms)",
@@ -48,7 +49,7 @@ class Table:
 def tables(rows: Sequence[Row]) -> list[Table]:
     """All that these rows can fill."""
     makers: tuple[Callable[[Sequence[Row]], Table | None], ...]
-    makers = (latency, spread, experts, cpu, llama_cpp, published)
+    makers = (latency, first_tokens, throughput, spread, experts, cpu, llama_cpp, published)
     return [table for make in makers if (table := make(rows)) is not None]
 
 
@@ -107,6 +108,73 @@ def _latency_line(model: str, row: Row, peers: Sequence[Row], rows: Sequence[Row
     return (*shown, _number(goals[0]) if missed else Shown(""))
 
 
+def first_tokens(rows: Sequence[Row]) -> Table | None:
+    """How long one long prompt takes on a GPU; beside it vLLM and what was wanted."""
+    found = [row for row in rows if row.get("benchmark") == "latency" and row.get("engine") == "flexmoe"]
+    found = [row for row in found if row.get("device.kind") == "cuda" and row.get("result.first_token_ms")]
+    found = [row for row in found if row.get("params.prompt_len") >= _LONG_PROMPT and row.get("params.batch") == 1]
+    found = [
+        row for row in newest(found, ("model.label", "params.prompt_len")) if " with " not in row.get("model.label")
+    ]
+    lines = tuple(
+        (
+            Shown(_model(row)),
+            Shown(f"{row.get('params.prompt_len'):,}", row.value("params.prompt_len")),
+            _number(row.value("result.first_token_ms")),
+            Shown(_MISSING),
+            *_peer_and_goal(row, rows, "first_token", "result.first_token_ms", "params.prompt_len", less=True),
+        )
+        for row in sorted(found, key=lambda row: -row.get("model.parameters"))
+    )
+    header = ("model", "prompt", "FlexMoE, ms", "% of floor", "vLLM 0.24, ms", "vLLM / ours", "goal missed")
+    title = "The first token of a prompt"
+    return Table("first_tokens", title, header, lines, f"{_versions(found[0])} {_dates(found)}") if found else None
+
+
+def throughput(rows: Sequence[Row]) -> Table | None:
+    """Many requests that are there from the start; beside them vLLM and what was wanted."""
+    found = throughput_rows(rows)
+    lines = tuple(
+        (
+            Shown(_model(row)),
+            Shown(f"{row.get('params.requests')} of {row.get('params.prompt_len')} + {row.get('params.output_len')}"),
+            _number(row.value("result.output_tokens_per_s")),
+            _percent(row, "result.percent_of_floor"),
+            _percent(row, "result.device_busy_percent"),
+            *_peer_and_goal(row, rows, "throughput", "result.output_tokens_per_s", "params.requests", less=False),
+        )
+        for row in sorted(found, key=lambda row: -row.get("model.parameters"))
+    )
+    header = (
+        "model", "requests", "FlexMoE, tokens/s", "% of floor", "% busy", "vLLM 0.24, tokens/s", "ours / vLLM",
+        "goal missed",
+    )  # fmt: skip
+    about = "Floor: reading memory for the decode steps alone. Busy: the device, once all was in full swing. "
+    about += f"{_versions(found[0])} {_dates(found)}" if found else ""
+    return Table("throughput", "Many requests at once", header, lines, about) if found else None
+
+
+def _model(row: Row) -> str:
+    label = str(row.get("model.label"))
+    return MODELS.get(label, label)
+
+
+def _peer_and_goal(
+    row: Row, rows: Sequence[Row], benchmark: str, key: str, size: str, *, less: bool
+) -> tuple[Shown, ...]:
+    """vLLM's cited figure of the same load on the same device, how many times better ours is, and a goal missed."""
+    place = ("model.label", "device.name", size)
+    same = [one for one in rows if one.is_cited and all(one.get(name) == row.get(name) for name in place)]
+    ours, shown = row.value(key), [Shown(""), Shown("")]
+    for peer in same:
+        if (peer.get("benchmark"), peer.get("engine")) == (benchmark, "vllm"):
+            theirs = peer.value(key)
+            shown = [_number(theirs), _number(theirs.over(ours) if less else ours.over(theirs), "{:.2f}×")]
+    goals = [one.value(key) for one in same if one.get("benchmark") == f"{benchmark}_target"]
+    missed = [goal for goal in goals if (goal.number < ours.number) == less and goal.number != ours.number]
+    return (*shown, _number(missed[0]) if missed else Shown(""))
+
+
 def spread(rows: Sequence[Row]) -> Table | None:
     """Strategies on several GPUs, beside one GPU of the same run."""
     pairs = spread_pairs(rows)
@@ -127,10 +195,9 @@ def spread(rows: Sequence[Row]) -> Table | None:
 
 def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
     ours, one = row.value("result.step_ms.median"), alone.value("result.step_ms.median")
-    label = str(row.get("model.label"))
     how = str(row.get("config.decode_kernels"))
     return (
-        Shown(MODELS.get(label, label)),
+        Shown(_model(row)),
         Shown(str(row.get("params.batch")), row.value("params.batch")),
         Shown(str(row.get("config.ranks")), row.value("config.ranks")),
         Shown(str(row.get("config.strategy"))),
