@@ -98,7 +98,9 @@ def _argmax(logits: torch.Tensor, _: Rows) -> torch.Tensor:
     if logits.is_cpu:
         values = logits.float().numpy()
         best = values.argmax(-1)
-        best[np.isnan(values[np.arange(len(best)), best])] = -1
+        for row, token in enumerate(best.tolist()):  # for few rows quicker than an index of all
+            if math.isnan(values[row, token]):
+                best[row] = -1
         return torch.from_numpy(best)
     chosen = torch.argmax(logits, dim=-1)
     return chosen.masked_fill_(logits.gather(1, chosen[:, None])[:, 0].isnan(), -1)

@@ -189,7 +189,13 @@ def _bars(axes: Any, panel: Panel, column: int) -> None:
 
 def _bar_colour(name: str) -> str:
     """By strategy, or ours and others'."""
-    words = {"FlexMoE": style.OURS, "vLLM": style.ENGINE_COLOURS["vllm"], "tensor": style.OURS, "expert": style.LINK, "hybrid": style.ROUTER}
+    words = {
+        "FlexMoE": style.OURS,
+        "vLLM": style.ENGINE_COLOURS["vllm"],
+        "tensor": style.OURS,
+        "expert": style.LINK,
+        "hybrid": style.ROUTER,
+    }
     return next((colour for word, colour in words.items() if name.startswith(word)), style.ENGINE_COLOURS["hf-best"])
 
 
