@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from flexmoe.bench.floor import expected_distinct, floor
+from flexmoe.bench.floor import expected_distinct, floor, prompt_flops
 from flexmoe.config.model import LayerConfig
 from flexmoe.models.presets import PRESETS
 from tests.cpu.tiny_decoders import config
@@ -85,3 +85,13 @@ def test_a_dense_model_touches_no_expert() -> None:
     model = replace(config(), moe=None, layers=(LayerConfig(is_moe=False),))
     assert floor(model, 4, 0, 2, []).experts == 0
     assert expected_distinct(model, 4) == []
+
+
+def test_what_a_prompt_must_multiply() -> None:
+    """Two multiply-adds a parameter and token; twice the numbers of a head for each query and key that it sees."""
+    layers = (LayerConfig(is_moe=True), LayerConfig(is_moe=True, window=2))
+    model = replace(PRESETS["mixtral-8x7b"].config, layers=layers)
+    head = model.vocab_size * model.hidden_size
+    weights = model.num_active_parameters() - head
+    pairs = (1 + 2 + 3) + (1 + 2 + 2)  # of three tokens, all and with a window of two
+    assert prompt_flops(model, 5, 3) == 2 * 5 * (3 * weights + head + 2 * pairs * model.attention.num_heads * 128)

@@ -41,6 +41,8 @@ def check_figures(row: Row) -> None:
     result, batch = row["result"], row["params"]["batch"]
     assert result["ms"] > 0
     assert result["first_token_ms"] > 0
+    share = 100 * result["first_token_floor_ms"] / result["first_token_ms"]
+    assert result["percent_of_first_token_floor"] == pytest.approx(share, rel=0.05, abs=0.01)
     assert result["tokens_per_s"] == pytest.approx(1e3 * batch / result["ms"], rel=1e-2)
     assert result["percent_of_floor"] == pytest.approx(100 * result["floor_ms"] / result["ms"], rel=1e-2)
     assert result["floor_ms"] == pytest.approx(1e3 * sum(result["floor_bytes"].values()) / 10e9, abs=1e-4)

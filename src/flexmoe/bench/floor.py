@@ -1,4 +1,6 @@
-"""The floor: bytes that one decode step must read, whatever engine computes it. Enters: a ModelConfig. Leaves: bytes.
+"""The floor: bytes that one decode step must read, whatever engine computes it, and what prompts must multiply.
+
+Enters: a ModelConfig. Leaves: bytes, multiply-adds.
 
 Each weight that a step needs is read once: attention, norms, router, shared and dense feed-forwards, the language-model
 head, and in each MoE layer the D distinct experts that any of the step's rows chose. And the keys and values of the
@@ -56,6 +58,19 @@ def floor(
         else:
             fixed += size
     return Floor(round(fixed), round(experts), _kv_bytes(config, batch, context, itemsize))
+
+
+def prompt_flops(config: ModelConfig, prompts: int, tokens: int) -> float:
+    """Multiply-adds, counted twice, of so many prompts of so many tokens each, and one row of logits for each."""
+    a, head = config.attention, config.vocab_size * config.hidden_size
+    products = prompts * tokens * (config.num_active_parameters() - head) + prompts * head
+    pairs = sum(_pairs(tokens, layer.window) for layer in config.layers)  # of a query and a key
+    return 2.0 * (products + 2 * prompts * pairs * a.num_heads * a.head_dim)
+
+
+def _pairs(tokens: int, window: int | None) -> int:
+    seen = tokens if window is None else min(tokens, window)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 
 def expected_distinct(config: ModelConfig, batch: int) -> list[float]:

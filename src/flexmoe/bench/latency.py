@@ -21,8 +21,9 @@ import torch
 from flexmoe.bench import hugging_face
 from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.engines import FlexMoE, Prompts, TimedEngine
-from flexmoe.bench.floor import Floor, expected_distinct, floor
+from flexmoe.bench.floor import Floor, expected_distinct, floor, prompt_flops
 from flexmoe.bench.hugging_face import HuggingFace
+from flexmoe.bench.peak import matrix_peak
 from flexmoe.bench.record import facts, summary
 from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.workload import make_prompts
@@ -225,6 +226,13 @@ class _Bench:
         needed = floor(config, batch, context, itemsize, distinct or expected)
         return Touched(needed, distinct or expected, counted=len(distinct) == len(expected))
 
+    def _first_floor(self, batch: int) -> float:
+        """Seconds that the prompts need: to read all their weights, or to multiply, whichever takes longer."""
+        config, length, dtype = self.subject.config, self.options.prompt_len, getattr(torch, self.dtype)
+        distinct = expected_distinct(config, batch * length)
+        read = floor(config, batch, 0, dtype.itemsize, distinct).total / self.ceiling
+        return max(read, prompt_flops(config, batch, length) / matrix_peak(self.device, dtype))
+
     def _result(self, batch: int, timing: Timing) -> Row:
         touched = self.touched[batch]
         least = touched.floor.total / self.ceiling
@@ -234,6 +242,8 @@ class _Bench:
             "first_token_ms": 1e3 * timing.first,
             "floor_ms": 1e3 * least,
             "percent_of_floor": 100 * least / timing.step,
+            "first_token_floor_ms": 1e3 * self._first_floor(batch),
+            "percent_of_first_token_floor": 100 * self._first_floor(batch) / timing.first,
             "distinct_experts": sum(touched.distinct) / max(1, len(touched.distinct)),
         }
         result = _rounded(figures) | {

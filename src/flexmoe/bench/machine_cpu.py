@@ -21,6 +21,7 @@ from flexmoe.bench.machine_ranks import rank_samples
 from flexmoe.bench.machine_samples import native_attention, native_samples, prompt_samples
 from flexmoe.bench.machine_shapes import Shape, builtin_shape, cpu_shapes
 from flexmoe.bench.native_operations import NativeLayers
+from flexmoe.bench.peak import matrix_peak
 from flexmoe.bench.record import facts
 from flexmoe.bench.torch_operations import TorchLayers
 from flexmoe.config.machine import DeviceSpec, Link, Machine, Sample
@@ -35,7 +36,6 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _BATCHES, _CONTEXT = (1, 2, 4, 8, 16, 32), 128
 _LONG = ((1, 512), (1, 4096), (8, 1024))  # rows and keys
 _PROMPTS = ((16, 0), (128, 0), (512, 0), (256, 1024), (2048, 0))  # tokens, and those before them
-_DENSE = 1024
 _STEPS = 32
 _RESERVE = 2**30
 _LINK = Link("memory", 0, 3e-4, 2e9)  # where ranks were not measured
@@ -48,7 +48,7 @@ def measure_cpu(name: str, ranks: int, seconds: float, notify: Notify) -> Machin
     spec = DeviceSpec(
         kind="cpu", name=str(facts(_CPU)["device"]["name"]),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), read_bandwidth=read_bandwidth(_CPU),
-        peak_flops={str(dtype).removeprefix("torch."): _peak(dtype) for dtype in _DTYPES},
+        peak_flops={str(dtype).removeprefix("torch."): matrix_peak(_CPU, dtype) for dtype in _DTYPES},
         launch_s=_launch_seconds(), host_s=0.0, cores=cores,
     )  # fmt: skip
     notify("what a step takes beside its operations")
@@ -121,11 +121,6 @@ def _generate(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
     start = time.perf_counter()
     llm.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True))
     return time.perf_counter() - start
-
-
-def _peak(dtype: torch.dtype) -> float:
-    x = torch.randn(_DENSE, _DENSE).to(dtype)
-    return 2 * _DENSE**3 / min(_seconds(partial(torch.mm, x, x)) for _ in range(8))
 
 
 def _launch_seconds() -> float:

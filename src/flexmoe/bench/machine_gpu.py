@@ -19,6 +19,7 @@ from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.machine_jobs import Job, Lazy, Notify, run_jobs
 from flexmoe.bench.machine_samples import prompt_samples, step_samples, torch_decode_samples
 from flexmoe.bench.machine_shapes import gpu_shapes, gpu_slices
+from flexmoe.bench.peak import matrix_peak
 from flexmoe.bench.record import facts
 from flexmoe.bench.step_operations import Steps
 from flexmoe.bench.torch_operations import TorchLayers
@@ -29,7 +30,6 @@ _CONTEXT, _LONG, _LONG_BATCHES = 256, (1024, 4096), (1, 8, 64)
 _MOST_KEYS = 2**18  # of all rows together: memory
 _PROMPTS, _BEHIND = (64, 512, 2048, 8192), 4096
 _CHUNKS = 9  # prompts in one step
-_DENSE = 8192  # rows, columns and depth of the product whose speed is the peak
 _RESERVE = 3 * 2**30  # what engine/startup.py leaves free, and the context of CUDA
 
 
@@ -40,7 +40,7 @@ def measure_gpu(name: str, device: torch.device, seconds: float, notify: Notify)
     spec = DeviceSpec(
         kind="cuda", name=properties.name, memory_bytes=properties.total_memory,
         read_bandwidth=read_bandwidth(device),
-        peak_flops={dtype: _peak(getattr(torch, dtype), device) for dtype in ("bfloat16", "float32")},
+        peak_flops={dtype: matrix_peak(device, getattr(torch, dtype)) for dtype in ("bfloat16", "float32")},
         launch_s=_launch_seconds(device), host_s=0.0,
     )  # fmt: skip
     steps: list[float] = []  # what they have beside operations
@@ -106,13 +106,6 @@ class _Decodes:
                 steps.prepare(batch, context)
                 found += step_samples(steps.config, steps.added("decode_attention"), batch, context)
         return found
-
-
-def _peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Multiply-adds, counted twice, a second of a large product."""
-    x = torch.randn(_DENSE, _DENSE, device=device).to(dtype)
-    took = min(_device_seconds(lambda: torch.mm(x, x)) for _ in range(5))
-    return 2 * _DENSE**3 / took
 
 
 def _launch_seconds(device: torch.device, count: int = 200) -> float:

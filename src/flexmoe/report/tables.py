@@ -121,7 +121,7 @@ def first_tokens(rows: Sequence[Row]) -> Table | None:
             Shown(_model(row)),
             Shown(f"{row.get('params.prompt_len'):,}", row.value("params.prompt_len")),
             _number(row.value("result.first_token_ms")),
-            Shown(_MISSING),
+            _percent(row, "result.percent_of_first_token_floor"),
             *_peer_and_goal(row, rows, "first_token", "result.first_token_ms", "params.prompt_len", less=True),
         )
         for row in sorted(found, key=lambda row: -row.get("model.parameters"))
