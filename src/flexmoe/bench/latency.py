@@ -235,15 +235,15 @@ class _Bench:
 
     def _result(self, batch: int, timing: Timing) -> Row:
         touched = self.touched[batch]
-        least = touched.floor.total / self.ceiling
+        least, first_floor = touched.floor.total / self.ceiling, self._first_floor(batch)
         figures = {
             "ms": 1e3 * timing.step,
             "tokens_per_s": batch / timing.step,
             "first_token_ms": 1e3 * timing.first,
             "floor_ms": 1e3 * least,
             "percent_of_floor": 100 * least / timing.step,
-            "first_token_floor_ms": 1e3 * self._first_floor(batch),
-            "percent_of_first_token_floor": 100 * self._first_floor(batch) / timing.first,
+            "first_token_floor_ms": 1e3 * first_floor,
+            "percent_of_first_token_floor": 100 * first_floor / timing.first,
             "distinct_experts": sum(touched.distinct) / max(1, len(touched.distinct)),
         }
         result = _rounded(figures) | {

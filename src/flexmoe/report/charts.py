@@ -8,7 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from flexmoe.report.figure import ENGINES, MODELS, Figure, Panel, Point, Series, measured, short_device
+from flexmoe.report.figure import (
+    ENGINES,
+    MODELS,
+    Figure,
+    Panel,
+    Point,
+    Series,
+    bar_panels,
+    measured,
+    model_name,
+    short_device,
+)
 from flexmoe.report.rows import Row, newest
 from flexmoe.report.strategies import spread, strategies
 
@@ -275,8 +286,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
         others = newest([one for one in others if all(one.get(k) == row.get(k) for k in same)], ("engine",))
         shown = [row, *(one for one in others if one.get("result.output_tokens_per_s"))]
         points = tuple(Point(_who(one), one.value("result.output_tokens_per_s")) for one in shown)
-        label = str(row.get("model.label"))
-        panels.append(Panel(MODELS.get(label, label), (Series("flexmoe", "tokens a second", points),)))
+        panels.append(Panel(model_name(row), (Series("flexmoe", "tokens a second", points),)))
     first = ours[-1]
     about = f"output tokens a second, {first.get('params.requests')} requests of {first.get('params.prompt_len')}"
     about += f" + {first.get('params.output_len')} tokens on {short_device(str(first.get('device.name')))}"
@@ -297,21 +307,7 @@ def served(rows: Sequence[Row]) -> Figure | None:
         "result.ttft_ms.p50": "first token, ms",
         "result.tpot_ms.p50": "a token, ms",
     }
-    panels = tuple(
-        Panel(
-            title,
-            (
-                Series(
-                    "flexmoe",
-                    title,
-                    tuple(
-                        Point(f"{_who(row)}, {row.get('params.concurrency')} streams", row.value(key)) for row in found
-                    ),
-                ),
-            ),
-        )
-        for key, title in shown.items()
-    )
+    panels = bar_panels(found, shown, lambda row: f"{_who(row)}, {row.get('params.concurrency')} streams")
     return Figure("served", "bars", "", panels, f"through HTTP, medians; {measured(found[-1])}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flexmoe.report.rows import Row, Value
@@ -54,6 +55,20 @@ class Figure:
     unit: str
     panels: tuple[Panel, ...]
     about: str
+
+
+def bar_panels(rows: Sequence[Row], shown: Mapping[str, str], name_of: Callable[[Row], str]) -> tuple[Panel, ...]:
+    """A panel of bars for each key of the rows that is shown, under its title; a bar a row."""
+    return tuple(
+        Panel(title, (Series("flexmoe", title, tuple(Point(name_of(row), row.value(key)) for row in rows)),))
+        for key, title in shown.items()
+    )
+
+
+def model_name(row: Row) -> str:
+    """Of the row's model: as its makers write it, if it is one that we know."""
+    label = str(row.get("model.label"))
+    return MODELS.get(label, label)
 
 
 def short_device(name: str) -> str:

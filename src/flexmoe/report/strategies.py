@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexmoe.report.figure import MODELS, Figure, Panel, Point, Series, measured, short_device
+from flexmoe.report.figure import MODELS, Figure, Panel, Point, Series, bar_panels, measured, short_device
 from flexmoe.report.rows import Row, Value, newest
 
 STRATEGIES = {
@@ -38,19 +38,7 @@ def strategies(rows: Sequence[Row]) -> Figure | None:
         "result.imbalance.step": "busiest rank / mean",
         "result.step_ms.median": "ms a step",
     }
-    panels = tuple(
-        Panel(
-            title,
-            (
-                Series(
-                    "flexmoe",
-                    title,
-                    tuple(Point(STRATEGIES[row.get("config.strategy")], row.value(key)) for row in found),
-                ),
-            ),
-        )
-        for key, title in shown.items()
-    )
+    panels = bar_panels(found, shown, lambda row: STRATEGIES[row.get("config.strategy")])
     first = found[0]
     about = (
         f"{first.get('model.label')}, batch {first.get('params.batch')}, {first.get('config.ranks')} ranks over gloo"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups, throughput_rows
-from flexmoe.report.figure import ENGINES, MODELS, short_device
+from flexmoe.report.figure import ENGINES, MODELS, model_name, short_device
 from flexmoe.report.rows import Row, Value, newest
 from flexmoe.report.strategies import spread_pairs
 
@@ -118,7 +118,7 @@ def first_tokens(rows: Sequence[Row]) -> Table | None:
     ]
     lines = tuple(
         (
-            Shown(_model(row)),
+            Shown(model_name(row)),
             Shown(f"{row.get('params.prompt_len'):,}", row.value("params.prompt_len")),
             _number(row.value("result.first_token_ms")),
             _percent(row, "result.percent_of_first_token_floor"),
@@ -136,7 +136,7 @@ def throughput(rows: Sequence[Row]) -> Table | None:
     found = throughput_rows(rows)
     lines = tuple(
         (
-            Shown(_model(row)),
+            Shown(model_name(row)),
             Shown(f"{row.get('params.requests')} of {row.get('params.prompt_len')} + {row.get('params.output_len')}"),
             _number(row.value("result.output_tokens_per_s")),
             _percent(row, "result.percent_of_floor"),
@@ -152,11 +152,6 @@ def throughput(rows: Sequence[Row]) -> Table | None:
     about = "Floor: reading memory for the decode steps alone. Busy: the device, once all was in full swing. "
     about += f"{_versions(found[0])} {_dates(found)}" if found else ""
     return Table("throughput", "Many requests at once", header, lines, about) if found else None
-
-
-def _model(row: Row) -> str:
-    label = str(row.get("model.label"))
-    return MODELS.get(label, label)
 
 
 def _peer_and_goal(
@@ -197,7 +192,7 @@ def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
     ours, one = row.value("result.step_ms.median"), alone.value("result.step_ms.median")
     how = str(row.get("config.decode_kernels"))
     return (
-        Shown(_model(row)),
+        Shown(model_name(row)),
         Shown(str(row.get("params.batch")), row.value("params.batch")),
         Shown(str(row.get("config.ranks")), row.value("config.ranks")),
         Shown(str(row.get("config.strategy"))),
