@@ -11,6 +11,7 @@ from flexmoe.config.model import LayerConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine import model_runner
 from flexmoe.engine.model_runner import ModelRunner, _after_pending
+from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.models.decoder import Decoder
@@ -155,8 +156,9 @@ def test_a_step_with_prompts_leaves_its_tokens_on_the_device(one_pass: bool, in_
     step.chunks[0] = ScheduledChunk(pending, pending.num_tokens, 1, True)
     pending.blocks = pending.blocks * 2
     prompt = step.chunks[2]
-    runner = ModelRunner(decoder(CONFIG), None, CPU, device, device, one_pass=one_pass, prompts_ahead=True)  # type: ignore[arg-type]
-    runner.cache = type("Cache", (), {"block_size": BLOCK})()
+    cache: Any = type("Cache", (), {"block_size": BLOCK})()
+    prompts = GraphedPrompts(device, cache, CPU, graphs=False)
+    runner = ModelRunner(decoder(CONFIG), cache, CPU, device, prompts, one_pass=one_pass, prompts_ahead=True)  # type: ignore[arg-type]
     assert runner.can_run_ahead(step, states(step))
     chosen = runner.launch_rows(step, states(step), [1, -1])
     assert device.in_graph == in_graph

@@ -101,6 +101,24 @@ def test_prompts_in_steps_that_are_launched_ahead_change_no_token(params: Sampli
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
+def test_prompts_as_graphs_compute_the_bits_of_eager_kernels(name: str) -> None:
+    """The first time a form comes it is launched kernel by kernel, then recorded, then replayed."""
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=4, ignore_eos=True)
+    prompts = [[5, 17, 230, 9], [11] * 23, list(range(3, 40))]
+    with LLM(str(tiny(name)), dtype="bfloat16", device="cuda", num_blocks=64, enable_prefix_caching=False) as llm:
+        answers = [llm.generate(prompts, params) for _ in range(4)]
+        others = llm.generate(prompts[1:], params)  # another form
+        again = llm.generate(prompts, params)
+        graphs = llm.engine.runner._prompts._graphs  # type: ignore[union-attr]
+    assert any(graph is not None for graph in graphs.values())
+    assert len(graphs) >= 2
+    for answer in [*answers[1:], again]:
+        for ours, first in zip(answer, answers[0], strict=True):
+            assert (ours.token_ids, ours.logprobs) == (first.token_ids, first.logprobs)
+    assert len(others) == 2
+
+
 def test_no_step_waits_for_the_device() -> None:
     """Only the wait for a step's tokens may, which no torch operation does."""
     with make() as llm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ import torch
 from flexmoe.config.model import LayerConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.engine.batch import build_batch
-from flexmoe.engine.prompt_rows import lay_out
+from flexmoe.engine.prompt_graphs import form_of
+from flexmoe.engine.prompt_rows import lay_out, pack
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.fused_prompts import PromptDecoder
@@ -65,11 +66,50 @@ def check(model: Decoder, spans: Sequence[tuple[int, int]] = SPANS, made: Decode
     assert set(seen.stages) == set(wanted.stages)
     for key, stage in wanted.stages.items():
         assert_stage(key, seen.stages[key].cpu(), stage, wanted.stages)
+    check_cache(chunks, cache, before, exact)
+
+
+def check_cache(chunks: Sequence[ScheduledChunk], cache: KVCache, before: KVCache, exact: KVCache) -> None:
+    """Only the chunks' own places were written, and rightly."""
     new = [slot(c.request, p, BLOCK_SIZE) for c in chunks for p in range(c.start, c.start + c.num_tokens)]
     for ours, theirs, old in zip(cache.layers, exact.layers, before.layers, strict=True):
         assert distance(ours.cpu()[new], theirs[new]) < 1e-5
         old[new] = ours.cpu()[new]
         assert torch.equal(ours.cpu().view(torch.uint8), old.view(torch.uint8)), "a slot of another token was written"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", ["mixtral", "olmoe", "qwen2_moe"])
+@torch.inference_mode()
+def test_padding_changes_nothing(case: str) -> None:
+    """Rows that belong to nobody choose no expert, write nothing, and leave the others' logits alone."""
+    model = load(case)
+    chunks, num_blocks = chunks_of(((3, 5), (0, 6), (7, 1)), model.config.vocab_size)
+    cache = moved(filled(model, chunks, num_blocks))
+    padded = copy_cache(cache, torch.float32)
+    prompts = PromptDecoder(on_device(model), 64, DEVICE)
+    expected = prompts.logits(lay_out(chunks, BLOCK_SIZE, prompts.block_rows, DEVICE), cache)
+    form = form_of(chunks, prompts.block_rows)
+    assert form is not None
+    assert form.rows > sum(chunk.num_tokens for chunk in chunks)
+    flat = pack(chunks, form, BLOCK_SIZE, prompts.block_rows, pinned=ON_GPU).to(DEVICE)
+    seen = Recording()
+    found = prompts.logits(form.rows_of(flat, prompts.block_rows, BLOCK_SIZE), padded, seen)
+    assert distance(found[: len(expected)], expected) < 1e-5
+    for ours, theirs in zip(padded.layers, cache.layers, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert distance(ours.nan_to_num(), theirs.nan_to_num()) < 1e-5
+    choices = [stage for (name, _), stage in seen.stages.items() if name == "topk_ids"]
+    assert choices
+    assert all((ids[12:] == -1).all() and (ids[:12] >= 0).all() for ids in choices)
 
 
 @pytest.mark.parametrize("case", sorted(CASES) if ON_GPU else ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])

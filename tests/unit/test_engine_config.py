@@ -32,7 +32,7 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
             "isa": "portable",
             "quantization": "int8",
             "one_pass": True,
-            "prompts_ahead": True,
+            "prompts_ahead": False,
         },
     ),
     "load": (

@@ -49,7 +49,7 @@ class ThroughputOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     one_pass: bool = False
-    prompts_ahead: bool = False
+    prompts_ahead: bool = True
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None

@@ -33,7 +33,9 @@ _ENGINES = ("flexmoe", "hf-default")
     "--max-num-batched-tokens", type=positive, help="Tokens computed together.  [default: the engine's choice]"
 )
 @click.option("--one-pass", is_flag=True, help="Compute decodes beside prompts in one pass over the weights.")
-@click.option("--prompts-ahead", is_flag=True, help="Launch steps with prompts ahead, too.")
+@click.option(
+    "--prompts-ahead/--no-prompts-ahead", default=True, show_default=True, help="Launch steps with prompts ahead, too."
+)
 @subject_options
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to append a JSON row an engine to.")
 @debug_option

@@ -131,11 +131,10 @@ _MODEL_OPTIONS = (
         "tokens may then depend on what else is computed.",
     ),
     click.option(
-        "--prompts-ahead",
-        is_flag=True,
+        "--prompts-ahead/--no-prompts-ahead",
         default=None,
         help="On one GPU, launch steps with prompts, too, before the tokens of the step before are known: more tokens "
-        "a second where many requests wait.",
+        "a second where many requests wait.  [default: prompts-ahead]",
     ),
     click.option(
         "--kv-cache-memory",

@@ -62,7 +62,7 @@ class DeviceConfig:
     isa: str = "auto"
     quantization: str | None = None
     one_pass: bool = False
-    prompts_ahead: bool = False
+    prompts_ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,13 +20,12 @@ from flexmoe.engine.batch import build_batch, build_paged_rows, build_prompt_row
 from flexmoe.engine.choices import ChoiceTap
 from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
-from flexmoe.engine.prompt_rows import lay_out
+from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import DevicePrompts
 from flexmoe.models.native import PROMPT_ROWS, NativeDecoder
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.scheduler import Step
@@ -74,10 +73,10 @@ class ModelRunner:
         cache: KVCache,
         device: torch.device,
         graphed: GraphedDecoder | None = None,
-        prompts: DevicePrompts | None = None,
+        prompts: GraphedPrompts | None = None,
         *,
         one_pass: bool = False,
-        prompts_ahead: bool = False,
+        prompts_ahead: bool = True,
     ) -> None:
         """graphed: the model's decode steps as CUDA graphs on this cache. prompts: its prompts in Triton kernels.
 
@@ -270,11 +269,7 @@ class ModelRunner:
         before: int64, the token of each decode that only the device knows, -1 for the others.
         """
         if self._prompts is not None:
-            rows = lay_out(step.chunks, self.cache.block_size, self._prompts.block_rows, self.device)
-            if before is not None:
-                decodes = rows.token_ids[: len(before)]
-                decodes.copy_(torch.where(before >= 0, before, decodes))
-            return self._prompts.logits(rows, self.cache, probe)
+            return self._prompts.logits(step.chunks, before, probe)
         assert before is None, "the host lays out tokens that it knows"
         native = self.model.native
         if native is not None and native.prompts and most_rows is None:

@@ -1,8 +1,13 @@
-"""From a step's chunks to the rows of a PromptDecoder, in one copy to the device that nobody waits for."""
+"""From a step's chunks to the rows of a PromptDecoder: one flat buffer of numbers, so that one copy brings them over.
+
+Enters: chunks. Leaves: the buffer, and views of it. What a `PromptForm` has room for beyond the chunks is padding, so
+that one CUDA graph serves all steps of a form.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,30 +23,85 @@ Ints = npt.NDArray[np.int32]
 _ALIGNED = 4  # numbers of 16 bytes: each part begins at such an address, as compiled kernels expect of all
 
 
-def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, device: torch.device) -> PromptRows:
-    """Rows of the chunks in their order. block_rows: of the blocks in which attention takes them."""
-    spans, at, row, table = np.empty((len(chunks), 4), np.int32), [], 0, 0
+@dataclass(frozen=True, slots=True)
+class PromptForm:
+    """Room in a step. rows: tokens. spans: chunks, and samples: those that sample. blocks: of rows, for attention.
+
+    padded: whether any of it may be padding. Such rows have no length and no place in the cache, and belong to an empty
+    span; samples that nobody asked for are of the first row.
+    """
+
+    rows: int
+    spans: int
+    samples: int
+    blocks: int
+    padded: bool = False
+
+    @staticmethod
+    def exact(chunks: Sequence[ScheduledChunk], block_rows: int) -> PromptForm:
+        """No room but for these chunks."""
+        counts = [chunk.num_tokens for chunk in chunks]
+        blocks = sum(-(-count // block_rows) for count in counts)
+        return PromptForm(sum(counts), len(chunks), sum(chunk.samples for chunk in chunks), blocks)
+
+    def sizes(self) -> dict[str, int]:
+        """Numbers in each part of the buffer, in their order. All that is left are the tables."""
+        sizes = {"token_ids": self.rows, "positions": self.rows, "slots": self.rows}
+        sizes |= {"lengths": self.rows} if self.padded else {}
+        return sizes | {"sample_rows": self.samples, "spans": 4 * self.spans, "blocks": 2 * self.blocks}
+
+    def starts(self) -> dict[str, int]:
+        """Where each part begins, the tables last."""
+        starts, size = {}, 0
+        for name, count in self.sizes().items():
+            starts[name] = size
+            size += -(-count // _ALIGNED) * _ALIGNED
+        return starts | {"tables": size}
+
+    def rows_of(self, flat: Tensor, block_rows: int, block_size: int) -> PromptRows:
+        """Views of a buffer of this form."""
+        starts, sizes = self.starts(), self.sizes()
+        part = {name: flat[starts[name] : starts[name] + size] for name, size in sizes.items()}
+        tables = flat[starts["tables"] :]
+        spans = Spans(part["spans"].view(-1, 4), tables, part["blocks"].view(-1, 2), block_rows, block_size)
+        return PromptRows(
+            part["token_ids"], part["positions"], part["slots"], spans, part["sample_rows"], part.get("lengths")
+        )
+
+
+def pack(
+    chunks: Sequence[ScheduledChunk], form: PromptForm, block_size: int, block_rows: int, *, pinned: bool
+) -> Tensor:
+    """The chunks, in their order, as a flat int32 buffer of the form on the host. block_rows: those of attention."""
     tables = [np.array(chunk.request.blocks, np.int32) for chunk in chunks]
+    at = [np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32) for chunk in chunks]
+    spans = np.zeros((form.spans, 4), np.int32)
+    row, table = 0, 0
     for index, (chunk, blocks) in enumerate(zip(chunks, tables, strict=True)):
         spans[index] = row, chunk.num_tokens, chunk.start, table
-        at.append(np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32))
         row, table = row + chunk.num_tokens, table + len(blocks)
-    places = [blocks[p // block_size] * block_size + p % block_size for blocks, p in zip(tables, at, strict=True)]
-    last = spans[:, 0] + spans[:, 1] - 1
-    parts = _sent(
-        {
-            "token_ids": np.array([token for chunk in chunks for token in _tokens(chunk)]),
-            "positions": np.concatenate(at),
-            "slots": np.concatenate(places),
-            "sample_rows": last[[chunk.samples for chunk in chunks]],
-            "spans": spans,
-            "tables": np.concatenate(tables),
-            "blocks": _blocks(spans, block_rows),
-        },
-        device,
-    )
-    given = Spans(parts["spans"].view(-1, 4), parts["tables"], parts["blocks"].view(-1, 2), block_rows, block_size)
-    return PromptRows(parts["token_ids"], parts["positions"], parts["slots"], given, parts["sample_rows"])
+    last = spans[: len(chunks), 0] + spans[: len(chunks), 1] - 1
+    parts: dict[str, npt.NDArray[np.integer]] = {
+        "token_ids": np.array([token for chunk in chunks for token in _tokens(chunk)]),
+        "positions": np.concatenate(at),
+        "slots": np.concatenate(
+            [blocks[p // block_size] * block_size + p % block_size for blocks, p in zip(tables, at, strict=True)]
+        ),
+        "sample_rows": last[[chunk.samples for chunk in chunks]],
+        "spans": spans,
+        "blocks": _blocks(spans[: len(chunks)], block_rows),
+        "tables": np.concatenate(tables),
+    }
+    if form.padded:
+        parts["lengths"] = parts["positions"] + 1
+    return _flat(parts, form, len(chunks), pinned=pinned)
+
+
+def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, device: torch.device) -> PromptRows:
+    """Rows of the chunks alone, without padding."""
+    form = PromptForm.exact(chunks, block_rows)
+    flat = pack(chunks, form, block_size, block_rows, pinned=device.type == "cuda")
+    return form.rows_of(flat.to(device, non_blocking=True), block_rows, block_size)
 
 
 def _tokens(chunk: ScheduledChunk) -> Sequence[int]:
@@ -62,14 +122,15 @@ def _blocks(spans: Ints, block_rows: int) -> Ints:
     return longest_first
 
 
-def _sent(parts: Mapping[str, npt.NDArray[np.integer]], device: torch.device) -> dict[str, Tensor]:
-    """The parts, flat, on the device as int32."""
-    starts, size = {}, 0
+def _flat(parts: dict[str, npt.NDArray[np.integer]], form: PromptForm, chunks: int, *, pinned: bool) -> Tensor:
+    """The parts in their places. Padding is 0, but for places in the cache, -1, and blocks, of the first empty span."""
+    starts, sizes = form.starts(), form.sizes() | {"tables": parts["tables"].size}
+    flat = torch.empty(starts["tables"] + sizes["tables"], dtype=torch.int32, pin_memory=pinned)
+    host: Ints = flat.numpy()
+    if form.padded:
+        host[: starts["tables"]] = 0
+        host[starts["slots"] : starts["slots"] + sizes["slots"]] = -1
+        host[starts["blocks"] : starts["blocks"] + sizes["blocks"] : 2] = chunks
     for name, part in parts.items():
-        starts[name] = size
-        size += -(-part.size // _ALIGNED) * _ALIGNED
-    host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
-    for name, part in parts.items():
-        host.numpy()[starts[name] : starts[name] + part.size] = part.ravel()
-    whole = host.to(device, non_blocking=True)
-    return {name: whole[starts[name] : starts[name] + part.size] for name, part in parts.items()}
+        host[starts[name] : starts[name] + part.size] = part.ravel()
+    return flat

@@ -17,13 +17,14 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tokens_on
+from flexmoe.engine.prompt_graphs import MOST_GRAPHED, GraphedPrompts
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
 from flexmoe.kernels.cpu import library
 from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import MAX_ROWS, DevicePrompts, why_not_fused
+from flexmoe.models.device_rows import MAX_ROWS, why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
@@ -47,7 +48,7 @@ class Started:
     model: Decoder
     cache: KVCache
     graphed: GraphedDecoder | None  # on a GPU, unless the Triton kernels cannot decode this model
-    prompts: DevicePrompts | None  # there, too
+    prompts: GraphedPrompts | None  # there, too
     num_blocks: int
     tokenizer: Tokenizer | None
     device: torch.device
@@ -107,7 +108,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     if graphed is not None:
         from flexmoe.models.fused_prompts import PromptDecoder  # as for FusedDecoder
 
-        prompts = PromptDecoder(model, max_model_len, device)
+        prompts = GraphedPrompts(PromptDecoder(model, max_model_len, device), cache, device, graphs=alone)
     return Started(
         source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, options.device.quantization,
         threads, backend, decode_kernels, max_model_len,
@@ -241,7 +242,8 @@ def _num_blocks(
     free = _free_beside_weights(mesh, config, dtype, device, options.device.quantization)
     if device.type == "cuda":
         tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).most
-        free = max(0, free - _activation_bytes(config, tokens, dtype))
+        # Twice for what may be a graph: such steps have memory of their own.
+        free = max(0, free - _activation_bytes(config, tokens + min(tokens, MOST_GRAPHED), dtype))
     per_context = -(-max_model_len // options.cache.block_size)
     size = block_bytes(mesh.shard(config).local, options.cache.block_size, dtype)
     blocks = _given_blocks(options.cache, size, per_context * size)

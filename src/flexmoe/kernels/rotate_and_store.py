@@ -24,8 +24,9 @@ def rotate_and_store(
 ) -> Tensor:
     """qkv [T, (Hq + 2 Hkv) D] -> queries [T, Hq D], ready for attention; writes the rows' places in the cache.
 
-    cache: [slots, 2, Hkv, D]. positions, slots: integers [T]. cos, sin: fp32 [P, R/2] by position, R <= D rotated
-    dimensions, of which i and i + R/2 are a pair. Everything is computed in fp32 and rounded once.
+    cache: [slots, 2, Hkv, D]. positions, slots: integers [T]; padding has the slot -1 and is not kept. cos, sin: fp32
+    [P, R/2] by position, R <= D rotated dimensions, of which i and i + R/2 are a pair. Everything is computed in fp32
+    and rounded once.
     """
     rows, (kv_heads, dim) = len(qkv), cache.shape[2:]
     heads = qkv.float().view(rows, -1, dim)
@@ -36,8 +37,9 @@ def rotate_and_store(
         query, key, value = (part.clamp(-clip, clip) for part in (query, key, value))
     cos, sin = cos[positions.long()][:, None], sin[positions.long()][:, None]
     query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
-    cache[slots.long(), 0] = key.to(cache.dtype)
-    cache[slots.long(), 1] = value.to(cache.dtype)
+    kept = slots >= 0
+    cache[slots[kept].long(), 0] = key[kept].to(cache.dtype)
+    cache[slots[kept].long(), 1] = value[kept].to(cache.dtype)
     return query.to(qkv.dtype).flatten(1)
 
 

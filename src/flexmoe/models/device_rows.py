@@ -54,7 +54,8 @@ class Sampling:
 class PromptRows:
     """T rows. token_ids, positions, slots (places in the KV cache): int32 [T]. spans: which rows are whose.
 
-    sample_rows: int32 [N], the rows whose logits are wanted.
+    sample_rows: int32 [N], the rows whose logits are wanted. lengths: int32 [T], 0 for padding, which has the place -1
+    and is in no span; None if there is none.
     """
 
     token_ids: Tensor
@@ -62,6 +63,7 @@ class PromptRows:
     slots: Tensor
     spans: Spans
     sample_rows: Tensor
+    lengths: Tensor | None = None
 
 
 class DeviceDecoder(Protocol):

@@ -69,14 +69,14 @@ class PromptLayer:
         out = F.linear(attended, weight_of(attention.out), attention.out.added)
         return self._add(x, self._mesh.tp.all_reduce(out, "linear"), self.layer.mlp_norm)
 
-    def feed(self, x: Tensor, normed: Tensor, seen: Seen) -> Tensor:
+    def feed(self, x: Tensor, normed: Tensor, lengths: Tensor | None, seen: Seen) -> Tensor:
         """x += MoE block or MLP of the normed rows. Returns the rows normed for what comes next."""
         moe = self.layer.moe
         if moe is None:
             assert self.layer.mlp is not None
             return self._add(x, self.layer.mlp(normed), self._following)
         shared = None if moe.shared is None else moe.shared_output(normed)
-        ids, weights, places = self._route(moe, x, normed)
+        ids, weights, places = self._route(moe, x, normed, lengths)
         seen.record("topk_ids", self.index, ids)
         seen.record("topk_weights", self.index, weights)
         y = self._experts(moe, normed, places, weights)
@@ -96,8 +96,11 @@ class PromptLayer:
         combine_norm(part, None, x, norm.weight.data, norm.eps, out)
         return out
 
-    def _route(self, moe: MoEBlock, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's experts, int32 [T, K], their weights, fp32, and their slots, -1 where another rank has them."""
+    def _route(self, moe: MoEBlock, x: Tensor, normed: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's experts, int32 [T, K], their weights, fp32, and their slots, -1 where another rank has them.
+
+        Padding chooses -1.
+        """
         T, E, K = len(x), len(self._router), moe.router.top_k
         logits = torch.empty(T, E, dtype=torch.float32, device=x.device)
         tile, norm = many_rows_tile(T, E, self._router.itemsize), self.layer.mlp_norm
@@ -106,7 +109,7 @@ class PromptLayer:
         weights = torch.empty(T, K, dtype=torch.float32, device=x.device)
         slots = None if self._slots is None else self._slots.rows(T)
         places = ids if slots is None else torch.empty_like(ids)
-        topk(logits, ids, weights, renormalize=moe.router.renormalize, slots=slots, slot_ids=places)
+        topk(logits, ids, weights, renormalize=moe.router.renormalize, lengths=lengths, slots=slots, slot_ids=places)
         return ids, weights, places
 
     def _experts(self, moe: MoEBlock, normed: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ class PromptDecoder:
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             normed = layer.attend(x, normed, rows, self._cos, self._sin, layer_cache)
             seen.added("attention", layer.index)
-            normed = layer.feed(x, normed, seen)
+            normed = layer.feed(x, normed, rows.lengths, seen)
             seen.added(layer.stage, layer.index)
             seen.record("layer", layer.index, x)
         logits = self._model.head(normed.index_select(0, rows.sample_rows))

@@ -23,6 +23,7 @@ from flexmoe.kernels.triton.decode_attention_kernels import (
 )
 
 _HEADS = 8  # that a program takes
+_FULL_HEADS = 16  # where each program needs the norm over all of them, and works it out for itself
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _rotate_and_store(
     made = tl.where((is_q | is_k)[:, None], rotated, clip(raw.to(tl.float32), CLIP))
     tl.store(out_ptr + row * (HQ * D) + at, made.to(out_ptr.dtype.element_ty), mask=mask & is_q[:, None])
     kept = cache_ptr + slot * (2 * HKV * D) + at - HQ * D
-    tl.store(kept, made.to(cache_ptr.dtype.element_ty), mask=mask & (heads >= HQ)[:, None])
+    tl.store(kept, made.to(cache_ptr.dtype.element_ty), mask=mask & ((heads >= HQ) & (slot >= 0))[:, None])
 
 
 def rotate_and_store(
@@ -93,9 +94,9 @@ def rotate_and_store(
     """As `flexmoe.kernels.rotate_and_store`, queries to out [T, Hq D]; positions and slots int32, all contiguous."""
     num_kv_heads, head_dim = cache.shape[2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    block_d = triton.next_power_of_2(head_dim)
-    _rotate_and_store[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS))](
+    block_d, at_once = triton.next_power_of_2(head_dim), _FULL_HEADS if norm is not None and norm.full else _HEADS
+    _rotate_and_store[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, at_once))](
         qkv, cache, positions, slots, cos, sin, norm and norm.query, norm and norm.key, out,
         HQ=num_heads, HKV=num_kv_heads, D=head_dim, R=2 * cos.shape[1], NORM=norm_kind(norm),
-        EPS=norm.eps if norm else 0.0, CLIP=clip, HEADS=_HEADS, BLOCK_D=block_d, num_warps=4 if block_d >= 64 else 2,
+        EPS=norm.eps if norm else 0.0, CLIP=clip, HEADS=at_once, BLOCK_D=block_d, num_warps=4 if block_d >= 64 else 2,
     )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Steps of prompts on a GPU: short ones as CUDA graphs. Enters: chunks. Leaves: logits of those that sample.
+
+A step of a few hundred tokens takes a GPU less time than a host needs to launch its hundreds of kernels. So such steps
+are padded to one of few forms, whose launches are recorded when a form comes for the second time. Longer ones are
+launched kernel by kernel: the host is through before the GPU is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmoe.engine.prompt_rows import PromptForm, pack
+from flexmoe.layers.forward_batch import Probe
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models.device_rows import DevicePrompts, PromptRows
+from flexmoe.scheduling.scheduler import ScheduledChunk
+
+MOST_GRAPHED = 2048  # tokens of a step that is a graph
+_MOST_CHUNKS = 64
+_MOST_TABLES = 2**18  # blocks of all chunks
+# A step of so many tokens at most is padded to a multiple of the number beside it.
+_STEPS = ((128, 16), (512, 64), (1024, 128), (MOST_GRAPHED, 256))
+
+
+def form_of(chunks: Sequence[ScheduledChunk], block_rows: int) -> PromptForm | None:
+    """The form that a step is padded to if it is to be a graph; None if it is too large for one."""
+    rows = sum(chunk.num_tokens for chunk in chunks)
+    if rows > MOST_GRAPHED or len(chunks) > _MOST_CHUNKS:
+        return None
+    multiple = next(multiple for most, multiple in _STEPS if rows <= most)
+    rows, count = -(-rows // multiple) * multiple, 1 << (len(chunks) - 1).bit_length()
+    # A span more, an empty one, for blocks of padding; a block more a chunk, since each may end within one.
+    return PromptForm(rows, count + 1, count, rows // block_rows + count, padded=True)
+
+
+class GraphedPrompts:
+    """Computes steps of prompts by a DevicePrompts on one cache."""
+
+    def __init__(self, model: DevicePrompts, cache: KVCache, device: torch.device, *, graphs: bool) -> None:
+        """graphs: whether short steps are graphs; else all are launched kernel by kernel, without padding."""
+        self._model, self._cache, self._device, self._graphed = model, cache, device, graphs
+        self._inputs = torch.empty(_most_inputs(model.block_rows) * graphs, dtype=torch.int32, device=device)
+        self._outputs: Tensor | None = None  # logits, of one graph at a time
+        self._stream = torch.cuda.Stream(device) if graphs else None
+        self._pool: Any = None  # of memory, shared by the graphs for the same reason
+        self._graphs: dict[PromptForm, torch.cuda.CUDAGraph | None] = {}  # None: came once
+
+    @torch.inference_mode()
+    def logits(
+        self, chunks: Sequence[ScheduledChunk], before: Tensor | None = None, probe: Probe | None = None
+    ) -> Tensor:
+        """[N, V] of the N chunks that sample, in the model's dtype, until the next call; writes keys and values.
+
+        before: int64, the tokens of the first chunks, decodes, that only the device knows; -1 for one that the host
+        does. probe: sees the step without padding, so it is no graph.
+        """
+        block_rows, block_size = self._model.block_rows, self._cache.block_size
+        padded = form_of(chunks, block_rows) if self._graphed and probe is None else None
+        form = padded or PromptForm.exact(chunks, block_rows)
+        host = pack(chunks, form, block_size, block_rows, pinned=self._device.type == "cuda")
+        fits = padded is not None and len(host) <= len(self._inputs)
+        flat = self._inputs if fits else torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        flat[: len(host)].copy_(host, non_blocking=True)
+        rows = form.rows_of(flat, block_rows, block_size)
+        if before is not None:
+            decodes = rows.token_ids[: len(before)]
+            decodes.copy_(torch.where(before >= 0, before, decodes))
+        logits = self._run(form, rows) if fits else self._model.logits(rows, self._cache, probe)
+        return logits[: sum(chunk.samples for chunk in chunks)]
+
+    def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:
+        if form not in self._graphs:
+            # The first time without a graph: that compiles kernels, and many a form never comes again.
+            self._graphs[form] = None
+            return self._model.logits(rows, self._cache)
+        graph = self._graphs[form] = self._graphs[form] or self._capture(rows)
+        graph.replay()
+        assert self._outputs is not None
+        return self._outputs[: form.samples]
+
+    def _capture(self, rows: PromptRows) -> torch.cuda.CUDAGraph:
+        if self._outputs is None:
+            first = self._model.logits(rows, self._cache)
+            self._outputs = first.new_empty(_MOST_CHUNKS, first.shape[1])
+        graph = torch.cuda.CUDAGraph()
+        # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            logits = self._model.logits(rows, self._cache)
+            self._outputs[: len(logits)].copy_(logits)
+        self._pool = self._pool or graph.pool()
+        return graph
+
+
+def _most_inputs(block_rows: int) -> int:
+    """Numbers in the buffer of the largest form, tables included."""
+    most = PromptForm(
+        MOST_GRAPHED, _MOST_CHUNKS + 1, _MOST_CHUNKS, MOST_GRAPHED // block_rows + _MOST_CHUNKS, padded=True
+    )
+    return most.starts()["tables"] + _MOST_TABLES

@@ -1,0 +1,69 @@
+"""Forms that steps of prompts are padded to, and the buffer that holds one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexmoe.engine.prompt_graphs import MOST_GRAPHED, form_of
+from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack
+from flexmoe.scheduling.scheduler import ScheduledChunk
+from tests.cpu.paging import scattered
+
+BLOCK, ROWS = 4, 16
+
+
+def chunks_of(*spans: tuple[int, int]) -> list[ScheduledChunk]:
+    """Of requests with so many tokens before, and in the step; all but the first sample."""
+    requests, _ = scattered([before + count for before, count in spans], BLOCK, 100)
+    return [
+        ScheduledChunk(request, before, count, index > 0)
+        for index, (request, (before, count)) in enumerate(zip(requests, spans, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("counts", "rows", "spans"), [([1], 16, 2), ([128], 128, 2), ([129], 192, 2),
+    ([300, 300, 1], 640, 5), ([1000, 1000], 2048, 3)])  # fmt: skip
+def test_a_form_has_room_for_its_step_and_little_more(counts: list[int], rows: int, spans: int) -> None:
+    chunks = chunks_of(*((0, count) for count in counts))
+    form, exact = form_of(chunks, ROWS), PromptForm.exact(chunks, ROWS)
+    assert form is not None
+    assert (form.rows, form.spans) == (rows, spans)
+    assert form.blocks >= exact.blocks
+    assert form.samples >= exact.samples
+    assert form.spans > exact.spans
+
+
+def test_what_is_too_large_has_no_form() -> None:
+    assert form_of(chunks_of((0, MOST_GRAPHED)), ROWS) is not None
+    assert form_of(chunks_of((0, MOST_GRAPHED), (0, 1)), ROWS) is None
+    assert form_of(chunks_of(*[(3, 1)] * 65), ROWS) is None
+
+
+def test_forms_are_few() -> None:
+    """As many as there are graphs to record."""
+    forms = {form_of(chunks_of((0, count)), ROWS) for count in range(1, MOST_GRAPHED + 1, 7)}
+    assert len(forms) <= 30
+
+
+def test_padding_is_in_no_span_and_has_no_place() -> None:
+    chunks = chunks_of((5, 7), (0, 18), (9, 1))
+    form = form_of(chunks, ROWS)
+    assert form is not None
+    flat = pack(chunks, form, BLOCK, ROWS, pinned=False)
+    rows, exact = form.rows_of(flat, ROWS, BLOCK), lay_out(chunks, BLOCK, ROWS, torch.device("cpu"))
+    assert rows.lengths is not None
+    for padded, plain in (
+        (rows.token_ids, exact.token_ids),
+        (rows.positions, exact.positions),
+        (rows.slots, exact.slots),
+    ):
+        assert torch.equal(padded[:26], plain)
+    assert rows.lengths[:26].tolist() == (exact.positions + 1).tolist()
+    assert rows.lengths[26:].eq(0).all()
+    assert rows.slots[26:].eq(-1).all()
+    assert rows.sample_rows.tolist() == [24, 25, 0, 0]
+    blocks = rows.spans.blocks.tolist()
+    assert blocks[:4] == exact.spans.blocks.tolist()
+    assert all(rows.spans.spans[span].tolist() == [0, 0, 0, 0] for span, _ in blocks[4:])
+    assert torch.equal(rows.spans.tables, exact.spans.tables)
