@@ -35,7 +35,7 @@ def filled(counts: Sequence[int]) -> Tensor:
 
 
 def tails(block: int, tail: int) -> list[list[int]]:
-    """Counts of experts whose last blocks of `block` rows have tails of all lengths, and none where that is too long."""
+    """Counts of rows that leave experts' last blocks of so many rows a tail of any length, or one row too many."""
     full = block + tail
     return [
         [1, 0, tail, block, block + 1, full],

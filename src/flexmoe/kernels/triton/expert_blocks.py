@@ -59,8 +59,8 @@ def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: 
     """The index-th block, slot after slot: (slot, first row, rows of the slot); no rows: there is no such block.
 
     A slot has as many blocks as leave no more than TAIL rows behind them, one at least if it has any rows: see
-    `has_tail`. ONE_EACH: no slot can have more than one block, so block and slot are one. Otherwise blocks are counted up 32 slots
-    at a time: a vector of one warp's width is held by every warp, so there are no barriers.
+    `has_tail`. ONE_EACH: no slot can have more than one block, so block and slot are one. Otherwise blocks are counted
+    up 32 slots at a time: a vector of one warp's width is held by every warp, so there are no barriers.
     """
     if ONE_EACH:
         return index, index * 0, tl.load(counts_ptr + index)
@@ -84,7 +84,7 @@ def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: 
 
 @triton.jit
 def has_tail(first, count, BLOCK_M: tl.constexpr, TAIL: tl.constexpr):
-    """Whether the block that begins at `first` is the last of its slot and more than BLOCK_M rows are left for it."""
+    """Whether the block that begins at `first` is its slot's last and has more than BLOCK_M rows: up to TAIL more."""
     left = count - first - BLOCK_M
     return (left > 0) & (left <= TAIL)
 

@@ -161,7 +161,7 @@ _MANY_PROGRAMS = 400  # three for each processor of an H200
 class DownTile:
     """Tile of the kernel for many rows; blocks are powers of two, at least 16.
 
-    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap, tma, group and tail: as in GateUpTile.
+    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap, tma, group, tail: as in GateUpTile.
     """
 
     block_m: int = 16
@@ -192,7 +192,6 @@ def _down_block(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of a slot from `first` on, and TAIL more, of which those below count are valid; rows_ptr: its."""
-    # size: a kernel's prologue, loop and epilogue share their registers
     i = first + tl.arange(0, BLOCK_M)
     a = tl.load(rows_ptr + i, mask=i < count, other=0)
     scale = tl.load(weights_ptr + a, mask=i < count, other=0.0)
@@ -241,8 +240,8 @@ def _down_grouped(
     block, column = in_groups(GROUP)
     slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, TAIL, ONE_EACH)
     rows_ptr += slot.to(tl.int64) * capacity
-    longer = has_tail(first, count, BLOCK_M, TAIL) if TAIL > 0 else False
-    if longer:
+    tailed = has_tail(first, count, BLOCK_M, TAIL) if TAIL > 0 else False
+    if tailed:  # a loop of its own, so that a tail costs nothing where there is none
         _down_block(
             hidden_ptr, rows_ptr, weights_ptr, down_ptr, y_ptr, depth, slot, first, count, column, H, F, BLOCK_M, TAIL,
             BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,

@@ -53,8 +53,9 @@ class GateUpTile:
     on the left of the product, so that Hopper's large multiplication (64 rows or more) fits however few tokens there
     are; then take block_n from 64 on. tma: weights come through the tensor memory accelerator instead of each thread's
     own copies; where rows of weights are not multiples of 16 bytes this has no effect. group: see `in_groups`.
-    tail: 0, or at least 16: so many rows more may join an expert's last block, where they spare it another one; their
-    product stands with the weights on the left, so with block_n from 64 on.
+    tail: 0, 16, 32 or 64: up to so many rows more may join an expert's last block, where they spare it another one.
+    They meet the weights that are loaded for the block, always on the left of the product. Eight warps have registers
+    for 32 beside a block of 128 by 256 products; 64 spill.
     """
 
     block_m: int = 16
@@ -307,8 +308,8 @@ def _gate_up_grouped(
     block, column = in_groups(GROUP)
     slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, TAIL, ONE_EACH)
     rows_ptr += slot.to(tl.int64) * capacity
-    longer = has_tail(first, count, BLOCK_M, TAIL) if TAIL > 0 else False
-    if longer:
+    tailed = has_tail(first, count, BLOCK_M, TAIL) if TAIL > 0 else False
+    if tailed:  # a loop of its own, so that a tail costs nothing where there is none
         _gate_up_block(
             x_ptr, rows_ptr, gate_up_ptr, hidden_ptr, depth, slot, first, count, column, H, F, TOP_K, BLOCK_M, TAIL,
             BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
