@@ -6,6 +6,7 @@ Enters: a ModelConfig and numbers of tokens. Leaves: a table for each kernel and
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,7 @@ _ATTENTION = (
     (64, 64, 4, 5), (64, 128, 4, 3), (64, 32, 4, 5),
 )  # fmt: skip
 _GROUPS = (0, 4, 8, 16, 32)
+_TAILS = (32, 16, 64)
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def sweep(config: ModelConfig, counts: Sequence[int], seconds: float) -> Iterato
         first = [*layer.torch_products(), *map(layer.candidate, _tiles(layer))]
         rows = list(_timed(layer, first, end))
         best = [_best(rows, op) for op in ("gate_up", "down")]
-        second = [replace(tile, group=group) for tile in best if tile for group in _GROUPS if group != tile.group]
-        rows += _timed(layer, list(map(layer.candidate, second)), end)
+        second = dict.fromkeys(other for tile in best if tile for other in _around(tile))
+        made = [row["made"] for row in rows]
+        rows += _timed(layer, [layer.candidate(tile) for tile in second if tile not in made], end)
         for op in ("gate_up", "down", "attention"):
             same = sorted((row for row in rows if row["op"] == op), key=lambda row: float(row["us"]))
             for row in same[:5] + [row for row in same[5:] if row["tile"] == "grouped_mm" or row["default"]]:
@@ -150,12 +153,20 @@ def sweep(config: ModelConfig, counts: Sequence[int], seconds: float) -> Iterato
 
 
 def _tiles(layer: Layer) -> Iterator[Any]:
-    """The defaults, then all forms, with and without the tensor memory accelerator."""
+    """The defaults, then all forms, with and without the tensor memory accelerator; the first two with a tail too."""
     tiles = [*layer.defaults, *(PrefillAttentionTile(*form) for form in _ATTENTION)]
     for tma in (False, True):
-        tiles += [GateUpTile(*form, swap=False, tma=tma, group=16) for form in _GATE_UP]
-        tiles += [DownTile(*form, swap=False, tma=tma, group=8) for form in _DOWN]
+        for tail, forms in ((_TAILS[0], 2), (0, None)):
+            tiles += [GateUpTile(*form, swap=False, tma=tma, group=16, tail=tail) for form in _GATE_UP[:forms]]
+            tiles += [DownTile(*form, swap=False, tma=tma, group=8, tail=tail) for form in _DOWN[:forms]]
     yield from dict.fromkeys(tiles)
+
+
+def _around(tile: Any) -> Iterator[Any]:
+    """A tile of an expert's half with other tails, and with other groups."""
+    for tail, tma, stages in itertools.product(_TAILS, (tile.tma, not tile.tma), (4, 3)):
+        yield replace(tile, tail=tail, tma=tma, num_stages=stages)
+    yield from (replace(tile, group=group) for group in _GROUPS)
 
 
 def _timed(layer: Layer, candidates: Sequence[Candidate], end: float) -> Iterator[dict[str, Any]]:

@@ -29,8 +29,8 @@ from flexmoe.kernels.triton import argmax, embed
 from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.combine import combine
 from flexmoe.kernels.triton.count_choices import count_choices
-from flexmoe.kernels.triton.expert_down import expert_down_gemv
-from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv
+from flexmoe.kernels.triton.expert_down import DownTile, expert_down_gemv, expert_down_grouped
+from flexmoe.kernels.triton.expert_gate_up import GateUpTile, expert_gate_up_gemv, expert_gate_up_grouped
 from flexmoe.kernels.triton.norm_linear import NormAfter
 from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
 from flexmoe.kernels.triton.topk import topk
@@ -136,6 +136,19 @@ def ranks() -> None:
         qk_norm_over_ranks(replace(peers, part=weights), torch.zeros(T, H + H // 2, dtype=BF16), heads)
 
 
+def tails() -> None:
+    """The grouped expert kernels with tiles whose last blocks have tails."""
+    T, K, S, H, F = 2048, 2, 8, 1024, 2048
+    x, hidden, y = (torch.zeros(*shape, dtype=BF16) for shape in ((T, H), (T * K, F), (T * K, H)))
+    gate_up, down = torch.zeros(S, 2 * F, H, dtype=BF16), torch.zeros(S, H, F, dtype=BF16)
+    rows, counts = torch.zeros(S, T, dtype=torch.int32), torch.zeros(S, dtype=torch.int32)
+    for tma in (False, True):
+        tile = GateUpTile(128, 128, 64, 8, 4, False, tma, 16, tail=32)
+        expert_gate_up_grouped(x, rows, counts, gate_up, hidden, top_k=K, tile=tile)
+        down_tile = DownTile(128, 256, 64, 8, 4, False, tma, 8, tail=32)
+        expert_down_grouped(hidden, rows, counts, torch.zeros(T, K), down, y, tile=down_tile)
+
+
 def main() -> None:
     """Raises what the compiler raises."""
     compiled: Counter[str] = Counter()
@@ -145,6 +158,7 @@ def main() -> None:
     for preset, counts in _PROMPTS:
         prompt(preset, counts)
     ranks()
+    tails()
     sys.stdout.write(json.dumps(compiled) + "\n")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,23 @@ def gaps(T: int, E: int, K: int) -> Tensor:
     ids[torch.rand(T, K, device=DEVICE) < 0.4] = -1
     ids[T // 2] = -1
     return ids
+
+
+def filled(counts: Sequence[int]) -> Tensor:
+    """One choice for each token, expert e's by counts[e] of them, in some order: int32 [sum of counts, 1]."""
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return ids[torch.randperm(len(ids)), None].to(device=DEVICE, dtype=torch.int32)
+
+
+def tails(block: int, tail: int) -> list[list[int]]:
+    """Counts of rows that leave experts' last blocks of so many rows a tail of any length, or one row too many."""
+    full = block + tail
+    return [
+        [1, 0, tail, block, block + 1, full],
+        [full + 1, 0, full + block, 0, full + block + 1, 2 * block],
+        [0, 0, 3 * block + 5, 0, 0, 0],  # all tokens on one
+        [full],
+    ]
 
 
 ROUTINGS = [spread, crowded, gaps]

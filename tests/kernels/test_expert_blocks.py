@@ -6,31 +6,60 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from flexmoe.kernels.triton.expert_blocks import find_block, grid_blocks, in_groups
+from flexmoe.kernels.triton.expert_blocks import find_block, grid_blocks, has_tail, in_groups
 from tests.kernels.support import DEVICE
 
 
 @triton.jit
-def _found(counts_ptr, out_ptr, S: tl.constexpr, BLOCK_M: tl.constexpr, ONE_EACH: tl.constexpr):
+def _found(counts_ptr, out_ptr, S: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, ONE_EACH: tl.constexpr):
     index = tl.program_id(0)
-    slot, first, count = find_block(counts_ptr, index, S, BLOCK_M, ONE_EACH)
-    tl.store(out_ptr + index * 3, slot)
-    tl.store(out_ptr + index * 3 + 1, first)
-    tl.store(out_ptr + index * 3 + 2, count)
+    slot, first, count = find_block(counts_ptr, index, S, BLOCK_M, TAIL, ONE_EACH)
+    tl.store(out_ptr + index * 4, slot)
+    tl.store(out_ptr + index * 4 + 1, first)
+    tl.store(out_ptr + index * 4 + 2, count)
+    tl.store(out_ptr + index * 4 + 3, has_tail(first, count, BLOCK_M, TAIL).to(tl.int32))
+
+
+def found(counts: Tensor, blocks: int, block: int, tail: int, one_each: bool) -> list[tuple[int, int, int, bool]]:
+    """(slot, first row, rows of the slot, whether it has a tail) of the blocks that a grid of so many finds."""
+    out = torch.full((blocks, 4), -1, dtype=torch.int32, device=DEVICE)
+    _found[(blocks,)](counts, out, S=len(counts), BLOCK_M=block, TAIL=tail, ONE_EACH=one_each)
+    return [(s, first, n, bool(tailed)) for s, first, n, tailed in out.tolist() if first < n]
+
+
+def wanted(counts: Tensor, block: int, tail: int) -> list[tuple[int, int, int, bool]]:
+    """The same, by taking a block from each slot's rows until none are left, and the rest where it fits a tail."""
+    blocks = []
+    for slot, n in enumerate(counts.tolist()):
+        first = 0
+        while first < n:
+            tailed = 0 < n - first - block <= tail
+            blocks.append((slot, first, n, tailed))
+            first += block + (tail if tailed else 0)
+    return blocks
 
 
 @pytest.mark.parametrize(("T", "K", "S"), [(1, 2, 8), (1, 8, 128), (7, 8, 64), (16, 3, 40), (33, 2, 6), (50, 1, 1)])
 @pytest.mark.parametrize("crowded", [False, True])
-def test_every_row_is_in_one_block(T: int, K: int, S: int, crowded: bool) -> None:
+@pytest.mark.parametrize("tail", [0, 16, 32])
+def test_every_row_is_in_one_block(T: int, K: int, S: int, crowded: bool, tail: int) -> None:
     K, block = min(K, S), 16
     ids = torch.arange(K).repeat(T, 1) if crowded else torch.rand(T, S).argsort(-1)[:, :K]
     counts = torch.bincount(ids.flatten(), minlength=S).to(device=DEVICE, dtype=torch.int32)
-    blocks, one_each = grid_blocks(T, K, S, block)
-    out = torch.full((blocks, 3), -1, dtype=torch.int32, device=DEVICE)
-    _found[(blocks,)](counts, out, S=S, BLOCK_M=block, ONE_EACH=one_each)
-    wanted = [(s, first, n) for s, n in enumerate(counts.tolist()) for first in range(0, n, block)]
-    assert [(s, first, n) for s, first, n in out.tolist() if first < n] == wanted
+    blocks, one_each = grid_blocks(T, K, S, block, tail)
+    assert found(counts, blocks, block, tail, one_each) == wanted(counts, block, tail)
+
+
+@pytest.mark.parametrize("tail", [0, 16, 32, 64])
+def test_a_tail_spares_a_block(tail: int) -> None:
+    block = 32
+    sizes = (0, 1, tail, block, block + 1, block + tail, block + tail + 1, 3 * block, 3 * block + tail, 100)
+    counts = torch.tensor(sizes, dtype=torch.int32, device=DEVICE)
+    assert found(counts, 64, block, tail, False) == wanted(counts, block, tail)
+    lengths = [max(int(n > 0), -(-(n - tail) // block)) for n in sizes]
+    assert len(wanted(counts, block, tail)) == sum(lengths)
 
 
 @triton.jit
@@ -60,3 +89,7 @@ def test_the_grid_is_no_larger_than_it_must_be() -> None:
     assert grid_blocks(1, 2, 8, 16) == (2, False)
     assert grid_blocks(32, 8, 128, 32) == (128, True)
     assert grid_blocks(2048, 2, 8, 128) == (39, False)
+    assert grid_blocks(40, 8, 128, 32, 16) == (128, True)
+    assert grid_blocks(48, 8, 128, 32, 16) == (128, True)
+    assert grid_blocks(49, 8, 128, 32, 16) == (136, False)
+    assert grid_blocks(10, 2, 4, 32, 16) == (4, True)

@@ -19,7 +19,7 @@ from flexmoe.kernels.triton.expert_down import (
 )
 from flexmoe.kernels.triton.expert_gate_up import GateUpGemvTile, expert_gate_up_gemv
 from flexmoe.kernels.triton.topk import topk
-from tests.kernels.routing import ROUTINGS, gaps, grouped
+from tests.kernels.routing import ROUTINGS, filled, gaps, grouped, tails
 from tests.kernels.support import DEVICE, DTYPES, ON_GPU, Guarded, assert_near, normal, poisoned
 
 # numpy in Triton's interpreter: of a range whose end is known at run time only, and of NaN.
@@ -39,6 +39,7 @@ GEMV_TILES = [
 TILES = [
     DownTile(16, 16, 32, num_stages=2),
     DownTile(16, 32, 16, num_stages=3, swap=False, group=2),
+    DownTile(16, 16, 16, num_stages=2, swap=False, tail=16),
     *([DownTile(16, 64, 64, num_stages=4), DownTile(64, 128, 64, num_stages=3, swap=False)] if ON_GPU else []),
 ]
 
@@ -118,6 +119,17 @@ def test_grouped_through_the_tensor_memory_accelerator(H: int, F: int, swap: boo
     check_grouped(9, H, F, 2, E, tile, gaps, dtype)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(("H", "F"), [(48, 64), (20, 36)])
+def test_the_rows_behind_an_experts_last_block(H: int, F: int, number: int, tma: bool, swap: bool) -> None:
+    dtype, block, tail = (torch.bfloat16, 64, 32) if ON_GPU else (torch.float32, 16, 16)
+    ids = filled(tails(block, tail)[number])
+    tile = DownTile(block, block, block, num_stages=3, swap=swap, tma=tma, group=2, tail=tail)
+    check_grouped(len(ids), H, F, 1, max(2, int(ids.max()) + 2), tile, lambda *_: ids, dtype)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("choose", ROUTINGS)
@@ -127,7 +139,12 @@ def test_grouped_at_the_sizes_of_models(
     H: int, F: int, experts: int, K: int, T: int, choose: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
     first = default_tile(T, K, experts, H, F, dtype)
-    for tile in (first, DownTile(first.block_m, 64, 64, num_stages=3, tma=True), DownTile(64, 128, 64, 8, 4, False)):
+    for tile in (
+        first,
+        DownTile(first.block_m, 64, 64, num_stages=3, tma=True),
+        DownTile(64, 128, 64, 8, 4, False),
+        *(DownTile(128, 256, 64, 8, 3, False, tma, 8, tail) for tma in (False, True) for tail in (16, 32)),
+    ):
         check_grouped(T, H, F, K, experts, tile, choose, dtype)
 
 

@@ -18,7 +18,7 @@ from flexmoe.kernels.triton.expert_gate_up import (
     expert_gate_up_gemv,
     expert_gate_up_grouped,
 )
-from tests.kernels.routing import ROUTINGS, crowded, gaps, grouped, spread
+from tests.kernels.routing import ROUTINGS, crowded, filled, gaps, grouped, spread, tails
 from tests.kernels.support import DEVICE, DTYPES, ON_GPU, Guarded, assert_near, normal, poisoned
 
 # numpy in Triton's interpreter: of a range whose end is known at run time only, and of NaN.
@@ -38,6 +38,7 @@ GEMV_TILES = [
 TILES = [
     GateUpTile(16, 16, 32, num_stages=2),
     GateUpTile(16, 32, 16, num_stages=3, swap=False, group=2),
+    GateUpTile(16, 16, 16, num_stages=2, swap=False, tail=16),
     *([GateUpTile(16, 64, 64, num_stages=4), GateUpTile(64, 64, 64, num_stages=3, swap=False)] if ON_GPU else []),
 ]
 
@@ -130,6 +131,23 @@ def test_grouped_through_the_tensor_memory_accelerator(H: int, F: int, swap: boo
     check(out.check(), ids, x, gate_up)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(("H", "F"), [(64, 48), (36, 20)])
+def test_the_rows_behind_an_experts_last_block(H: int, F: int, number: int, tma: bool, swap: bool) -> None:
+    dtype, block, tail = (torch.bfloat16, 64, 32) if ON_GPU else (torch.float32, 16, 16)
+    ids = filled(tails(block, tail)[number])
+    T, experts = len(ids), max(2, int(ids.max()) + 2)
+    x, gate_up = normal(T, H, dtype=dtype), weights_of(H, F, dtype, experts)
+    poison_idle(gate_up, ids)
+    rows, counts = grouped(ids, experts)
+    out = Guarded(T, F, dtype=dtype)
+    tile = GateUpTile(block, block, block, num_stages=3, swap=swap, tma=tma, group=2, tail=tail)
+    expert_gate_up_grouped(x, rows, counts, gate_up, out.tensor, top_k=1, tile=tile)
+    check(out.check(), ids, x, gate_up)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="large shapes need a GPU")
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("choose", ROUTINGS)
@@ -145,6 +163,7 @@ def test_grouped_at_the_sizes_of_models(
         first,
         GateUpTile(first.block_m, 64, 64, num_stages=3, tma=True),
         GateUpTile(64, 128, 64, 8, 4, False),
+        *(GateUpTile(128, 128, 64, 8, 4, False, tma, 16, tail) for tma in (False, True) for tail in (16, 32)),
     ):
         out = Guarded(T * top_k, F, dtype=dtype)
         expert_gate_up_grouped(x, rows, counts, gate_up, out.tensor, top_k=top_k, tile=tile)

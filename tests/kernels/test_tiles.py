@@ -144,6 +144,16 @@ def test_a_strange_entry_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "1 entries are not understood and ignored" in record.getMessage()
 
 
+def test_a_field_that_an_older_file_lacks_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    tiles.write(path, TileTable([measured(GROUPED, 8, GateUpTile(tail=32))]), "NVIDIA H200")
+    assert tiles.read(path).tile(GROUPED, 8) == GateUpTile(tail=32)
+    content = json.loads(path.read_text())
+    del content["tiles"][0]["tile"]["tail"]
+    path.write_text(json.dumps(content))
+    assert tiles.read(path).tile(GROUPED, 8) == GateUpTile(tail=0)
+
+
 @pytest.mark.parametrize(
     ("name", "stem"),
     [

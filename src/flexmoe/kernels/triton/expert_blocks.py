@@ -14,16 +14,17 @@ import triton.language as tl
 _LANES = tl.constexpr(32)
 
 
-def grid_blocks(tokens: int, top_k: int, slots: int, block: int) -> tuple[int, bool]:
+def grid_blocks(tokens: int, top_k: int, slots: int, block: int, tail: int = 0) -> tuple[int, bool]:
     """How many blocks of so many rows there can be, whoever chooses whom; and whether each slot has its own (ONE_EACH).
 
-    No slot gets more than `tokens` rows. All together get tokens * top_k, and each that gets any wastes less than a
-    block.
+    tail: how many rows more a slot's last block may hold. No slot gets more than `tokens` rows. All together get
+    tokens * top_k, and each that gets any wastes less than a block.
     """
     assignments = tokens * top_k
     most = (assignments + min(slots, assignments) * (block - 1)) // block
-    if slots * -(-tokens // block) <= most:
-        return slots * -(-tokens // block), tokens <= block
+    each = max(1, -(-(tokens - tail) // block))
+    if slots * each <= most:
+        return slots * each, tokens <= block + tail
     return most, False
 
 
@@ -54,11 +55,12 @@ def in_groups(GROUP: tl.constexpr):
 
 
 @triton.jit
-def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, ONE_EACH: tl.constexpr):
+def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, ONE_EACH: tl.constexpr):
     """The index-th block, slot after slot: (slot, first row, rows of the slot); no rows: there is no such block.
 
-    ONE_EACH: no slot can have more than one block, so block and slot are one. Otherwise blocks are counted up 32 slots
-    at a time: a vector of one warp's width is held by every warp, so there are no barriers.
+    A slot has as many blocks as leave no more than TAIL rows behind them, one at least if it has any rows: see
+    `has_tail`. ONE_EACH: no slot can have more than one block, so block and slot are one. Otherwise blocks are counted
+    up 32 slots at a time: a vector of one warp's width is held by every warp, so there are no barriers.
     """
     if ONE_EACH:
         return index, index * 0, tl.load(counts_ptr + index)
@@ -68,10 +70,30 @@ def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, ONE_EA
     for g in tl.static_range((S + _LANES - 1) // _LANES):
         ids = g * _LANES + tl.arange(0, _LANES)
         counts = tl.load(counts_ptr + ids, mask=ids < S, other=0)
-        ends = passed + tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, 0)
+        blocks = (counts + BLOCK_M - 1) // BLOCK_M
+        if TAIL > 0:
+            blocks = tl.where(counts > TAIL, (counts - TAIL + BLOCK_M - 1) // BLOCK_M, (counts > 0).to(tl.int32))
+        ends = passed + tl.cumsum(blocks, 0)
         skipped = ends <= index
         slot += tl.sum(skipped.to(tl.int32), 0)
         before = tl.maximum(before, tl.max(tl.where(skipped, ends, 0), 0))
         passed = tl.max(ends, 0)
     count = tl.load(counts_ptr + tl.minimum(slot, S - 1))
     return slot, (index - before) * BLOCK_M, tl.where(slot < S, count, 0)
+
+
+@triton.jit
+def has_tail(first, count, BLOCK_M: tl.constexpr, TAIL: tl.constexpr):
+    """Whether the block that begins at `first` is its slot's last and has more than BLOCK_M rows: up to TAIL more."""
+    left = count - first - BLOCK_M
+    return (left > 0) & (left <= TAIL)
+
+
+@triton.jit
+def dot_rows(x, weights, total, SWAP: tl.constexpr):
+    """total + x [M, K] @ weights [N, K].T, [M, N]; SWAP: all of it transposed, [N, M]."""
+    if SWAP:
+        total = tl.dot(weights, x.T, total, input_precision="ieee")
+    else:
+        total = tl.dot(x, weights.T, total, input_precision="ieee")
+    return total

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, in_groups
+from flexmoe.kernels.triton.expert_blocks import block_rows, dot_rows, find_block, grid_blocks, has_tail, in_groups
 from flexmoe.kernels.triton.topk import select_experts
 
 
@@ -161,7 +161,7 @@ _MANY_PROGRAMS = 400  # three for each processor of an H200
 class DownTile:
     """Tile of the kernel for many rows; blocks are powers of two, at least 16.
 
-    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap, tma and group: as in GateUpTile.
+    block_m: rows of one expert. block_n: of H. block_k: of F, loaded at once. swap, tma, group, tail: as in GateUpTile.
     """
 
     block_m: int = 16
@@ -172,51 +172,85 @@ class DownTile:
     swap: bool = True
     tma: bool = False
     group: int = 0
+    tail: int = 0
+
+
+@triton.jit
+def _store_y(y_ptr, a, scale, i, count, n, y, H: tl.constexpr, SWAP: tl.constexpr):
+    """Rows a of y from sums [rows, BLOCK_N], transposed if SWAP, scaled; of rows i those below count."""
+    if SWAP:
+        y = y.T
+    at = y_ptr + a.to(tl.int64)[:, None] * H + n[None, :]
+    y *= scale[:, None]
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(i < count)[:, None] & (n < H)[None, :])
+
+
+@triton.jit
+def _down_block(
+    hidden_ptr, rows_ptr, weights_ptr, down_ptr, y_ptr, depth, slot, first, count, column,
+    H: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of a slot from `first` on, and TAIL more, of which those below count are valid; rows_ptr: its."""
+    i = first + tl.arange(0, BLOCK_M)
+    a = tl.load(rows_ptr + i, mask=i < count, other=0)
+    scale = tl.load(weights_ptr + a, mask=i < count, other=0.0)
+    hidden_at = hidden_ptr + a.to(tl.int64)[:, None] * F
+    first_n = column * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    if not TMA:
+        down_at = down_ptr + slot.to(tl.int64) * (H * F) + n[:, None] * F
+    shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
+    y = tl.zeros(shape, tl.float32)
+    if TAIL > 0:
+        tail_i = first + BLOCK_M + tl.arange(0, TAIL)
+        tail_a = tl.load(rows_ptr + tail_i, mask=tail_i < count, other=0)
+        tail_scale = tl.load(weights_ptr + tail_a, mask=tail_i < count, other=0.0)
+        tail_at = hidden_ptr + tail_a.to(tl.int64)[:, None] * F
+        tail_y = tl.zeros((BLOCK_N, TAIL), tl.float32)
+    for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        whole: tl.constexpr = F % BLOCK_K == 0
+        hidden = tl.load(hidden_at + k, mask=(i < count)[:, None] & (whole | (k < F)), other=0.0)
+        if TMA:
+            weights = down_ptr.load([slot * H + first_n, start])
+        elif whole and H % BLOCK_N == 0:
+            weights = tl.load(down_at + k)
+        else:
+            weights = tl.load(down_at + k, mask=(n < H)[:, None] & (k < F), other=0.0)
+        y = dot_rows(hidden, weights, y, SWAP)
+        if TAIL > 0:
+            tail = tl.load(tail_at + k, mask=(tail_i < count)[:, None] & (whole | (k < F)), other=0.0)
+            tail_y = dot_rows(tail, weights, tail_y, True)
+    _store_y(y_ptr, a, scale, i, count, n, y, H, SWAP)
+    if TAIL > 0:
+        _store_y(y_ptr, tail_a, tail_scale, tail_i, count, n, tail_y, H, True)
 
 
 @triton.jit
 def _down_grouped(
     hidden_ptr, rows_ptr, counts_ptr, weights_ptr, down_ptr, y_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, ONE_EACH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, ONE_EACH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # size: a kernel's prologue, loop and epilogue share their registers
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     block, column = in_groups(GROUP)
-    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, ONE_EACH)
-    if first < count:
-        i = first + tl.arange(0, BLOCK_M)
-        a = tl.load(rows_ptr + slot.to(tl.int64) * capacity + i, mask=i < count, other=0)
-        scale = tl.load(weights_ptr + a, mask=i < count, other=0.0)
-        first_n = column * BLOCK_N
-        n = first_n + tl.arange(0, BLOCK_N)
-        hidden_at = hidden_ptr + a.to(tl.int64)[:, None] * F
-        if not TMA:
-            down_at = down_ptr + slot.to(tl.int64) * (H * F) + n[:, None] * F
-        shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
-        y = tl.zeros(shape, tl.float32)
-        for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
-            k = start + tl.arange(0, BLOCK_K)[None, :]
-            whole: tl.constexpr = F % BLOCK_K == 0
-            hidden = tl.load(hidden_at + k, mask=(i < count)[:, None] & (whole | (k < F)), other=0.0)
-            if TMA:
-                weights = down_ptr.load([slot * H + first_n, start])
-            elif whole and H % BLOCK_N == 0:
-                weights = tl.load(down_at + k)
-            else:
-                weights = tl.load(down_at + k, mask=(n < H)[:, None] & (k < F), other=0.0)
-            if SWAP:
-                y = tl.dot(weights, hidden.T, y, input_precision="ieee")
-            else:
-                y = tl.dot(hidden, weights.T, y, input_precision="ieee")
-        if SWAP:
-            y = y.T
-        at = y_ptr + a.to(tl.int64)[:, None] * H + n[None, :]
-        y *= scale[:, None]
-        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(i < count)[:, None] & (n < H)[None, :])
+    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, TAIL, ONE_EACH)
+    rows_ptr += slot.to(tl.int64) * capacity
+    tailed = has_tail(first, count, BLOCK_M, TAIL) if TAIL > 0 else False
+    if tailed:  # a loop of its own, so that a tail costs nothing where there is none
+        _down_block(
+            hidden_ptr, rows_ptr, weights_ptr, down_ptr, y_ptr, depth, slot, first, count, column, H, F, BLOCK_M, TAIL,
+            BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+        )  # fmt: skip
+    elif first < count:
+        _down_block(
+            hidden_ptr, rows_ptr, weights_ptr, down_ptr, y_ptr, depth, slot, first, count, column, H, F, BLOCK_M, 0,
+            BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+        )  # fmt: skip
 
 
 def expert_down_grouped(
@@ -237,13 +271,13 @@ def expert_down_grouped(
     """
     (T, K), (S, H, F) = topk_weights.shape, down.shape
     tile = tile or default_tile(T, K, S, H, F, down.dtype)
-    blocks, one_each = grid_blocks(T, K, S, tile.block_m)
+    blocks, one_each = grid_blocks(T, K, S, tile.block_m, tile.tail)
     tma = tile.tma and F * down.itemsize % 16 == 0
     weights = TensorDescriptor.from_tensor(down.view(-1, F), [tile.block_n, tile.block_k]) if tma else down
     _down_grouped[(blocks, triton.cdiv(H, tile.block_n))](
         hidden, rows, counts, topk_weights, weights, y, rows.stride(0), F, H=H, F=F, S=S,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
-        TMA=tma, ONE_EACH=one_each, GROUP=tile.group, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        BLOCK_M=tile.block_m, TAIL=tile.tail, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages,
+        SWAP=tile.swap, TMA=tma, ONE_EACH=one_each, GROUP=tile.group, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -262,5 +296,5 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         tile = DownTile(block, block_k=128, num_stages=4)
     else:
         tile = DownTile(block, num_stages=5 if block <= 32 else 4)
-    stage = (tile.block_m + tile.block_n) * tile.block_k * dtype.itemsize
+    stage = (tile.block_m + tile.tail + tile.block_n) * tile.block_k * dtype.itemsize
     return replace(tile, num_stages=stages_that_fit(tile.num_stages, stage))

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, find_block, grid_blocks, in_groups
+from flexmoe.kernels.triton.expert_blocks import block_rows, dot_rows, find_block, grid_blocks, has_tail, in_groups
 from flexmoe.kernels.triton.topk import select_expert
 
 
@@ -53,6 +53,9 @@ class GateUpTile:
     on the left of the product, so that Hopper's large multiplication (64 rows or more) fits however few tokens there
     are; then take block_n from 64 on. tma: weights come through the tensor memory accelerator instead of each thread's
     own copies; where rows of weights are not multiples of 16 bytes this has no effect. group: see `in_groups`.
+    tail: 0, 16, 32 or 64: up to so many rows more may join an expert's last block, where they spare it another one.
+    They meet the weights that are loaded for the block, always on the left of the product. Eight warps have registers
+    for 32 beside a block of 128 by 256 products; 64 spill.
     """
 
     block_m: int = 16
@@ -63,6 +66,7 @@ class GateUpTile:
     swap: bool = True
     tma: bool = False
     group: int = 0
+    tail: int = 0
 
 
 @triton.jit
@@ -233,54 +237,88 @@ def default_gemv_tile(hidden: int, dtype: torch.dtype) -> GateUpGemvTile:
 
 
 @triton.jit
+def _store_hidden(hidden_ptr, a, i, count, n, gate, up, F: tl.constexpr, SWAP: tl.constexpr):
+    """Rows a of hidden from gate and up, [rows, BLOCK_N], transposed if SWAP; of rows i those below count."""
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    if SWAP:
+        hidden = hidden.T
+    at = hidden_ptr + a.to(tl.int64)[:, None] * F + n[None, :]
+    tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=(i < count)[:, None] & (n < F)[None, :])
+
+
+@triton.jit
+def _gate_up_block(
+    x_ptr, rows_ptr, gate_up_ptr, hidden_ptr, depth, slot, first, count, column,
+    H: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows of a slot from `first` on, and TAIL more, of which those below count are valid; rows_ptr: its."""
+    # size: a kernel's prologue, loop and epilogue share their registers
+    i = first + tl.arange(0, BLOCK_M)
+    a = tl.load(rows_ptr + i, mask=i < count, other=0)
+    x_at = x_ptr + (a // TOP_K).to(tl.int64)[:, None] * H
+    first_n = column * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    if not TMA:
+        gate_at = gate_up_ptr + slot.to(tl.int64) * (2 * F * H) + n[:, None] * H
+    shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
+    gate = tl.zeros(shape, tl.float32)
+    up = tl.zeros(shape, tl.float32)
+    if TAIL > 0:
+        tail_i = first + BLOCK_M + tl.arange(0, TAIL)
+        tail_a = tl.load(rows_ptr + tail_i, mask=tail_i < count, other=0)
+        tail_at = x_ptr + (tail_a // TOP_K).to(tl.int64)[:, None] * H
+        tail_gate = tl.zeros((BLOCK_N, TAIL), tl.float32)
+        tail_up = tl.zeros((BLOCK_N, TAIL), tl.float32)
+    for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        whole: tl.constexpr = H % BLOCK_K == 0
+        x = tl.load(x_at + k, mask=(i < count)[:, None] & (whole | (k < H)), other=0.0)
+        if TMA:
+            gate_weights = gate_up_ptr.load([slot * (2 * F) + first_n, start])
+            up_weights = gate_up_ptr.load([slot * (2 * F) + F + first_n, start])
+        elif whole and F % BLOCK_N == 0:
+            gate_weights = tl.load(gate_at + k)
+            up_weights = tl.load(gate_at + F * H + k)
+        else:
+            mask = (n < F)[:, None] & (k < H)
+            gate_weights = tl.load(gate_at + k, mask=mask, other=0.0)
+            up_weights = tl.load(gate_at + F * H + k, mask=mask, other=0.0)
+        gate = dot_rows(x, gate_weights, gate, SWAP)
+        up = dot_rows(x, up_weights, up, SWAP)
+        if TAIL > 0:
+            tail_x = tl.load(tail_at + k, mask=(tail_i < count)[:, None] & (whole | (k < H)), other=0.0)
+            tail_gate = dot_rows(tail_x, gate_weights, tail_gate, True)
+            tail_up = dot_rows(tail_x, up_weights, tail_up, True)
+    _store_hidden(hidden_ptr, a, i, count, n, gate, up, F, SWAP)
+    if TAIL > 0:
+        _store_hidden(hidden_ptr, tail_a, tail_i, count, n, tail_gate, tail_up, F, True)
+
+
+@triton.jit
 def _gate_up_grouped(
     x_ptr, rows_ptr, counts_ptr, gate_up_ptr, hidden_ptr, capacity, depth,
     H: tl.constexpr, F: tl.constexpr, S: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
-    TMA: tl.constexpr, ONE_EACH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SWAP: tl.constexpr, TMA: tl.constexpr, ONE_EACH: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # size: a kernel's prologue, loop and epilogue share their registers
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     block, column = in_groups(GROUP)
-    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, ONE_EACH)
-    if first < count:
-        i = first + tl.arange(0, BLOCK_M)
-        a = tl.load(rows_ptr + slot.to(tl.int64) * capacity + i, mask=i < count, other=0)
-        first_n = column * BLOCK_N
-        n = first_n + tl.arange(0, BLOCK_N)
-        x_at = x_ptr + (a // TOP_K).to(tl.int64)[:, None] * H
-        if not TMA:
-            gate_at = gate_up_ptr + slot.to(tl.int64) * (2 * F * H) + n[:, None] * H
-        shape: tl.constexpr = (BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N)
-        gate = tl.zeros(shape, tl.float32)
-        up = tl.zeros(shape, tl.float32)
-        for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
-            k = start + tl.arange(0, BLOCK_K)[None, :]
-            whole: tl.constexpr = H % BLOCK_K == 0
-            x = tl.load(x_at + k, mask=(i < count)[:, None] & (whole | (k < H)), other=0.0)
-            if TMA:
-                gate_weights = gate_up_ptr.load([slot * (2 * F) + first_n, start])
-                up_weights = gate_up_ptr.load([slot * (2 * F) + F + first_n, start])
-            elif whole and F % BLOCK_N == 0:
-                gate_weights = tl.load(gate_at + k)
-                up_weights = tl.load(gate_at + F * H + k)
-            else:
-                mask = (n < F)[:, None] & (k < H)
-                gate_weights = tl.load(gate_at + k, mask=mask, other=0.0)
-                up_weights = tl.load(gate_at + F * H + k, mask=mask, other=0.0)
-            if SWAP:
-                gate = tl.dot(gate_weights, x.T, gate, input_precision="ieee")
-                up = tl.dot(up_weights, x.T, up, input_precision="ieee")
-            else:
-                gate = tl.dot(x, gate_weights.T, gate, input_precision="ieee")
-                up = tl.dot(x, up_weights.T, up, input_precision="ieee")
-        hidden = gate / (1.0 + tl.exp(-gate)) * up
-        if SWAP:
-            hidden = hidden.T
-        at = hidden_ptr + a.to(tl.int64)[:, None] * F + n[None, :]
-        tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=(i < count)[:, None] & (n < F)[None, :])
+    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, TAIL, ONE_EACH)
+    rows_ptr += slot.to(tl.int64) * capacity
+    tailed = has_tail(first, count, BLOCK_M, TAIL) if TAIL > 0 else False
+    if tailed:  # a loop of its own, so that a tail costs nothing where there is none
+        _gate_up_block(
+            x_ptr, rows_ptr, gate_up_ptr, hidden_ptr, depth, slot, first, count, column, H, F, TOP_K, BLOCK_M, TAIL,
+            BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+        )  # fmt: skip
+    elif first < count:
+        _gate_up_block(
+            x_ptr, rows_ptr, gate_up_ptr, hidden_ptr, depth, slot, first, count, column, H, F, TOP_K, BLOCK_M, 0,
+            BLOCK_N, BLOCK_K, STAGES, SWAP, TMA,
+        )  # fmt: skip
 
 
 def expert_gate_up_grouped(
@@ -301,13 +339,13 @@ def expert_gate_up_grouped(
     """
     (T, H), S, F = x.shape, gate_up.shape[0], gate_up.shape[1] // 2
     tile = tile or default_tile(T, top_k, S, H, F, x.dtype)
-    blocks, one_each = grid_blocks(T, top_k, S, tile.block_m)
+    blocks, one_each = grid_blocks(T, top_k, S, tile.block_m, tile.tail)
     tma = tile.tma and H * x.itemsize % 16 == 0
     weights = TensorDescriptor.from_tensor(gate_up.view(-1, H), [tile.block_n, tile.block_k]) if tma else gate_up
     _gate_up_grouped[(blocks, triton.cdiv(F, tile.block_n))](
         x, rows, counts, weights, hidden, rows.stride(0), H, H=H, F=F, S=S, TOP_K=top_k,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages, SWAP=tile.swap,
-        TMA=tma, ONE_EACH=one_each, GROUP=tile.group, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        BLOCK_M=tile.block_m, TAIL=tile.tail, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.num_stages,
+        SWAP=tile.swap, TMA=tma, ONE_EACH=one_each, GROUP=tile.group, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 
@@ -321,5 +359,5 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False)
     else:
         tile = GateUpTile(block, 64, 64, num_stages=5 if block <= 32 else 4)
-    stage = (tile.block_m + 2 * tile.block_n) * tile.block_k * dtype.itemsize
+    stage = (tile.block_m + tile.tail + 2 * tile.block_n) * tile.block_k * dtype.itemsize
     return replace(tile, num_stages=stages_that_fit(tile.num_stages, stage))
