@@ -15,7 +15,8 @@ from pathlib import Path
 from flexmoe.report.build import draw_all, font_folder
 from flexmoe.report.charts import latency
 from flexmoe.report.rows import CITED, Row, read_rows
-from flexmoe.report.tables import markdown, tables
+from flexmoe.report.table import markdown
+from flexmoe.report.tables import tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"

@@ -14,8 +14,9 @@ from flexmoe.report.headlines import headlines
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
 from flexmoe.report.strategies import spread as spread_figure
 from flexmoe.report.strategies import strategies
+from flexmoe.report.table import markdown, three
 from flexmoe.report.tables import cpu as cpu_table
-from flexmoe.report.tables import first_tokens, llama_cpp, markdown, spread, three
+from flexmoe.report.tables import first_tokens, llama_cpp, slices, spread
 from flexmoe.report.tables import latency as latency_table
 from flexmoe.report.tables import throughput as throughput_table
 
@@ -87,6 +88,33 @@ def test_strategies_on_gpus_stand_beside_one_gpu_of_the_same_run() -> None:
     assert shown == [("tensor", 0.4, 2.0), ("expert, all-reduce", 0.5, 2.5)], "the most GPUs alone"
     assert panel.series[0].points[0].value.cells[1] == Cell("rows.jsonl", 2, "result.step_ms.median")
     assert spread_figure([row(1)]) is None
+
+
+def test_shares_of_a_layer_stand_beside_the_whole() -> None:
+    def share(line: int, strategy: str, degree: int, us: float, **fields: Any) -> Row:
+        about = {"strategy": strategy, "degree": degree, "block": {"median": us}, "weight_bytes": 800 // degree}
+        about |= {"benchmark": "slices", "model": "mixtral-8x7b", "batch": 8}
+        return Row("rows.jsonl", line, row(line).data | about | fields)
+
+    rows = [
+        share(1, "tensor", 1, 400.0),
+        share(2, "tensor", 2, 250.0),
+        share(3, "expert", 2, 300.0),
+        share(4, "expert", 8, 100.0),
+        share(5, "expert", 8, 0.0, batch=32, block={"error": "no"}),
+        share(6, "tensor", 1, 500.0, batch=32),
+    ]
+    table = slices(rows)
+    assert table is not None
+    assert table.header[2:] == (
+        "one rank, µs", "tensor 2, µs", "expert 2, µs", "expert 8, µs", "tensor 2 / one", "expert 8 / one",
+    )  # fmt: skip
+    assert [[shown.text for shown in line] for line in table.rows] == [
+        ["Mixtral-8x7B", "8", "400", "250", "300", "100", "0.62", "0.25"],
+        ["Mixtral-8x7B", "32", "500", "", "", "", "", ""],
+    ]
+    assert table.rows[0][7].value.cells[0] == Cell("rows.jsonl", 4, "block.median")  # type: ignore[union-attr]
+    assert slices([row(1)]) is None is slices([share(1, "expert", 2, 3.0)])
 
 
 def test_prompts_and_many_requests_stand_beside_vllm_and_a_goal() -> None:

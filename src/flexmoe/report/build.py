@@ -23,7 +23,8 @@ from flexmoe.report.draw import draw, settings
 from flexmoe.report.figure import Figure
 from flexmoe.report.headlines import Headline, headlines
 from flexmoe.report.rows import CITED, Row, Value, read_rows
-from flexmoe.report.tables import Table, tables, texts
+from flexmoe.report.table import Table, texts
+from flexmoe.report.tables import tables
 
 PAGES = ("poster", "report")
 _TEMPLATES = Path(__file__).with_name("templates")

@@ -1,4 +1,4 @@
-"""Figures of strategies side by side, on ranks of a CPU and on several GPUs. Enters: Rows. Leaves: Figures."""
+"""Strategies side by side, on ranks of a CPU, on several GPUs, and by shares. Enters: Rows. Leaves: Figures, groups."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def strategies(rows: Sequence[Row]) -> Figure | None:
     )
     about += f" on {first.get('device.cores')} shared CPU cores; {measured(first)}"
     return Figure("strategies", "bars", "", panels, about)
+
+
+def shares(rows: Sequence[Row]) -> list[dict[tuple[str, int], Row]]:
+    """What each rank's share of a MoE layer took alone: for each model and batch size, by strategy and degree."""
+    found = [row for row in rows if row.get("benchmark") == "slices" and row.get("block.median")]
+    groups: dict[tuple[str, int], dict[tuple[str, int], Row]] = {}
+    for row in newest(found, ("model", "batch", "strategy", "degree")):
+        of_batch = groups.setdefault((row.get("model"), row.get("batch")), {})
+        of_batch[row.get("strategy"), row.get("degree")] = row
+    return [groups[key] for key in sorted(groups, key=lambda key: key[1]) if ("tensor", 1) in groups[key]]
 
 
 def spread_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:

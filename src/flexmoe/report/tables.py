@@ -6,14 +6,13 @@ Each row has the percentage of the floor; where a row was recorded without it, t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups, throughput_rows
 from flexmoe.report.figure import ENGINES, MODELS, model_name, short_device
-from flexmoe.report.rows import Row, Value, newest
-from flexmoe.report.strategies import spread_pairs
+from flexmoe.report.rows import Row, newest
+from flexmoe.report.strategies import shares, spread_pairs
+from flexmoe.report.table import MISSING, Shown, Table, dates, number, percent, versions
 
-_MISSING = "not recorded"
 _LONG_PROMPT = 1024  # tokens from which a prompt is one to time
 _LLAMA_METRICS = {
     "decode_bs1": "a token, one sequence (ms)",
@@ -27,29 +26,10 @@ _LLAMA_METRICS = {
 _PRECISIONS = (("bfloat16", "bf16", "bf16"), ("int8", "q8_0", "8 bits"))
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """What stands in a table, and the number behind it if it is one."""
-
-    text: str
-    value: Value | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """about: hardware, versions and dates of its rows."""
-
-    name: str
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[Shown, ...], ...]
-    about: str
-
-
 def tables(rows: Sequence[Row]) -> list[Table]:
     """All that these rows can fill."""
     makers: tuple[Callable[[Sequence[Row]], Table | None], ...]
-    makers = (latency, first_tokens, throughput, spread, experts, cpu, llama_cpp, published)
+    makers = (latency, first_tokens, throughput, spread, slices, experts, cpu, llama_cpp, published)
     return [table for make in makers if (table := make(rows)) is not None]
 
 
@@ -67,7 +47,7 @@ def latency(rows: Sequence[Row]) -> Table | None:
     ours = ("model", "batch", "FlexMoE, ms", "floor, ms", "% of floor", "experts read")
     header = (*ours, "vLLM 0.24, ms", "its %", "vLLM / ours", "goal missed")
     first = next(row for row in groups[0][1] if not row.is_cited)
-    about = f"{_versions(first)} {_dates(rows_of(groups))} " + (
+    about = f"{versions(first)} {dates(rows_of(groups))} " + (
         "“Experts read”: distinct experts a layer, counted. vLLM's figures are cited: another run on such a card. "
         "“Goal missed”: the time that was set as a goal before measuring, in ms, where it was not reached."
     )
@@ -85,16 +65,15 @@ def _latency_line(model: str, row: Row, peers: Sequence[Row], rows: Sequence[Row
     shown = [
         Shown(MODELS.get(model, model)),
         Shown(str(batch), row.value("params.batch")),
-        _number(ours),
-        _number(row.value("result.floor_ms")),
-        _number(row.value("result.percent_of_floor"), "{:.0f}"),
-        _number(row.value("result.distinct_experts"), "{:.1f}"),
+        number(ours),
+        number(row.value("result.floor_ms")),
+        number(row.value("result.percent_of_floor"), "{:.0f}"),
+        number(row.value("result.distinct_experts"), "{:.1f}"),
     ]
     vllm = [peer for peer in peers if (peer.get("engine"), peer.get("params.batch")) == ("vllm", batch)]
     if vllm:
         theirs = vllm[0].value("result.ms")
-        percent = vllm[0].value("result.percent_of_floor")
-        shown += [_number(theirs), _number(percent, "{:.0f}"), _number(theirs.over(ours), "{:.2f}×")]
+        shown += [number(theirs), percent(vllm[0], "result.percent_of_floor"), number(theirs.over(ours), "{:.2f}×")]
     else:
         shown += [Shown("")] * 3
     goals = [
@@ -105,7 +84,7 @@ def _latency_line(model: str, row: Row, peers: Sequence[Row], rows: Sequence[Row
     ]
     # As shown: a goal of 3.7 is not missed by what rounds to it.
     missed = bool(goals) and ours.number > goals[0].number * 1.0005
-    return (*shown, _number(goals[0]) if missed else Shown(""))
+    return (*shown, number(goals[0]) if missed else Shown(""))
 
 
 def first_tokens(rows: Sequence[Row]) -> Table | None:
@@ -120,15 +99,15 @@ def first_tokens(rows: Sequence[Row]) -> Table | None:
         (
             Shown(model_name(row)),
             Shown(f"{row.get('params.prompt_len'):,}", row.value("params.prompt_len")),
-            _number(row.value("result.first_token_ms")),
-            _percent(row, "result.percent_of_first_token_floor"),
+            number(row.value("result.first_token_ms")),
+            percent(row, "result.percent_of_first_token_floor"),
             *_peer_and_goal(row, rows, "first_token", "result.first_token_ms", "params.prompt_len", less=True),
         )
         for row in sorted(found, key=lambda row: -row.get("model.parameters"))
     )
     header = ("model", "prompt", "FlexMoE, ms", "% of floor", "vLLM 0.24, ms", "vLLM / ours", "goal missed")
     title = "The first token of a prompt"
-    return Table("first_tokens", title, header, lines, f"{_versions(found[0])} {_dates(found)}") if found else None
+    return Table("first_tokens", title, header, lines, f"{versions(found[0])} {dates(found)}") if found else None
 
 
 def throughput(rows: Sequence[Row]) -> Table | None:
@@ -138,9 +117,9 @@ def throughput(rows: Sequence[Row]) -> Table | None:
         (
             Shown(model_name(row)),
             Shown(f"{row.get('params.requests')} of {row.get('params.prompt_len')} + {row.get('params.output_len')}"),
-            _number(row.value("result.output_tokens_per_s")),
-            _percent(row, "result.percent_of_floor"),
-            _percent(row, "result.device_busy_percent"),
+            number(row.value("result.output_tokens_per_s")),
+            percent(row, "result.percent_of_floor"),
+            percent(row, "result.device_busy_percent"),
             *_peer_and_goal(row, rows, "throughput", "result.output_tokens_per_s", "params.requests", less=False),
         )
         for row in sorted(found, key=lambda row: -row.get("model.parameters"))
@@ -150,7 +129,7 @@ def throughput(rows: Sequence[Row]) -> Table | None:
         "goal missed",
     )  # fmt: skip
     about = "Floor: reading memory for the decode steps alone. Busy: the device, once all was in full swing. "
-    about += f"{_versions(found[0])} {_dates(found)}" if found else ""
+    about += f"{versions(found[0])} {dates(found)}" if found else ""
     return Table("throughput", "Many requests at once", header, lines, about) if found else None
 
 
@@ -164,10 +143,10 @@ def _peer_and_goal(
     for peer in same:
         if (peer.get("benchmark"), peer.get("engine")) == (benchmark, "vllm"):
             theirs = peer.value(key)
-            shown = [_number(theirs), _number(theirs.over(ours) if less else ours.over(theirs), "{:.2f}×")]
+            shown = [number(theirs), number(theirs.over(ours) if less else ours.over(theirs), "{:.2f}×")]
     goals = [one.value(key) for one in same if one.get("benchmark") == f"{benchmark}_target"]
     missed = [goal for goal in goals if (goal.number < ours.number) == less and goal.number != ours.number]
-    return (*shown, _number(missed[0]) if missed else Shown(""))
+    return (*shown, number(missed[0]) if missed else Shown(""))
 
 
 def spread(rows: Sequence[Row]) -> Table | None:
@@ -181,7 +160,7 @@ def spread(rows: Sequence[Row]) -> Table | None:
         "model", "batch", "GPUs", "strategy", "ms a step", "% of floor", "one GPU, ms", "of its time", "busiest / mean",
         "sums",
     )  # fmt: skip
-    about = f"{_versions(found[0])} {_dates(found)} " + (
+    about = f"{versions(found[0])} {dates(found)} " + (
         "Floor: all GPUs read what a step must together. “Busiest / mean”: choices of the rank that got most of a "
         "step, over the mean. “Sums”: how ranks add up."
     )
@@ -196,12 +175,44 @@ def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
         Shown(str(row.get("params.batch")), row.value("params.batch")),
         Shown(str(row.get("config.ranks")), row.value("config.ranks")),
         Shown(str(row.get("config.strategy"))),
-        _number(ours),
-        _percent(row, "result.percent_of_floor"),
-        _number(one),
-        _number(ours.over(one), "{:.2f}"),
-        _number(row.value("result.imbalance.step"), "{:.2f}"),
+        number(ours),
+        percent(row, "result.percent_of_floor"),
+        number(one),
+        number(ours.over(one), "{:.2f}"),
+        number(row.value("result.imbalance.step"), "{:.2f}"),
         Shown("one launch" if how.endswith("one launch") else "all-reduce"),
+    )
+
+
+def slices(rows: Sequence[Row]) -> Table | None:
+    """One rank's share of a MoE layer, by strategy and degree; what part of one rank's time the smallest take."""
+    found = sorted(shares(rows), key=lambda group: -group["tensor", 1].get("weight_bytes"))
+    if not found:
+        return None
+    parts = sorted({part for group in found for part in group}, key=lambda part: (part[0] != "tensor", part[1]))
+    least = [max((part for part in parts if part[0] == one), key=lambda part: part[1]) for one in ("tensor", "expert")]
+    lines = tuple(_slices_line(group, parts, least) for group in found)
+    named = [f"{strategy} {degree}, µs" for strategy, degree in parts if degree > 1]
+    header = ("model", "batch", "one rank, µs", *named, *(f"{strategy} {degree} / one" for strategy, degree in least))
+    whole = [group["tensor", 1] for group in found]
+    about = f"{versions(whole[0])} {dates(whole)} " + (
+        "A rank's router, its slices or experts by grouped kernels, and combine, alone on the GPU: nothing is sent. "
+        "Choices are random; of the expert strategy the rank that got most of them. At best a share of n takes 1 / n."
+    )
+    return Table("slices", "A MoE layer in slices", header, lines, about)
+
+
+def _slices_line(
+    group: dict[tuple[str, int], Row], parts: Sequence[tuple[str, int]], least: Sequence[tuple[str, int]]
+) -> tuple[Shown, ...]:
+    whole = group["tensor", 1]
+    name = str(whole.get("model"))
+    times = {part: row.value("block.median") for part, row in group.items()}
+    return (
+        Shown(MODELS.get(name, name)),
+        Shown(str(whole.get("batch")), whole.value("batch")),
+        *(number(times[part]) if part in times else Shown("") for part in parts),
+        *(number(times[part].over(times["tensor", 1]), "{:.2f}") if part in times else Shown("") for part in least),
     )
 
 
@@ -216,14 +227,14 @@ def experts(rows: Sequence[Row]) -> Table | None:
             Shown(ENGINES.get(str(row.get("engine")), str(row.get("version")) + " (cited)")),
             Shown(short_device(str(row.get("device.name")))),
             Shown(str(row.get("model.experts")), row.value("model.experts")),
-            _number(row.value("result.ms"), "{:g}" if row.is_cited else None),
-            _percent(row, "result.percent_of_floor"),
+            number(row.value("result.ms"), "{:g}" if row.is_cited else None),
+            percent(row, "result.percent_of_floor"),
             Shown(str(row.get("result.remark") or "")),
         )
         for row in (*cited, *found)
     )
     header = ("engine", "device", "experts", "ms a token", "% of floor", "remark")
-    about = f"{_versions(found[-1])} {_dates(found)}"
+    about = f"{versions(found[-1])} {dates(found)}"
     return Table("experts", "Latency against the number of experts", header, lines, about)
 
 
@@ -240,11 +251,11 @@ def cpu(rows: Sequence[Row]) -> Table | None:
         lines.append(
             (
                 Shown(CPU_METRICS[metric]),
-                _number(mine),
-                _number(other),
+                number(mine),
+                number(other),
                 Shown(", ".join(str(part) for part in config if part) + compiled),
-                _number(other.over(mine), "{:.2f}×"),
-                _percent(ours, "percent_of_floor"),
+                number(other.over(mine), "{:.2f}×"),
+                percent(ours, "percent_of_floor"),
             )
         )
     first = pairs[0][1]
@@ -254,7 +265,7 @@ def cpu(rows: Sequence[Row]) -> Table | None:
     header = ("what", "FlexMoE", "transformers", "its configuration", "ratio", "% of floor")
     if any((ours.get("percent_of_floor") or 0) > 100 for _, ours, _ in pairs):
         about += "Above 100% of the floor: the caches hold part of so small a model. "
-    about += f"{_versions(first)} {_dates([ours for _, ours, _ in pairs])}"
+    about += f"{versions(first)} {dates([ours for _, ours, _ in pairs])}"
     return Table("cpu", "On a CPU, beside the best of transformers", header, tuple(lines), about)
 
 
@@ -280,7 +291,7 @@ def llama_cpp(rows: Sequence[Row]) -> Table | None:
     about = (
         f"Random weights, {first.get('device.cores')} cores; medians of one run whose rounds interleave. “Ratio”: how "
         f"many times better ours is than the best of the others. llama-cpp-python {version}; "
-        f"{_versions(first)} {_dates(used)}"
+        f"{versions(first)} {dates(used)}"
     )
     return Table("llama_cpp", "On a CPU, beside llama.cpp", header, tuple(lines), about)
 
@@ -294,9 +305,9 @@ def _beside(ours: Row, llama: Row, transformers: Row | None) -> tuple[Shown, ...
         ratio = mine.over(max(peers, key=lambda value: value.number))
     else:
         ratio = min(peers, key=lambda value: value.number).over(mine)
-    percents = (_percent(row, "percent_of_floor") for row in (ours, llama))
-    shown = (_number(mine), next(percents), _number(other), next(percents))
-    return (*shown, Shown("") if hf is None else _number(hf), _number(ratio, "{:.2f}×"))
+    percents = (percent(row, "percent_of_floor") for row in (ours, llama))
+    shown = (number(mine), next(percents), number(other), next(percents))
+    return (*shown, Shown("") if hf is None else number(hf), number(ratio, "{:.2f}×"))
 
 
 def published(rows: Sequence[Row]) -> Table | None:
@@ -308,61 +319,13 @@ def published(rows: Sequence[Row]) -> Table | None:
         (
             Shown(f"FlexFlow Serve, {row.get('version')}"),
             Shown(f"{row.get('model.label')}, batch {row.get('params.batch')}"),
-            _number(row.value("result.ms"), "{:.0f}"),
+            number(row.value("result.ms"), "{:.0f}"),
             Shown(str(row.get("result.peer"))),
-            _number(row.value("result.peer_ms"), "{:.0f}"),
-            Shown(_MISSING),
+            number(row.value("result.peer_ms"), "{:.0f}"),
+            Shown(MISSING),
         )
         for row in found
     )
     header = ("system", "model", "its ms a token", "beside", "ms a token", "% of floor")
     about = f"Cited, not measured here: {found[0].get('source')}."
     return Table("published", "Published elsewhere", header, lines, about)
-
-
-def markdown(table: Table) -> str:
-    """As a page of docs shows it."""
-    lines = [_line(table.header), _line(["---"] + ["---:"] * (len(table.header) - 1)), *map(_line, texts(table))]
-    return "\n".join(lines) + f"\n\n{table.about}\n"
-
-
-def texts(table: Table) -> list[list[str]]:
-    """What is read in each row. Of several rows of one model, the first names it."""
-    found = [[shown.text for shown in row] for row in table.rows]
-    names = [row[0] for row in found]
-    if table.name in ("latency", "spread"):
-        names = [name if name != before else "" for before, name in zip(["", *names], names, strict=False)]
-    return [[name, *row[1:]] for name, row in zip(names, found, strict=True)]
-
-
-def three(number: float) -> str:
-    """Three significant figures, more for a thousand and above."""
-    if number >= 100:
-        return f"{number:,.0f}"
-    return f"{number:.1f}" if number >= 10 else f"{number:.2f}" if number >= 1 else f"{number:.3f}"
-
-
-def _number(value: Value, form: str | None = None) -> Shown:
-    return Shown(form.format(value.number) if form else three(value.number), value)
-
-
-def _percent(row: Row, path: str) -> Shown:
-    return Shown(_MISSING) if row.get(path) is None else _number(row.value(path), "{:.0f}")
-
-
-def _line(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
-
-
-def _versions(row: Row) -> str:
-    versions = row.get("versions") or {}
-    named = [f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if versions.get(name)]
-    device = row.get("device.name") or row.get("device.cpu") or ""
-    return f"{short_device(str(device))}; {', '.join(named)}."
-
-
-def _dates(rows: Sequence[Row]) -> str:
-    days = sorted({str(row.get("time"))[:10] for row in rows})
-    commits = list(dict.fromkeys(str(row.get("commit"))[:7] for row in rows if row.get("commit")))
-    span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Measured {span}, {'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}." if commits else span
