@@ -3,11 +3,13 @@
     python benchmarks/validate_planner.py --machine h200x1 --rows benchmarks/results/h200_latency.jsonl
     python benchmarks/validate_planner.py --machine h200x2 --rows benchmarks/results/h200_strategies.jsonl
     python benchmarks/validate_planner.py --machine machine.json --measure [--out rows.jsonl]
+    python benchmarks/validate_planner.py --machine h200x1 --served rows.jsonl [--trace trace.csv]
 
 Operations of the machine's table are each predicted without their own sample. Steps are those of rows of `flexmoe bench
 latency` and benchmarks/strategies.py, or with --measure of models that are measured now, which the table has no shapes
 of. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs ranks count
-whose sums are one launch, as today's are. A row for each group of predictions.
+whose sums are one launch, as today's are. Served are rows of `flexmoe bench serve` against FlexMoE's server: their
+requests are simulated on the engine that each tells of. A row for each group of predictions.
 """
 
 from __future__ import annotations
@@ -15,16 +17,26 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from flexmoe.bench.load import LoadOptions, lengths
 from flexmoe.bench.machine_shapes import builtin_shape
 from flexmoe.bench.record import append, facts
 from flexmoe.config.machine import Machine
 from flexmoe.config.model import ModelConfig
 from flexmoe.models.presets import PRESETS
-from flexmoe.planner.validation import Check, Errors, leave_one_out, prompt_checks, step_checks, without_model
+from flexmoe.planner.validation import (
+    Check,
+    Errors,
+    leave_one_out,
+    prompt_checks,
+    served_checks,
+    step_checks,
+    without_model,
+)
 
 # Measured with --measure on a CPU: model, changes, batches, prompt lengths. None of these shapes is in a table.
 _UNSEEN = (
@@ -69,8 +81,8 @@ def measured_rows() -> Iterator[dict[str, Any]]:
     from flexmoe.bench.latency import LatencyOptions, measure
     from flexmoe.bench.subject import Changes
 
-    for name, changes, batches, lengths in _UNSEEN:
-        for length in lengths:
+    for name, changes, batches, prompts in _UNSEEN:
+        for length in prompts:
             options = LatencyOptions(
                 model=name, load_format="dummy", changes=Changes(**changes), batches=batches, prompt_len=length,
                 output_len=32, dtype="float32", device="cpu",
@@ -99,12 +111,34 @@ def groups(machine: Machine, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[s
     yield "first tokens", prompts
 
 
+def load_of(row: dict[str, Any], trace: Path | None) -> LoadOptions:
+    """What a served row was asked. trace: where its trace lies here; None: where it lay."""
+    asked = {field.name: row["params"][field.name] for field in fields(LoadOptions)}
+    asked |= {name: tuple(asked[name]) for name in ("input_len", "output_len")}
+    if asked["trace"] is not None:
+        asked["trace"] = trace or Path(asked["trace"])
+    return LoadOptions(**asked)
+
+
+def served_groups(machine: Machine, paths: Sequence[Path], trace: Path | None) -> Iterator[tuple[str, list[Check]]]:
+    """Predictions of rows of presets that FlexMoE served: times to first tokens, and between tokens."""
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    pairs = [
+        served_checks(machine, PRESETS[row["model"]["name"]].config, lengths(load_of(row, trace)), row)
+        for row in rows
+        if row["benchmark"] == "serve" and row["config"].get("engine") and row["model"]["name"] in PRESETS
+    ]
+    for group, checks in zip(("served TTFT", "served TPOT"), zip(*pairs, strict=True), strict=False):
+        yield group, list(checks)
+
+
 def main() -> None:
     """Print, and append rows."""
     args = _arguments()
     machine = Machine.load(args.machine)
     rows = list(measured_rows()) if args.measure else read_rows(args.rows, args.since)
-    for group, checks in groups(machine, rows):
+    steps = groups(machine, rows) if rows else ()
+    for group, checks in chain(steps, served_groups(machine, args.served, args.trace)):
         if not checks:
             continue
         errors = Errors.of(checks)
@@ -125,6 +159,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--machine", required=True, help="a file, or the name of a machine that comes along")
     parser.add_argument("--rows", type=Path, nargs="*", default=[])
+    parser.add_argument("--served", type=Path, nargs="*", default=[], help="rows of `flexmoe bench serve`")
+    parser.add_argument("--trace", type=Path, help="the trace of the served rows, if it is not where they say")
     parser.add_argument("--since", default="", help="leave out rows that are older than this date")
     parser.add_argument("--measure", action="store_true", help="measure steps on this CPU now")
     parser.add_argument("--verbose", action="store_true", help="each prediction")

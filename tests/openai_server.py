@@ -29,8 +29,11 @@ class FakeServer:
         key: str | None = None,
         models: Any = MODELS,
         usage: bool = True,
+        engine: Any = None,
     ) -> None:
+        """engine: what FlexMoE's server says of its engine; None: there is no such page."""
         self._behaviours, self._gap, self._key, self._models, self._usage = behaviours or {}, gap, key, models, usage
+        self._engine = engine
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._ready = threading.Event()
@@ -88,6 +91,8 @@ class FakeServer:
             return await _json(writer, "200 OK", self._models)
         if path == "/version":
             return await _json(writer, "200 OK", {"version": "1.2.3"})
+        if path == "/v1/flexmoe/about" and self._engine is not None:
+            return await _json(writer, "200 OK", {"engine": self._engine})
         if path not in ("/v1/completions", "/v1/chat/completions"):
             return await _json(writer, "404 Not Found", {"error": "no such page"})
         asked = json.loads(body) | {"path": path}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexmoe.bench.load import LoadOptions, plan, read_prompts, warm_up
+from flexmoe.bench.load import LoadOptions, lengths, plan, read_prompts, warm_up
 from flexmoe.errors import ConfigError
 from flexmoe.planner.arrivals import poisson
 from flexmoe.planner.trace import TraceRequest, read_trace
@@ -215,3 +215,23 @@ def test_wrong_prompts_are_refused_with_their_line(tmp_path: Path, text: str, sa
         read_prompts(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_prompts(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------ without prompts
+
+
+def test_a_simulation_is_asked_the_same(tmp_path: Path) -> None:
+    azure = trace_file(tmp_path, AZURE)
+    for options in (
+        LoadOptions(rate=5, num_requests=20, input_len=(1, 90), output_len=(1, 9)),
+        LoadOptions(trace=azure, time_scale=2, length_scale=0.1, duration=10),
+    ):
+        asked = [(one.due, len(one.prompt), one.output_len) for one in plan(options, 50)]
+        assert [(one.arrival, one.input_len, one.output_len) for one in lengths(options)] == asked
+        assert len(asked) >= 2
+    mooncake = trace_file(tmp_path, "\n".join(map(json.dumps, MOONCAKE)), "blocks")
+    assert [one.blocks for one in lengths(LoadOptions(trace=mooncake))] == [(46, 47, 48), (46, 99)]
+    assert lengths(LoadOptions(trace=mooncake, length_scale=0.5))[0].blocks == ()
+    for unknown in (LoadOptions(), LoadOptions(rate=1, text=True)):
+        with pytest.raises(ConfigError, match="can be simulated"):
+            lengths(unknown)

@@ -235,6 +235,16 @@ def test_failures_are_told_and_written(tmp_path: Path) -> None:
     assert row["result"]["errors"] == {"HTTP 429": 2}
 
 
+def test_a_row_of_our_own_server_says_what_it_runs_with() -> None:
+    ours = {"data": [MODELS["data"][0] | {"owned_by": "flexmoe"}]}  # type: ignore[index]
+    with FakeServer(models=ours, engine={"max_num_seqs": 64}) as server:
+        assert ask(server, num_requests=1).row["config"]["engine"] == {"max_num_seqs": 64}
+    with FakeServer(models=ours) as server:
+        assert ask(server, num_requests=1).row["config"]["engine"] is None, "an older one"
+    with FakeServer(engine={"max_num_seqs": 64}) as server:
+        assert ask(server, num_requests=1).row["config"]["engine"] is None, "another one is not asked"
+
+
 def interrupted(server: FakeServer, after: int, *arguments: str) -> str:
     """What the command prints when Ctrl-C comes after so many requests."""
     process = subprocess.Popen(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexmoe.bench.load import LoadOptions
 from flexmoe.bench.machine_shapes import builtin_shape
+from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.machine import Machine
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.errors import ConfigError
 from flexmoe.models.presets import PRESETS
-from flexmoe.planner.validation import Check, Errors, leave_one_out, step_checks, without_model
+from flexmoe.planner.planning import Setting
+from flexmoe.planner.trace import TraceRequest
+from flexmoe.planner.validation import Check, Errors, leave_one_out, served_checks, step_checks, without_model
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 H200, TWO = Machine.load("h200x1"), Machine.load("h200x2")
@@ -141,3 +148,46 @@ def test_errors_of_checks() -> None:
     assert errors.mean == pytest.approx(0.2)
     with pytest.raises(ValueError, match="nothing"):
         Errors.of(leave_one_out(replace(H200, samples=())))
+
+
+def served_row(**result: Any) -> dict[str, Any]:
+    """Of one prompt and nine tokens behind it, as `flexmoe bench serve` writes it."""
+    engine = {
+        "dtype": "bfloat16", "quantization": None, "max_model_len": 4096, "max_num_seqs": 64,
+        "max_num_batched_tokens": 3840, "kv_cache_blocks": 10_000, "block_size": 16, "prefix_caching": True,
+    }  # fmt: skip
+    params = {"endpoint": "completions"} | asdict(
+        LoadOptions(rate=1.0, num_requests=1, input_len=(9, 9), output_len=(10, 10))
+    )
+    found = {"requests": 1, "succeeded": 1, "ttft_ms": {"mean": 20.0}, "tpot_ms": {"mean": 1.0}} | result
+    about = {"benchmark": "serve", "engine": "flexmoe", "model": {"name": "olmoe-1b-7b"}}
+    return about | {"params": params, "config": {"engine": engine}, "result": found}
+
+
+def test_a_served_row_is_held_against_a_simulation_of_its_load() -> None:
+    config = PRESETS["olmoe-1b-7b"].config
+    row = served_row()
+    ttft, tpot = served_checks(H200, config, [TraceRequest(0.5, 9, 10)], row)
+    steps = Setting.of("olmoe", config, H200).steps(ParallelPlan(), SchedulerConfig())
+    assert ttft.predicted == pytest.approx(sum(steps.prompt(9).values()))
+    assert tpot.predicted == pytest.approx(sum(steps.decode(1, 14).values()), rel=0.02)
+    assert (ttft.measured, tpot.measured) == (0.02, 0.001)
+    with pytest.raises(ConfigError, match=r"of 2 requests 1 fit, but the row has 1 answers to 1"):
+        served_checks(H200, config, [TraceRequest(0.5, 9, 10), TraceRequest(0.6, 5000, 10)], row)
+
+
+def test_served_rows_are_read_with_their_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    script = importlib.import_module("validate_planner")
+    rows = [served_row(), {"benchmark": "latency"}, served_row() | {"config": {"engine": None}}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = dict(script.served_groups(H200, [file], None))
+    assert {group: len(checks) for group, checks in found.items()} == {"served TTFT": 1, "served TPOT": 1}
+    assert found["served TPOT"][0].what == "olmoe-1b-7b, 1 requests at 1 a second: TPOT"
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,9,10\n")
+    params = rows[0]["params"] | {"rate": None, "num_requests": None, "trace": "/elsewhere/trace.csv"}
+    file.write_text(json.dumps(rows[0] | {"params": params}) + "\n")
+    again = dict(script.served_groups(H200, [file], trace))
+    assert again["served TPOT"][0].predicted == found["served TPOT"][0].predicted

@@ -75,7 +75,7 @@ def test_ten_thousand_requests_are_all_served_and_none_starves(data_ranks: int) 
     for served, first in zip(done.served, starts, strict=True):
         assert first is not None
         latest = max(latest, first)
-        assert latest - first < 1.0, served
+        assert latest - first < 1.5, served
 
 
 def test_one_replica_gives_first_tokens_in_order_of_arrival() -> None:

@@ -59,12 +59,14 @@ class EndpointOptions:
 class Served:
     """model: the name to ask for. about: its entry of /v1/models. version: what /version tells, if it is there.
 
+    engine: what FlexMoE's server says of its engine, its limits and its KV cache among it; None of another server.
     is_listed: False for a name that was given to a server which lists no models; `about` is empty then.
     """
 
     model: str
     about: dict[str, Any]
     version: Any
+    engine: dict[str, Any] | None = None
 
     @property
     def is_listed(self) -> bool:
@@ -169,7 +171,14 @@ class Endpoint:
         else:
             raise ConfigError(f"{base}/v1/models gives no list of models (HTTP {status}); name one as --model.")
         status, version = await self._get("/version")
-        return Served(str(about.get("id", self._options.model)), about, version if status == 200 else None)
+        name = str(about.get("id", self._options.model))
+        return Served(name, about, version if status == 200 else None, await self._engine(about))
+
+    async def _engine(self, about: dict[str, Any]) -> dict[str, Any] | None:
+        if about.get("owned_by") != "flexmoe":
+            return None
+        status, told = await self._get("/v1/flexmoe/about")
+        return told.get("engine") if status == 200 and isinstance(told, dict) else None
 
     def _chosen(self, models: list[dict[str, Any]]) -> dict[str, Any]:
         """The entry of the model that was named, or the first."""

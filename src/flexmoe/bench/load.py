@@ -97,6 +97,24 @@ def plan(options: LoadOptions, vocab_size: int) -> Iterator[Planned]:
     return _of_trace(options, vocab_size) if options.trace is not None else _drawn(options, vocab_size)
 
 
+def lengths(options: LoadOptions) -> list[TraceRequest]:
+    """The same requests without their prompts, as a simulation serves them. Raises ConfigError for a load without any.
+
+    That is a closed loop, whose requests are due when others end, and one of texts, whose tokens a server counts.
+    """
+    if options.is_closed or options.text or options.prompts is not None:
+        raise ConfigError("only token ids that are due at a rate or by a trace can be simulated; measure such a load.")
+    if options.trace is None:
+        return [TraceRequest(each.due or 0.0, len(each.prompt), each.output_len) for each in _drawn(options, 1)]
+    return [
+        TraceRequest(
+            moment, _scaled(request.input_len, options), _scaled(request.output_len, options),
+            request.blocks if options.length_scale == 1 else (),
+        )
+        for request, moment in _within_duration(options)
+    ]  # fmt: skip
+
+
 def warm_up(options: LoadOptions, vocab_size: int) -> Iterator[Planned]:
     """Requests to be asked before: as long as the options say, with prompts that no request of the run has."""
     drawn = itertools.islice(_random(options, vocab_size, "warm-up"), options.warm_up)
@@ -107,14 +125,18 @@ def warm_up(options: LoadOptions, vocab_size: int) -> Iterator[Planned]:
 
 
 def _of_trace(options: LoadOptions, vocab_size: int) -> Iterator[Planned]:
+    blocks = _Blocks(options, vocab_size)
+    for number, (request, moment) in enumerate(_within_duration(options)):
+        yield Planned(number, moment, blocks.prompt(number, request), _scaled(request.output_len, options))
+
+
+def _within_duration(options: LoadOptions) -> Iterator[tuple[TraceRequest, float]]:
+    """The trace's requests that count, and when each is due."""
     assert options.trace is not None
     due = ((request, request.arrival * options.time_scale) for request in read_trace(options.trace))
-    within = itertools.islice(
+    return itertools.islice(
         (pair for pair in due if options.duration is None or pair[1] <= options.duration), options.num_requests
     )
-    blocks = _Blocks(options, vocab_size)
-    for number, (request, moment) in enumerate(within):
-        yield Planned(number, moment, blocks.prompt(number, request), _scaled(request.output_len, options))
 
 
 class _Blocks:

@@ -248,14 +248,14 @@ def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _row(options: ServeOptions, served: Served, vocab_size: int, found: Row) -> Row:
-    """Without the key. What /v1/models and /version say stands in `config`; all else is of the client's machine."""
+    """Without the key. What the server says of itself stands in `config`; all else is of the client's machine."""
     load, endpoint = options.load, options.endpoint
     params = {
         name: str(value) if name in ("trace", "prompts") and value else value for name, value in asdict(load).items()
     }
     params |= {name: getattr(endpoint, name) for name in ("endpoint", "temperature", "ignore_eos", "timeout")}
     params |= {"concurrency": options.limit, "vocab_size": vocab_size}
-    config = {"url": endpoint.base, "version": served.version, "served": served.about}
+    config = {"url": endpoint.base, "version": served.version, "served": served.about, "engine": served.engine}
     return {
         "benchmark": "serve",
         "engine": served.about.get("owned_by"),

@@ -29,7 +29,7 @@ from flexmoe.planner.simulator import Fleet, simulate
 from flexmoe.planner.space import Candidate, Space
 from flexmoe.planner.steps import Steps
 from flexmoe.planner.workload import Workload
-from flexmoe.scheduling.roofline import flops_per_byte, step_tokens
+from flexmoe.scheduling.roofline import StepTokens, flops_per_byte, step_tokens
 
 BLOCK = 16  # tokens of a KV block, the engine's default
 _ROWS = 512  # of the step whose imbalance is told
@@ -82,6 +82,13 @@ class Setting:
         """None where nothing was recorded: all experts are as likely."""
         return Routing.recorded(self.loads) if self.loads else None
 
+    @cached_property
+    def step_tokens(self) -> StepTokens:
+        """Of a step, what pays by the roofline: what the engine takes by itself."""
+        device = self.machine.device
+        balance = flops_per_byte(device.kind, device.name)
+        return step_tokens(self.model, balance, 4 if self.dtype == "float32" else 2)
+
     def space(self, *, one_engine: bool = False, only_data_parallel: bool = False) -> Space:
         """All ways to use the machine's devices."""
         machine = self.machine
@@ -95,9 +102,7 @@ class Setting:
 
     def steps(self, plan: ParallelPlan, limits: SchedulerConfig) -> Steps:
         """Step times of a plan, with so many tokens in a step at most: by default as many as the engine would take."""
-        device = self.machine.device
-        balance, itemsize = flops_per_byte(device.kind, device.name), 4 if self.dtype == "float32" else 2
-        most = limits.max_num_batched_tokens or step_tokens(self.model, balance, itemsize).most
+        most = limits.max_num_batched_tokens or self.step_tokens.most
         cost = CostModel(
             self.machine, self.model, plan, dtype=self.dtype, quantization=self.quantization, routing=self.routing
         )
@@ -145,6 +150,7 @@ class Setting:
             block_size=BLOCK,
             data_ranks=candidate.plan.data_parallel_size,
             prefix_caching=any(request.blocks for request in requests),
+            tokens=self.step_tokens,
         )
         fleet = Fleet(engine, steps.seconds, candidate.plan.num_ranks, candidate.replicas, simulated)
         done = simulate(fleet, requests)

@@ -17,6 +17,7 @@ from flexmoe.planner.trace import BLOCK_TOKENS, TraceRequest
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks
 from flexmoe.scheduling.request import Request
+from flexmoe.scheduling.roofline import StepTokens
 from flexmoe.scheduling.scheduler import Scheduler, Step
 
 StepSeconds = Callable[[Step], float]
@@ -24,13 +25,19 @@ StepSeconds = Callable[[Step], float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """What a simulated engine has: limits of a step, and the KV cache, of each of its data ranks."""
+    """What a simulated engine has: limits of a step, and the KV cache, of each of its data ranks.
+
+    tokens: of a step, what pays on the device; None: on a CPU. watched: answers are streamed, so that prompts give way
+    to decodes.
+    """
 
     scheduler: SchedulerConfig
     num_blocks: int
     block_size: int = 16
     data_ranks: int = 1
     prefix_caching: bool = False
+    tokens: StepTokens | None = None
+    watched: bool = True
 
     @property
     def longest(self) -> int:
@@ -41,7 +48,9 @@ class EngineLimits:
     def make_scheduler(self) -> Scheduler | DataRanks:
         """The engine's own scheduler, empty."""
         blocks = [BlockManager(self.num_blocks, self.block_size, self.prefix_caching) for _ in range(self.data_ranks)]
-        return Scheduler(self.scheduler, blocks[0]) if len(blocks) == 1 else DataRanks(self.scheduler, blocks)
+        if len(blocks) == 1:
+            return Scheduler(self.scheduler, blocks[0], self.tokens)
+        return DataRanks(self.scheduler, blocks, self.tokens)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +89,7 @@ class Replica:
     outstanding: int = 0
     scheduler: Scheduler | DataRanks = field(init=False)
     _step: Step | None = None
+    _seconds: float = 0.0
     _served: dict[str, Served] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,6 +114,7 @@ class Replica:
             str(number), _tokens(number, asked, prompt), _sampling(answer), eos_token_ids=(),
             max_total_tokens=self.limits.longest,
         )  # fmt: skip
+        request.watched = self.limits.watched
         self.scheduler.add(request)
         self._served[request.request_id] = served
         self.outstanding += prompt + answer
@@ -118,14 +129,15 @@ class Replica:
             return None
         self._step = step
         self.steps += 1
-        seconds = self.seconds(step)
-        self.busy += seconds
-        return seconds
+        self._seconds = self.seconds(step)
+        self.busy += self._seconds
+        return self._seconds
 
     def finish(self, now: float) -> int:
         """The step has ended. Returns how many tokens it gave."""
         step = self._step
         assert step is not None, "no step is being computed"
+        self.scheduler.observe(step, self._seconds)
         tokens = step.num_samples
         ended = self.scheduler.update(step, [0] * tokens)
         for chunk in step.chunks:

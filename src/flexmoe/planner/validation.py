@@ -6,16 +6,25 @@ all samples of that model's shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from statistics import fmean
 from typing import Any
 
+from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.machine import Machine, Sample
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.errors import ConfigError
 from flexmoe.planner.cost_model import Chunk, CostModel, StepShape
 from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.operations import Operation
+from flexmoe.planner.planning import Setting
+from flexmoe.planner.replica import EngineLimits
+from flexmoe.planner.simulator import Fleet, simulate
+from flexmoe.planner.trace import TraceRequest
+
+_LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,37 @@ def prompt_checks(machine: Machine, model: ModelConfig, rows: Iterable[Mapping[s
             cost = CostModel(machine, model, ParallelPlan(), dtype=params["dtype"])
             shape = StepShape(chunks=(Chunk(params["prompt_len"]),) * params["batch"])
             yield Check(_name(row), cost.step(shape).seconds, result["first_token_ms"] * 1e-3)
+
+
+def served_checks(
+    machine: Machine, model: ModelConfig, requests: Sequence[TraceRequest], row: Mapping[str, Any]
+) -> tuple[Check, Check]:
+    """Mean TTFT and TPOT of a row of `flexmoe bench serve`: its requests, simulated on the engine that it tells of.
+
+    Raises ConfigError if the row was asked other requests, or some of its own were not answered.
+    """
+    engine, result = row["config"]["engine"], row["result"]
+    plan = ParallelPlan.from_json({f.name: engine[f.name] for f in fields(ParallelPlan) if f.name in engine})
+    limits = SchedulerConfig(**{name: engine[name] for name in _LIMITS})
+    setting = Setting.of(row["model"]["name"], model, machine, engine["dtype"], engine["quantization"])
+    told = EngineLimits(
+        scheduler=limits, num_blocks=engine["kv_cache_blocks"], block_size=engine["block_size"],
+        data_ranks=plan.data_parallel_size, prefix_caching=engine["prefix_caching"], tokens=setting.step_tokens,
+    )  # fmt: skip
+    fit = [request for request in requests if request.input_len < told.longest]  # the server refuses the others
+    if (len(requests), len(fit)) != (result["requests"], result["succeeded"]):
+        raise ConfigError(
+            f"of {len(requests)} requests {len(fit)} fit, but the row has {result['succeeded']} answers to "
+            f"{result['requests']}; give the trace that it was asked, and a row without other failures."
+        )
+    fleet = Fleet(told, setting.steps(plan, limits).seconds, plan.num_ranks, 1, 1)
+    served = simulate(fleet, fit).served
+    ttft, tpot = fmean(one.ttft for one in served), fmean(one.tpot for one in served if one.tpot is not None)
+    what = f"{setting.name}, {len(fit)} requests at {len(fit) / max(fit[-1].arrival, 1e-9):.3g} a second"
+    return (
+        Check(f"{what}: TTFT", ttft, result["ttft_ms"]["mean"] * 1e-3),
+        Check(f"{what}: TPOT", tpot, result["tpot_ms"]["mean"] * 1e-3),
+    )
 
 
 def _name(row: Mapping[str, Any]) -> str:
