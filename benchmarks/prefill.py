@@ -13,41 +13,20 @@ Triton kernels, and `torch.nn.functional.grouped_mm`, each alone, for so many se
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from prefill_sweep import sweep
-from torch.profiler import ProfilerActivity, profile
 
 from flexmoe.bench.bandwidth import read_bandwidth
+from flexmoe.bench.prompt_operations import PromptLayers
 from flexmoe.bench.record import append, facts
 from flexmoe.config.model import ModelConfig
-from flexmoe.config.plan import ParallelPlan
-from flexmoe.config.sampling import SamplingParams
-from flexmoe.engine.prompt_rows import lay_out
-from flexmoe.layers.kv_cache import KVCache
-from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import PromptRows
-from flexmoe.models.fused_prompts import PromptDecoder
-from flexmoe.models.loader import fill_dummy
 from flexmoe.models.presets import PRESETS
-from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk
 
-_DEVICE, _DTYPE, _BLOCK = torch.device("cuda"), torch.bfloat16, 16
-_REPEATS = 7
-# A kernel of ours: what it is, and which product of torch's comes behind it.
-_OURS = {
-    "_rms_norm": ("norm", "qkv"), "_rotate_and_store": ("rotate", "qkv"), "_prefill_attention": ("attention", "output"),
-    "_route_many": ("router", "other"), "_topk": ("group", "other"), "_group_by_expert": ("group", "other"),
-    "_gate_up_grouped": ("gate_up", "other"), "_down_grouped": ("down", "other"),
-}  # fmt: skip
+_DEVICE, _DTYPE = torch.device("cuda"), torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -95,70 +74,6 @@ def work_of(config: ModelConfig, tokens: int) -> dict[str, Work]:
     }
 
 
-class Prompt:
-    """Some layers of a model with random weights, and one prompt of T tokens."""
-
-    def __init__(self, config: ModelConfig, most: int) -> None:
-        self.config = config
-        model = Decoder(config, ParallelPlan(), "triton", most, dtype=_DTYPE, device=_DEVICE).eval()
-        fill_dummy({name: p.data for name, p in model.named_parameters()}, 0, _DTYPE)
-        model.pack(in_place=True)
-        self._decoder = PromptDecoder(model, most, _DEVICE)
-        self._cache = KVCache(config, -(-most // _BLOCK), _BLOCK, _DTYPE, _DEVICE)
-
-    def rows(self, tokens: int) -> PromptRows:
-        """One prompt, in blocks that lie anywhere."""
-        ids = torch.randint(self.config.vocab_size, (tokens,)).tolist()
-        request = Request("r", ids, SamplingParams(), eos_token_ids=(), max_total_tokens=2**40)
-        request.blocks = torch.randperm(-(-tokens // _BLOCK)).tolist()
-        return lay_out([ScheduledChunk(request, 0, tokens, True)], _BLOCK, self._decoder.block_rows, _DEVICE)
-
-    @torch.inference_mode()
-    def step(self, rows: PromptRows) -> None:
-        """Launches it; waits for nothing."""
-        self._decoder.logits(rows, self._cache)
-
-    def seconds(self, rows: PromptRows) -> tuple[float, float]:
-        """Medians of a step: on the device, and of the host's part in it."""
-        device, host = [], []
-        for _ in range(_REPEATS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            start.record()
-            self.step(rows)
-            end.record()
-            host.append(time.perf_counter() - began)
-            end.synchronize()
-            device.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(device), statistics.median(host)
-
-    def operations(self, rows: PromptRows) -> tuple[dict[str, float], int]:
-        """Seconds of each operation in a step, all layers together, and launches."""
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            self.step(rows)
-            torch.cuda.synchronize()
-        events = sorted((e for e in seen.events() if e.device_time_total > 0), key=lambda e: e.time_range.start)
-        return named((e.name, e.device_time_total * 1e-6) for e in events), len(events)
-
-
-def named(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Seconds by operation of kernels in their order: torch's are told apart by what came before them."""
-    found: dict[str, float] = defaultdict(float)
-    kernels, product, last = list(kernels), "other", ""
-    final = max((i for i, (name, _) in enumerate(kernels) if name.startswith("_combine")), default=-1)
-    for i, (name, seconds) in enumerate(kernels):
-        if name.startswith("_combine"):
-            operation, product = "norm", "head" if i == final else "other" if last == "output" else "qkv"
-        elif name in _OURS:
-            operation, product = _OURS[name]
-        else:
-            operation = product
-        found[operation] += seconds
-        last = operation
-    return found
-
-
 def product_rate() -> float:
     """FLOP/s of a large product of torch, the best of some."""
     a, b = (torch.randn(8192, 8192, device=_DEVICE, dtype=_DTYPE) for _ in range(2))
@@ -174,7 +89,7 @@ def product_rate() -> float:
     return best
 
 
-def measure(name: str, prompt: Prompt, tokens: int, ceiling: Ceiling, layers: int) -> dict[str, Any]:
+def measure(name: str, prompt: PromptLayers, tokens: int, ceiling: Ceiling, layers: int) -> dict[str, Any]:
     """One step, printed. layers: of the whole model."""
     rows, count = prompt.rows(tokens), prompt.config.num_layers
     prompt.step(rows)  # compiles
@@ -219,7 +134,7 @@ def main() -> None:
     for name in args.models.split(","):
         whole = PRESETS[name].config
         config = replace(whole, layers=whole.layers[: args.layers])
-        prompt = Prompt(config, max(counts))
+        prompt = PromptLayers(config, max(counts), _DEVICE, _DTYPE)
         for tokens in counts:
             result = measure(name, prompt, tokens, ceiling, whole.num_layers)
             if args.out:

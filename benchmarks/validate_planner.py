@@ -76,6 +76,11 @@ def _is_current(row: dict[str, Any]) -> bool:
     return not by_launch or "one launch" in config["decode_kernels"]
 
 
+def _is_prompt_current(row: dict[str, Any]) -> bool:
+    """Whether its prompts were computed as today: on a GPU not in torch. Rows say `one_pass` since then."""
+    return row["device"]["kind"] != "cuda" or "one_pass" in row["config"]
+
+
 def measured_rows() -> Iterator[dict[str, Any]]:
     """Steps of models that no table has."""
     from flexmoe.bench.latency import LatencyOptions, measure
@@ -105,7 +110,7 @@ def groups(machine: Machine, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[s
         if model is not None:
             steps += step_checks(machine, model, [row])
             unseen += step_checks(without_model(machine, model), model, [row])
-            prompts += prompt_checks(machine, model, [row]) if "ms" in row["result"] else []
+            prompts += prompt_checks(machine, model, [row]) if "ms" in row["result"] and _is_prompt_current(row) else []
     yield "steps", steps
     yield "steps of models not measured", unseen
     yield "first tokens", prompts

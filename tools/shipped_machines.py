@@ -31,12 +31,12 @@ GIB = 2**30
 # Bandwidths and peaks are what streams and products reach, not data sheets', which promise a tenth more.
 H200 = DeviceSpec(
     "cuda", "NVIDIA H200", round(139.8 * GIB), 4.53e12, {"bfloat16": 7.8e14, "float16": 7.8e14, "float32": 5e13},
-    launch_s=2.2e-6, host_s=2.5e-5, torch_layer_s=1e-3, torch_chunk_s=6.5e-5,
+    launch_s=2.2e-6, host_s=2.5e-5, prompt_layer_s=7e-4, torch_layer_s=1e-3, torch_chunk_s=6.5e-5,
 )  # fmt: skip
 H100 = replace(H200, name="NVIDIA H100 80GB HBM3", memory_bytes=round(79.1 * GIB), read_bandwidth=3.05e12)
 L4 = DeviceSpec(
     "cuda", "NVIDIA L4", 22 * GIB, 2.6e11, {"bfloat16": 9e13, "float16": 9e13, "float32": 2.5e13},
-    launch_s=2.5e-6, host_s=4e-5, torch_layer_s=1e-3, torch_chunk_s=6.5e-5,
+    launch_s=2.5e-6, host_s=4e-5, prompt_layer_s=7e-4, torch_layer_s=1e-3, torch_chunk_s=6.5e-5,
 )  # fmt: skip
 CPU = DeviceSpec(
     "cpu", "two cores of a server", 23 * GIB, 3e10, {"float32": 1.2e11, "bfloat16": 2.4e11},

@@ -13,9 +13,16 @@ from click.testing import CliRunner
 from flexmoe.bench import machine_cpu
 from flexmoe.bench.machine_jobs import Lazy, run_jobs
 from flexmoe.bench.machine_ranks import slowest
-from flexmoe.bench.machine_samples import native_samples, prompt_samples, step_samples, torch_decode_samples
+from flexmoe.bench.machine_samples import (
+    gpu_prompt_samples,
+    native_samples,
+    prompt_samples,
+    step_samples,
+    torch_decode_samples,
+)
 from flexmoe.bench.machine_shapes import builtin_shape, cpu_shapes, cpu_slices, gpu_shapes, gpu_slices
 from flexmoe.bench.native_operations import NativeLayers
+from flexmoe.bench.prompt_operations import named, split
 from flexmoe.bench.torch_operations import TorchLayers
 from flexmoe.cli.main import main
 from flexmoe.config.machine import Machine, Sample
@@ -85,6 +92,28 @@ def test_operations_of_a_step_on_a_gpu_by_name() -> None:
     assert found["fused.experts"].shape == (42.01, 2048, 1024)
     assert found["fused.experts"].rows == 64
     assert found["fused.attention"].shape[0] == 256
+
+
+def test_operations_of_a_prompt_on_a_gpu_by_their_kernels() -> None:
+    """Two layers as a profiler lists them: products of torch are known by what comes before them."""
+    layer = [
+        ("nvjet_qkv", 3.0), ("_rotate_and_store", 1.0), ("_prefill_attention", 5.0), ("nvjet_out", 2.0),
+        ("_combine_norm", 0.5), ("_route_many", 0.3), ("_topk", 0.1), ("_group_by_expert", 0.1),
+        ("_gate_up_grouped", 20.0), ("_down_grouped", 10.0), ("_combine_norm", 0.5),
+    ]  # fmt: skip
+    operations = named([("embedding", 0.2), ("_rms_norm", 0.2), *layer, *layer, ("nvjet_head", 4.0)])
+    assert {name: operations[name] for name in ("qkv", "output", "attention", "gate_up", "head", "norm")} == {
+        "qkv": 6.0, "output": 4.0, "attention": 10.0, "gate_up": 40.0, "head": 4.0, "norm": 2.2,
+    }  # fmt: skip
+    took = split(94.0, 0.8, operations, 2)
+    assert took == {"qkv": 3, "output": 2, "attention": 5, "experts": 30, "router": 5, "head": 4, "host": 0.4}
+    config = PRESETS["olmoe-1b-7b"].config
+    found = {(s.op, s.shape[0]): s for s in known(gpu_prompt_samples(config, took, 512, 4096))}
+    assert found["prompts.linear", 6144].seconds == 3
+    assert (found["prompts.linear", 50304].rows, found["prompts.linear", 50304].seconds) == (1, 4)
+    assert found["prompts.prompt", 4096].rows == 512
+    assert (found["prompts.experts", 64].rows, found["prompts.experts", 64].seconds) == (4096, 30)
+    assert found["prompts.router", 64].seconds == 5
 
 
 def test_shapes_can_be_made() -> None:

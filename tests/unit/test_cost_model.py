@@ -65,11 +65,17 @@ def test_contexts_of_each_row_count_by_their_mean() -> None:
     assert StepShape.of([100, 300], [Chunk(7)]).tokens == 9
 
 
-def test_a_gpu_waits_for_the_host_where_prompts_are_short() -> None:
-    slow = replace(H200, device=replace(H200.device, torch_layer_s=5e-3))
-    cost = step(ParallelPlan(), StepShape(chunks=(Chunk(16),)), slow)
-    assert cost.seconds == pytest.approx(16 * 5e-3 + slow.device.host_s + slow.device.host_row_s)
-    assert step(ParallelPlan(), DECODES, slow).seconds < 5e-3, "decodes are captured"
+def test_a_gpu_waits_for_the_host_where_steps_are_no_graph() -> None:
+    slow = replace(H200, device=replace(H200.device, prompt_layer_s=5e-3, torch_layer_s=8e-3, torch_chunk_s=1e-3))
+    prompts = StepShape(chunks=(Chunk(16),) * 3)
+    host = slow.device.host_s + 3 * slow.device.host_row_s
+    assert step(ParallelPlan(4), prompts, slow).seconds == pytest.approx(16 * 5e-3 + host)
+    spread = ParallelPlan(4, 4, moe_dispatch="all_to_all")
+    assert step(spread, prompts, slow).seconds == pytest.approx(16 * (8e-3 + 2 * 1e-3) + host)
+    for captured in (DECODES, prompts, StepShape(chunks=(Chunk(2048),))):
+        assert step(ParallelPlan(), captured, slow).terms["host"] < 1e-3
+    for alone in (StepShape(chunks=(Chunk(2300),)), StepShape(chunks=(Chunk(1),) * 65)):
+        assert step(ParallelPlan(), alone, slow).seconds > 16 * 5e-3
 
 
 def test_experts_wait_for_the_rank_that_reads_most() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -60,6 +61,28 @@ def test_between_two_the_ratio_is_between() -> None:
     found = lookup.estimate("fused", middle)
     assert 1.3 < found.seconds / least(middle) < 3
     assert not found.extrapolated
+
+
+def test_a_trend_goes_on_within_what_was_measured() -> None:
+    """Of ratios that grow with rows, not a mean of all."""
+    rows = (1, 4, 16, 64)
+    operations = [Operation("linear", n, (4096, 4096)) for n in rows]
+    samples = measured(lambda o: 1 + math.log(o.rows) / 4, *operations)
+    lookup = Lookup(replace(MACHINE, samples=samples), "bfloat16")
+    for n in (2, 32):
+        between = Operation("linear", n, (4096, 4096))
+        found = lookup.estimate("fused", between)
+        assert found.seconds / least(between) == pytest.approx(1 + math.log(n) / 4, rel=0.04)
+    beyond = Operation("linear", 1024, (4096, 4096))
+    assert lookup.estimate("fused", beyond).seconds <= 1.001 * (1 + math.log(64) / 4) * least(beyond)
+
+
+def test_prompts_take_products_and_experts_as_torch_does_where_only_that_was_measured() -> None:
+    linear = Operation("linear", 512, (4096, 4096))
+    (sample,) = measured(lambda _: 2.0, linear)
+    lookup = Lookup(replace(MACHINE, samples=(replace(sample, op="torch.linear"),)), "bfloat16")
+    assert lookup.estimate("prompts", linear).seconds == pytest.approx(2 * least(linear))
+    assert lookup.estimate("prompts", Operation("router", 512, (8, 4096, 2))).extrapolated
 
 
 def test_far_ones_and_unknown_ones_say_so() -> None:

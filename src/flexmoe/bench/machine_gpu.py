@@ -1,7 +1,8 @@
 """Measures one GPU for the planner. Enters: a device and seconds. Leaves: a Machine of one device.
 
 The most telling operations come first; those for which no time is left are not in the table. Decodes are measured
-inside a step's graph (`step_operations.py`), prompts through torch's modules (`torch_operations.py`).
+inside a step's graph (`step_operations.py`), prompts by their kernels (`prompt_operations.py`); and both in torch
+(`torch_operations.py`), for plans that have neither.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 
 from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.machine_jobs import Job, Lazy, Notify, run_jobs
-from flexmoe.bench.machine_samples import prompt_samples, step_samples, torch_decode_samples
+from flexmoe.bench.machine_samples import gpu_prompt_samples, prompt_samples, step_samples, torch_decode_samples
 from flexmoe.bench.machine_shapes import gpu_shapes, gpu_slices
 from flexmoe.bench.peak import matrix_peak
+from flexmoe.bench.prompt_operations import PromptLayers
 from flexmoe.bench.record import facts
 from flexmoe.bench.step_operations import Steps
 from flexmoe.bench.torch_operations import TorchLayers
@@ -28,7 +30,8 @@ from flexmoe.config.machine import DeviceSpec, Machine, Sample
 _BATCHES, _OTHER_BATCHES = (1, 8, 32, 128), (2, 4, 16, 64, 256)
 _CONTEXT, _LONG, _LONG_BATCHES = 256, (1024, 4096), (1, 8, 64)
 _MOST_KEYS = 2**18  # of all rows together: memory
-_PROMPTS, _BEHIND = (64, 512, 2048, 8192), 4096
+_PROMPTS, _BEHIND = (64, 256, 512, 1024, 2048, 4096, 8192), 4096
+_TORCH_PROMPTS = (64, 512, 2048)
 _CHUNKS = 9  # prompts in one step
 _RESERVE = 3 * 2**30  # what engine/startup.py leaves free, and the context of CUDA
 
@@ -44,21 +47,29 @@ def measure_gpu(name: str, device: torch.device, seconds: float, notify: Notify)
         launch_s=_launch_seconds(device), host_s=0.0,
     )  # fmt: skip
     steps: list[float] = []  # what they have beside operations
-    launching: list[tuple[float, float]] = []
-    samples = run_jobs(_jobs(device, steps, launching), seconds, notify)
-    layer, chunk = (statistics.median(times) for times in zip(*(launching or [(0.0, 0.0)]), strict=True))
-    spec = replace(spec, host_s=statistics.median(steps or [0.0]), torch_layer_s=layer, torch_chunk_s=max(0.0, chunk))
+    launching: list[float] = []
+    in_torch: list[tuple[float, float]] = []
+    samples = run_jobs(_jobs(device, steps, launching, in_torch), seconds, notify)
+    layer, chunk = (statistics.median(times) for times in zip(*(in_torch or [(0.0, 0.0)]), strict=True))
+    spec = replace(
+        spec, host_s=statistics.median(steps or [0.0]), prompt_layer_s=statistics.median(launching or [0.0]),
+        torch_layer_s=layer, torch_chunk_s=max(0.0, chunk),
+    )  # fmt: skip
     return Machine(name, 1, 1, spec, samples=tuple(samples), reserve_bytes=_RESERVE, notes=facts(device))
 
 
-def _jobs(device: torch.device, steps: list[float], launching: list[tuple[float, float]]) -> Iterator[Job]:
+def _jobs(
+    device: torch.device, steps: list[float], launching: list[float], in_torch: list[tuple[float, float]]
+) -> Iterator[Job]:
     """The most telling first. Models are made when their turn comes, one at a time. Lists: where else times go."""
     for shape in gpu_shapes():
-        prompts = _Prompts(Lazy(partial(TorchLayers, shape.config, torch.bfloat16, device)), launching)
+        prompts = _Prompts(
+            Lazy(partial(PromptLayers, shape.config, max(_PROMPTS) + _BEHIND, device, torch.bfloat16)), launching
+        )
         for rows in _PROMPTS:
             yield f"{shape.name}: prompt of {rows} tokens", partial(prompts.prompt, rows)
-        yield f"{shape.name}: prompt behind {_BEHIND} tokens", partial(prompts.prompt, 512, _BEHIND)
-        yield f"{shape.name}: decodes in torch", partial(prompts.decode, 32)
+        for rows in (64, 512, 2048):
+            yield f"{shape.name}: prompt of {rows} behind {_BEHIND} tokens", partial(prompts.prompt, rows, _BEHIND)
     for batches, shapes in ((_BATCHES, gpu_shapes()), (_OTHER_BATCHES, gpu_shapes()), (_BATCHES, gpu_slices())):
         for shape in shapes:
             decodes = _Decodes(Lazy(partial(Steps, shape.config, device)), steps)
@@ -66,20 +77,38 @@ def _jobs(device: torch.device, steps: list[float], launching: list[tuple[float,
                 yield f"{shape.name}: decodes of {batch}", partial(decodes.step, batch)
             if batches is _BATCHES:
                 yield f"{shape.name}: long contexts", decodes.long
+    for shape in gpu_shapes():
+        torch_prompts = _TorchPrompts(Lazy(partial(TorchLayers, shape.config, torch.bfloat16, device)), in_torch)
+        for rows in _TORCH_PROMPTS:
+            yield f"{shape.name}: prompt of {rows} tokens in torch", partial(torch_prompts.prompt, rows)
+        yield f"{shape.name}: decodes in torch", partial(torch_prompts.decode, 32)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """Prompts of one model. launching: seconds of a layer's launches, and of each prompt more."""
+    """Prompts of one model. launching: seconds of a layer's launches."""
+
+    layers: Lazy[PromptLayers]
+    launching: list[float]
+
+    def prompt(self, rows: int, before: int = 0) -> list[Sample]:
+        layers = self.layers()
+        took = layers.parts(rows, before)
+        self.launching.append(took["host"])
+        return gpu_prompt_samples(layers.config, took, rows, before)
+
+
+@dataclass(frozen=True, slots=True)
+class _TorchPrompts:
+    """The same through torch's modules. launching: seconds of a layer's launches, and of each prompt more."""
 
     layers: Lazy[TorchLayers]
     launching: list[tuple[float, float]]
 
-    def prompt(self, rows: int, before: int = 0) -> list[Sample]:
-        if not before:
-            alone, many = (self.layers().host_seconds(chunks) for chunks in (1, _CHUNKS))
-            self.launching.append((alone, (many - alone) / (_CHUNKS - 1)))
-        return prompt_samples(self.layers(), rows, before)
+    def prompt(self, rows: int) -> list[Sample]:
+        alone, many = (self.layers().host_seconds(chunks) for chunks in (1, _CHUNKS))
+        self.launching.append((alone, (many - alone) / (_CHUNKS - 1)))
+        return prompt_samples(self.layers(), rows)
 
     def decode(self, rows: int) -> list[Sample]:
         return torch_decode_samples(self.layers(), rows, _CONTEXT)

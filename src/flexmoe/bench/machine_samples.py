@@ -37,6 +37,24 @@ def step_samples(config: ModelConfig, added: dict[str, float], batch: int, conte
     return found
 
 
+def gpu_prompt_samples(config: ModelConfig, took: dict[str, float], rows: int, before: int = 0) -> list[Sample]:
+    """Operations of a prompt on a GPU, as bench/prompt_operations.py tells them apart."""
+    a, moe = config.attention, config.moe
+    assert moe is not None
+    parts = [
+        ("linear", "qkv", rows, (config.qkv_size, config.hidden_size)),
+        ("linear", "output", rows, (config.hidden_size, a.num_heads * a.head_dim)),
+        ("linear", "head", 1, (config.vocab_size, config.hidden_size)),
+        ("prompt", "attention", rows, (before, a.num_heads, a.num_kv_heads, a.head_dim)),
+        ("experts", "experts", rows * moe.top_k, _experts_shape(config, rows)),
+        ("router", "router", rows, (moe.num_experts, config.hidden_size, moe.top_k)),
+    ]
+    return [
+        Sample(f"prompts.{op}", "bfloat16", number, shape, took[name])
+        for op, name, number, shape in parts if took[name] > LEAST
+    ]  # fmt: skip
+
+
 def prompt_samples(layers: TorchLayers, rows: int, before: int = 0, ranks: int = 1) -> list[Sample]:
     """Operations of a layer in torch for a prompt of so many tokens."""
     a = layers.config.attention

@@ -32,8 +32,9 @@ class DeviceSpec:
 
     read_bandwidth: bytes a second of a plain stream. peak_flops: of matrix products, by dtype. launch_s: what an
     operation takes that has next to nothing to do. host_s and host_row_s: what a step, and each of its rows,
-    takes beside operations. torch_layer_s and torch_chunk_s: what the host takes to launch a layer in torch, and for
-    each further prompt in it, while a GPU computes what was launched before. cores: of a CPU.
+    takes beside operations. prompt_layer_s: what the host takes to launch a layer of prompts where that is no graph,
+    while a GPU computes what was launched before. torch_layer_s and torch_chunk_s: the same in torch, and for each
+    further prompt in it. cores: of a CPU.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class DeviceSpec:
     launch_s: float
     host_s: float
     host_row_s: float = 0.0
+    prompt_layer_s: float = 0.0
     torch_layer_s: float = 0.0
     torch_chunk_s: float = 0.0
     cores: int = 0
@@ -192,6 +194,7 @@ def _text(machine: Machine) -> str:
             "tflops": {dtype: _digits(flops / 1e12) for dtype, flops in device.peak_flops.items()},
             "launch_us": _digits(device.launch_s * 1e6), "host_us": _digits(device.host_s * 1e6),
             "host_row_us": _digits(device.host_row_s * 1e6),
+            "prompt_layer_us": _digits(device.prompt_layer_s * 1e6),
             "torch_layer_us": _digits(device.torch_layer_s * 1e6),
             "torch_chunk_us": _digits(device.torch_chunk_s * 1e6), "cores": device.cores,
         },
@@ -279,6 +282,7 @@ def _device(data: Any) -> DeviceSpec:
         launch_s=_number(data, "launch_us") / 1e6,
         host_s=_number(data, "host_us", 0) / 1e6,
         host_row_s=_number(data, "host_row_us", 0) / 1e6,
+        prompt_layer_s=_number(data, "prompt_layer_us", 0) / 1e6,
         torch_layer_s=_number(data, "torch_layer_us", 0) / 1e6,
         torch_chunk_s=_number(data, "torch_chunk_us", 0) / 1e6,
         cores=round(_number(data, "cores", 0)),

@@ -30,6 +30,7 @@ TERMS = (
 _FUSED_ROWS = {"cuda": 256, "cpu": 64}  # of decodes that the fused kernels take
 _WORTH_TORCH = {"float32": 400e6, "bfloat16": 200e6}  # multiply-adds a layer, see models/native.py
 _LEAST_ROWS = 4
+_MOST_GRAPHED, _MOST_CHUNKS = 2048, 64  # tokens and prompts of a step that is a graph, see engine/prompt_graphs.py
 _MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others in one launch, see models/fused_ranks.py
 
 
@@ -149,10 +150,7 @@ class CostModel:
         for each in self._passes(shape):
             computed = self._fixed(each.path, each.rows, each.sampled).plus(self._attention(each))
             cost = cost.plus(computed)
-            if each.path == "torch" and not self.machine.is_shared:  # the host launches while the GPU computes
-                parts = max(0, len(each.chunks) + each.decodes - 1)
-                launching = self.model.num_layers * (device.torch_layer_s + device.torch_chunk_s * parts)
-                cost = cost.plus(StepCost({"host": max(0.0, launching - computed.seconds)}))
+            cost = cost.plus(StepCost({"host": max(0.0, self._launching(each) - computed.seconds)}))
         return cost
 
     def memory(self, max_tokens: int, step_tokens: int = 2048) -> MemoryUse:
@@ -172,7 +170,8 @@ class CostModel:
         rest = 0 if fused else decodes
         rows = rest + sum(chunk.tokens for chunk in shape.chunks)
         if rows:
-            found.append(_Pass("torch", _rounded(rows), rest + len(chunks), rest, context, chunks))
+            path = "prompts" if self.machine.device.kind == "cuda" and self._most_fused() else "torch"
+            found.append(_Pass(path, _rounded(rows), rest + len(chunks), rest, context, chunks))
         return found
 
     def _most_fused(self) -> int:
@@ -188,6 +187,15 @@ class CostModel:
         model = self.model
         weights = model.num_active_parameters() - model.vocab_size * model.hidden_size
         return int(min(max(_WORTH_TORCH[self.dtype] / (weights / model.num_layers), _LEAST_ROWS), most))
+
+    def _launching(self, each: _Pass) -> float:
+        """Seconds in which the host launches the pass while the GPU computes; 0 of a graph, and on a CPU."""
+        device, parts = self.machine.device, len(each.chunks) + each.decodes
+        graphed = self.plan.num_ranks == 1 and each.rows <= _MOST_GRAPHED and parts <= _MOST_CHUNKS
+        if self.machine.is_shared or each.path == "fused" or (each.path == "prompts" and graphed):
+            return 0.0
+        layer = device.torch_layer_s + device.torch_chunk_s * max(0, parts - 1)
+        return self.model.num_layers * (device.prompt_layer_s if each.path == "prompts" else layer)
 
     # ------------------------------------------------------------------------------------------------ terms
 

@@ -1,8 +1,8 @@
 """What an operation takes on a machine. Enters: measured samples. Leaves: seconds for sizes that nobody measured.
 
-Not seconds are interpolated but the ratio to the roofline, which changes far less with size. Ratios of samples are
-weighted by their distance on logarithmic scales of rows and sizes. Where none is near, the result says that it is
-extrapolated; where there is no sample at all, the ratio is that of `_GUESS`.
+Not seconds are interpolated but the ratio to the roofline, which changes far less with size. A plane is laid through
+all samples on logarithmic scales of ratio, rows and sizes; near ones weigh more, and what was measured bounds it. Where
+none is near, the result says that it is extrapolated; where there is no sample at all, the ratio is that of `_GUESS`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ import numpy.typing as npt
 from flexmoe.config.machine import DeviceSpec, Machine, Sample
 from flexmoe.planner.operations import Operation, roofline
 
+Array = npt.NDArray[np.float64]
+
 _GUESS = 1.25
 _FAR = math.log(8)  # of a size from that of the nearest sample
-_SHARP = 2  # power of the distance by which weights fall
+_ALIKE = {"prompts.linear": "torch.linear", "prompts.experts": "torch.experts"}  # the same kernels on a GPU
+_SHARP = 3  # power of the distance by which weights fall
+_FLAT = 0.03  # what a slope costs: where all samples have one size, nothing else says that there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,8 @@ class Estimate:
 class _Known:
     """Samples of one operation: where each is [N, D], and the logarithm of its ratio to the roofline [N]."""
 
-    places: npt.NDArray[np.float64]
-    ratios: npt.NDArray[np.float64]
+    places: Array
+    ratios: Array
 
 
 class Lookup:
@@ -61,15 +65,23 @@ class Lookup:
 
     def _estimate(self, path: str, operation: Operation) -> Estimate:
         least = roofline(operation, self._device, self._dtype, self._weights) * self._share
-        known = self._known.get(f"{path}.{operation.name}")
+        name = f"{path}.{operation.name}"
+        known = self._known.get(name) or self._known.get(_ALIKE.get(name, ""))
         if known is None:
             return Estimate(least * _GUESS, True)
-        gaps = np.abs(known.places - _place(operation))  # [N, D]
-        distance = gaps.max(axis=1)
-        nearest = int(distance.argmin())
-        weights = 1 / (np.sqrt((gaps**2).sum(axis=1)) + 1e-6) ** _SHARP
-        ratio = float((weights * known.ratios).sum() / weights.sum())
-        return Estimate(least * math.exp(ratio), bool(distance[nearest] > _FAR))
+        gaps = known.places - _place(operation)  # [N, D]
+        weights = 1 / (np.sqrt((gaps**2).sum(axis=1)) + 1e-3) ** _SHARP
+        ratio = _level(gaps, known.ratios, weights / weights.sum())
+        return Estimate(least * math.exp(ratio), bool(np.abs(gaps).max(axis=1).min() > _FAR))
+
+
+def _level(gaps: Array, ratios: Array, weights: Array) -> float:
+    """Where the plane through `ratios` [N] stands at gap 0, within what was measured. gaps: [N, D]; weights: [N]."""
+    sides = np.column_stack([np.ones(len(gaps)), gaps])
+    weighted = sides * weights[:, None]
+    slopes = np.diag([0.0] + [_FLAT] * gaps.shape[1])
+    level = np.linalg.solve(weighted.T @ sides + slopes, weighted.T @ ratios)[0]
+    return float(np.clip(level, ratios.min(), ratios.max()))
 
 
 def _by_op(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
@@ -87,7 +99,7 @@ def _known(samples: Sequence[Sample], device: DeviceSpec, dtype: str) -> _Known:
     return _Known(np.array([_place(o) for o in operations]), np.array(ratios))
 
 
-def _place(operation: Operation) -> npt.NDArray[np.float64]:
+def _place(operation: Operation) -> Array:
     """Where an operation is among others, on logarithmic scales."""
     return np.array([math.log(max(1, size)) for size in (operation.rows, *operation.shape)])
 

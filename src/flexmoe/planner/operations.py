@@ -1,15 +1,16 @@
 """What a step is made of, and the least that each operation can take. Enters: sizes. Leaves: bytes, products, seconds.
 
 Operations have a path before their name: "fused" is what decodes go through, Triton kernels in a graph on a GPU and C
-kernels on a CPU; "torch" is everything else. Rows and shape of each:
+kernels on a CPU; "prompts" is what prompts go through on GPUs that have such decodes; "torch" is everything else. Rows
+and shape of each:
 
     linear      T rows; (N, K): by a weight of N rows
     experts     pairs of a row and an expert; (A, H, F): A experts are chosen by any, of hidden size H and width F;
                 results of a row added up
     attention   T rows of one query each; (keys of each, query heads, key heads, head size)
     prompt      T rows of one sequence, causal; (keys before them, query heads, key heads, head size)
-    router      T rows; (E, H, K): norm, router, choice of K experts, and rows by expert; in torch all that a layer has
-                beside the others
+    router      T rows; (E, H, K): norm, router, choice of K experts, and rows by expert; in prompts and torch all
+                that a layer has beside the others
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from flexmoe.config.machine import DeviceSpec
 
-PATHS = ("fused", "torch")
+PATHS = ("fused", "prompts", "torch")
 BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "int8": 8.5, "int4": 4.5}  # scales counted
 
 
