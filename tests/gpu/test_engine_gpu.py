@@ -64,6 +64,17 @@ def test_a_seed_gives_the_same_samples_as_on_the_cpu() -> None:
     assert tokens[0] == tokens[1]
 
 
+def test_hundreds_of_rows_decode_as_few_do() -> None:
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    prompts = [[5 + n % 40, 17, 9 + n // 40] for n in range(330)]
+    tokens = []
+    for seats in (330, 40):
+        with LLM(str(tiny("olmoe")), dtype="float32", device="cuda", num_blocks=700, max_num_seqs=seats) as llm:
+            assert llm.engine.runner._graphed.max_rows == {330: 384, 40: 40}[seats]  # type: ignore[union-attr]
+            tokens.append([output.token_ids for output in llm.generate(prompts, params)])
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_alike_twice(dtype: str) -> None:
     runs = []

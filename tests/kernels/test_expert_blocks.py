@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexmoe.kernels.triton.expert_blocks import find_block, grid_blocks, has_tail, in_groups
+from flexmoe.kernels.triton.expert_blocks import find_block, grid_blocks, has_tail, in_groups, tail_of
 from tests.kernels.support import DEVICE
 
 
@@ -93,3 +93,18 @@ def test_the_grid_is_no_larger_than_it_must_be() -> None:
     assert grid_blocks(48, 8, 128, 32, 16) == (128, True)
     assert grid_blocks(49, 8, 128, 32, 16) == (136, False)
     assert grid_blocks(10, 2, 4, 32, 16) == (4, True)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "slots", "tail"), [
+    (2048, 8, 128, 32),  # 128 rows a slot, more or less: half of them have a few too many
+    (2048, 8, 64, 32),
+    (512, 2, 8, 32),
+    (2304, 2, 8, 0),  # 576: the last block is half full
+    (3840, 8, 64, 0),  # 480: the last block has room
+    (1024, 8, 128, 0),  # 64
+    (1, 2, 8, 0),
+])  # fmt: skip
+def test_tails_where_many_slots_have_a_few_rows_more_than_fill_blocks(
+    tokens: int, top_k: int, slots: int, tail: int
+) -> None:
+    assert tail_of(tokens, top_k, slots, 128) == tail

@@ -28,7 +28,7 @@ _ENGINES = ("flexmoe", "hf-default")
     help="flexmoe, hf-default, or both with a comma between. The latter is Hugging Face transformers as it comes, on "
     "the same weights, in batches of 16.",
 )
-@click.option("--max-num-seqs", type=positive, help="Requests that run together.  [default: all, up to 256]")
+@click.option("--max-num-seqs", type=positive, help="Requests that run together.  [default: all, up to 512]")
 @click.option(
     "--max-num-batched-tokens", type=positive, help="Tokens computed together.  [default: the engine's choice]"
 )

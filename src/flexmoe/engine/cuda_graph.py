@@ -34,7 +34,8 @@ _BUCKETS: tuple[int, ...] = (
     *range(12, 33, 4),
     *range(40, 65, 8),
     *range(80, 129, 16),
-    *range(160, MAX_ROWS + 1, 32),
+    *range(160, 257, 32),
+    *range(320, MAX_ROWS + 1, 64),
 )
 _LONG = 1024  # keys of a row from which attention is cut finer
 _LANDED = 3  # host buffers for tokens: two steps may be on their way while a third is read
@@ -62,6 +63,11 @@ class _Captured:
 def bucket_of(rows: int) -> int:
     """The number of rows that a step of `rows` is padded to."""
     return next(size for size in _BUCKETS if size >= rows)
+
+
+def rows_for(max_num_seqs: int) -> int:
+    """Room for rows that a decoder needs for steps of so many sequences."""
+    return bucket_of(min(max_num_seqs, MAX_ROWS))
 
 
 class GraphFlight:
@@ -110,13 +116,13 @@ class GraphedDecoder:
         self._graphs: dict[_Form, _Captured] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None  # of memory, shared by the graphs: one runs at a time
-        self._tokens = [torch.zeros(MAX_ROWS, dtype=torch.int64, pin_memory=True) for _ in range(_LANDED)]
+        self._tokens = [torch.zeros(self.max_rows, dtype=torch.int64, pin_memory=True) for _ in range(_LANDED)]
         self._turn = 0
 
     @property
     def max_rows(self) -> int:
         """Decodes that one step can have."""
-        return MAX_ROWS
+        return len(self._model.sampled)
 
     @torch.inference_mode()
     def launch(

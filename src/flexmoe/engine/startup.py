@@ -15,7 +15,7 @@ from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
-from flexmoe.engine.cuda_graph import GraphedDecoder
+from flexmoe.engine.cuda_graph import GraphedDecoder, rows_for
 from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tokens_on
 from flexmoe.engine.prompt_graphs import MOST_GRAPHED, GraphedPrompts
 from flexmoe.engine.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from flexmoe.kernels.cpu import library
 from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import MAX_ROWS, why_not_fused
+from flexmoe.models.device_rows import why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import why_not_native
@@ -104,7 +104,8 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     decode_kernels = f"torch ({native_reason})" if native_reason else f"C ({library.choose(isa).name})"
     graphed, prompts = None, None
     if device.type == "cuda":
-        graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend)
+        rows = rows_for(options.scheduler.max_num_seqs)
+        graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend, rows)
     if graphed is not None:
         from flexmoe.models.fused_prompts import PromptDecoder  # as for FusedDecoder
 
@@ -116,9 +117,12 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
 
 
 def _graphed(
-    model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str
+    model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str, rows: int
 ) -> tuple[GraphedDecoder | None, str]:
-    """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode."""
+    """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode.
+
+    rows: of a step, at most.
+    """
     mesh = model.mesh
     reason = why_not_fused(model.config, device, backend, cache.block_size) or _why_no_graphs(mesh.plan)
     # All ranks take the same way, or they would wait for each other for ever.
@@ -129,7 +133,7 @@ def _graphed(
     from flexmoe.models.fused import FusedDecoder  # imports triton, which a start on a CPU need not wait for
 
     most_blocks = -(-max_model_len // cache.block_size)
-    fused = FusedDecoder(model, max_model_len, device)
+    fused = FusedDecoder(model, max_model_len, device, max_rows=rows)
     return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), fused.kernels
 
 
@@ -239,7 +243,7 @@ def _num_blocks(
     device: torch.device,
 ) -> int:
     """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
-    free = _free_beside_weights(mesh, config, dtype, device, options.device.quantization)
+    free = _free_beside_weights(mesh, config, dtype, device, options)
     if device.type == "cuda":
         tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).most
         # Twice for what may be a graph: such steps have memory of their own.
@@ -290,11 +294,14 @@ def _given_blocks(cache: CacheConfig, block_size: int, context_size: int) -> int
 
 
 def _free_beside_weights(
-    mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str | None
+    mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device, options: EngineConfig
 ) -> int:
     """Bytes that are free once the weights are loaded. Raises ConfigError if there is no room for them."""
-    free = _available_memory() // mesh.machine_size if device.type == "cpu" else _free_on_gpu(mesh, config, device)
-    weights = weight_bytes(mesh.shard(config), dtype.itemsize, quantization)
+    if device.type == "cpu":
+        free = _available_memory() // mesh.machine_size
+    else:
+        free = _free_on_gpu(mesh, config, device, rows_for(options.scheduler.max_num_seqs))
+    weights = weight_bytes(mesh.shard(config), dtype.itemsize, options.device.quantization)
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""
         raise ConfigError(
@@ -305,11 +312,11 @@ def _free_beside_weights(
     return free - weights
 
 
-def _free_on_gpu(mesh: Mesh, config: ModelConfig, device: torch.device) -> int:
-    """Bytes free on a GPU, less what steps need beside weights and cache, but for activations: buffers, graphs."""
+def _free_on_gpu(mesh: Mesh, config: ModelConfig, device: torch.device, rows: int) -> int:
+    """Bytes free on a GPU, less what decodes of so many rows need beside weights and cache: buffers, graphs."""
     gc.collect()
     torch.cuda.empty_cache()  # what earlier engines of this process held counts as taken until then
-    logits = 4 * MAX_ROWS * config.vocab_size * (1 if mesh.tp.size == 1 else 3)  # own, of all ranks, and in order
+    logits = 4 * rows * config.vocab_size * (1 if mesh.tp.size == 1 else 3)  # own, of all ranks, and in order
     return max(0, torch.cuda.mem_get_info(device)[0] - _GPU_RESERVE - logits)
 
 

@@ -19,7 +19,7 @@ from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.moe.load import ExpertCounter
 
-MAX_ROWS = 256  # of one step: the dense kernels hold all rows beside a weight that they read once
+MAX_ROWS = 512  # of one step
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
 _HEAD_DIMS = (16, 256)
 _MOST_TOP_K, _MOST_EXPERTS = 16, 1024
@@ -69,7 +69,8 @@ class PromptRows:
 class DeviceDecoder(Protocol):
     """A decoder whose steps wait for nothing.
 
-    logits: fp32 [R, V]; sampled: int64 [R], R up to MAX_ROWS, -1 where logits are not numbers. Both of the latest step.
+    logits: fp32 [R, V]; sampled: int64 [R], R the most rows of a step, -1 where logits are not numbers. Both of the
+    latest step.
     spread: over ranks, which all take the same steps; then logits are only there after one with `sampling`.
     kernels: what computes a step, in words.
     """

@@ -41,6 +41,7 @@ class StepTiles:
     def __init__(self, table: TileTable, config: ModelConfig, dtype: torch.dtype) -> None:
         self._table, self._config, self._dtype = table, config, dtype
         self._found: dict[tuple[Work, int], Any] = {}
+        self._grouped: dict[int, GroupedTiles] = {}
 
     def linear(self, rows: int, n: int, k: int, *, norm: bool) -> norm_linear.Tile:
         """Of a projection by a weight [n, k]."""
@@ -77,10 +78,13 @@ class StepTiles:
 
     def many_experts(self, rows: int) -> GroupedTiles:
         """Of both halves of the experts, grouped. A rank that holds a part of them gets a part of the choices, too."""
-        hidden, moe, dtype = self._config.hidden_size, self._moe, self._dtype
-        shape = rows, moe.top_k, moe.num_experts, hidden, moe.expert_width, dtype
-        first = self._expert("expert_gate_up_grouped", rows) or expert_gate_up.default_tile(*shape)
-        return first, self._expert("expert_down_grouped", rows) or expert_down.default_tile(*shape)
+        if rows not in self._grouped:
+            moe = self._moe
+            shape = rows, moe.top_k, moe.num_experts, self._config.hidden_size, moe.expert_width, self._dtype
+            first = self._expert("expert_gate_up_grouped", rows) or expert_gate_up.default_tile(*shape)
+            second = self._expert("expert_down_grouped", rows) or expert_down.default_tile(*shape)
+            self._grouped[rows] = first, second
+        return self._grouped[rows]
 
     def reads_alone(self, rows: int) -> bool:
         """Whether `few_experts` serve so many rows, not `many_experts`."""

@@ -27,7 +27,7 @@ TERMS = (
     "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
     "host", "pipeline",
 )  # fmt: skip
-_FUSED_ROWS = {"cuda": 256, "cpu": 64}  # of decodes that the fused kernels take
+_FUSED_ROWS = {"cuda": 512, "cpu": 64}  # of decodes that the fused kernels take
 _WORTH_TORCH = {"float32": 400e6, "bfloat16": 200e6}  # multiply-adds a layer, see models/native.py
 _LEAST_ROWS = 4
 _MOST_GRAPHED, _MOST_CHUNKS = 2048, 64  # tokens and prompts of a step that is a graph, see engine/prompt_graphs.py

@@ -14,7 +14,7 @@ from flexmoe.config.shard import Shard, even_share
 from flexmoe.models import slices
 from flexmoe.planner.operations import BITS
 
-_MOST_GRAPHED = 256  # rows of a decode step, whose logits have buffers
+_MOST_GRAPHED = 512  # rows of a decode step, whose logits have buffers
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, dot_rows, find_block, grid_blocks, has_tail, in_groups
+from flexmoe.kernels.triton.expert_blocks import (
+    block_rows,
+    dot_rows,
+    find_block,
+    grid_blocks,
+    has_tail,
+    in_groups,
+    tail_of,
+)
 from flexmoe.kernels.triton.topk import select_experts
 
 
@@ -291,7 +299,8 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         # Measured on an H200, Mixtral's shape: 577 TFLOP/s at 2,048 tokens (529 without TMA); at 512 a tile half as
         # wide has programs enough, 380 (337).
         wide = (rows * top_k // 128 + num_experts // 2) * hidden >= 256 * _MANY_PROGRAMS
-        tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True)
+        tail = tail_of(rows, top_k, num_experts, block)
+        tile = DownTile(128, 256 if wide else 128, 64, num_warps=8, num_stages=4, swap=False, tma=True, tail=tail)
     elif block == 16:  # measured inside decode steps on an H200: up to 16% less than 64 columns and five stages
         tile = DownTile(block, block_k=128, num_stages=4)
     else:

@@ -22,7 +22,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flexmoe.kernels.gpu import stages_that_fit
-from flexmoe.kernels.triton.expert_blocks import block_rows, dot_rows, find_block, grid_blocks, has_tail, in_groups
+from flexmoe.kernels.triton.expert_blocks import (
+    block_rows,
+    dot_rows,
+    find_block,
+    grid_blocks,
+    has_tail,
+    in_groups,
+    tail_of,
+)
 from flexmoe.kernels.triton.topk import select_expert
 
 
@@ -356,7 +364,8 @@ def default_tile(rows: int, top_k: int, num_experts: int, hidden: int, width: in
         return GateUpTile(16 if rows <= 64 else 32, 32, 32, num_stages=3, swap=False)
     block = block_rows(rows, top_k, num_experts)
     if block == 128:
-        tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False)
+        tail = tail_of(rows, top_k, num_experts, block)
+        tile = GateUpTile(128, 128, 64, num_warps=8, num_stages=4, swap=False, tail=tail)
     else:
         tile = GateUpTile(block, 64, 64, num_stages=5 if block <= 32 else 4)
     stage = (tile.block_m + tile.tail + 2 * tile.block_n) * tile.block_k * dtype.itemsize

@@ -22,7 +22,7 @@ from flexmoe.kernels.triton.norm_linear_kernels import _direct, _dot, _gemv, _re
 from flexmoe.kernels.triton.rms_norm import rms_norm
 
 _ALIGNMENT = 256  # bytes, of each part of the scratch memory
-_MAX_ROWS = 256
+_MAX_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class DirectTile:
 
 @dataclass(frozen=True, slots=True)
 class DotTile:
-    """Up to 256 rows. splits: parts of K, each in programs of its own, added up by a second kernel in their order.
+    """Up to 512 rows. splits: parts of K, each in programs of its own, added up by a second kernel in their order.
 
     prefetch: columns of each split to ask L2 for while waiting for the kernel before, as in `GemvTile`.
     """
@@ -163,7 +163,7 @@ def norm_linear(
 ) -> None:
     """out = rms_norm(x) W^T + bias, or out += that if `residual`.
 
-    x: [T, K], fp32 or the weight's dtype, T <= 256. weight: [N, K], contiguous. out: [T, N], fp32 or the weight's
+    x: [T, K], fp32 or the weight's dtype, T <= 512. weight: [N, K], contiguous. out: [T, N], fp32 or the weight's
     dtype; fp32 if `residual`. norm_weight: [K], or None for no norm. bias: [N]. after: only with `residual` and a tile
     that `norms_after`. scratch: uint8, of `scratch_bytes` at
     least; it may be shared by all launches of one stream. Rows are one after the other: x.stride(1) == 1.
