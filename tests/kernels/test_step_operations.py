@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from flexmoe.bench.kernel_timer import Launch, Timing
 from flexmoe.bench.machine_samples import step_samples
+from flexmoe.bench.prompt_operations import PromptLayers
 from flexmoe.bench.step_operations import OPERATIONS, Steps
 from flexmoe.kernels.triton import norm_linear
 from flexmoe.models import fused
@@ -62,3 +64,13 @@ def test_one_operation_alone_needs_three_steps() -> None:
     steps.prepare(1, 20)
     assert list(steps.added("decode_attention")) == ["rest", "decode_attention"]
     assert clock.steps == 3
+
+
+def test_a_prompt_goes_through_the_kernels_behind_others() -> None:
+    layers = PromptLayers(CONFIG, 32, DEVICE, torch.float32)
+    rows = layers.rows(5, before=16)
+    assert rows.positions.tolist() == [16, 17, 18, 19, 20]
+    logits = layers.step(rows)
+    assert logits.shape == (1, CONFIG.vocab_size)
+    assert logits.isfinite().all()
+    assert not torch.equal(layers.step(layers.rows(5)), logits)

@@ -27,7 +27,7 @@ from flexmoe.bench.step_operations import Steps
 from flexmoe.bench.torch_operations import TorchLayers
 from flexmoe.config.machine import DeviceSpec, Machine, Sample
 
-_BATCHES, _OTHER_BATCHES = (1, 8, 32, 128), (2, 4, 16, 64, 256)
+_BATCHES, _OTHER_BATCHES = (1, 8, 32, 128), (2, 4, 16, 64, 256, 512)
 _CONTEXT, _LONG, _LONG_BATCHES = 256, (1024, 4096), (1, 8, 64)
 _MOST_KEYS = 2**18  # of all rows together: memory
 _PROMPTS, _BEHIND = (64, 256, 512, 1024, 2048, 4096, 8192), 4096

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from flexmoe.config.model import ModelConfig
@@ -48,6 +49,8 @@ class PromptLayers:
         model.pack(in_place=True)
         self._decoder = PromptDecoder(model, most, device)
         self._cache = KVCache(config, -(-most // _BLOCK), _BLOCK, dtype, device)
+        for layer in self._cache.layers:
+            layer.normal_()
 
     def rows(self, tokens: int, before: int = 0) -> PromptRows:
         """One prompt behind `before` tokens of its own, in blocks that lie anywhere."""
@@ -57,9 +60,9 @@ class PromptLayers:
         return lay_out([ScheduledChunk(request, before, tokens, True)], _BLOCK, self._decoder.block_rows, self._device)
 
     @torch.inference_mode()
-    def step(self, rows: PromptRows) -> None:
-        """Launches it; waits for nothing."""
-        self._decoder.logits(rows, self._cache)
+    def step(self, rows: PromptRows) -> Tensor:
+        """Launches it; waits for nothing. Returns the logits of the last row [1, V]."""
+        return self._decoder.logits(rows, self._cache)
 
     def seconds(self, rows: PromptRows, *, ahead: bool = False) -> tuple[float, float]:
         """Medians of a step: on the device, and of the host's part in it. ahead: the device waits for all launches."""
