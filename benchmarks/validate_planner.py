@@ -125,11 +125,13 @@ def load_of(row: dict[str, Any], trace: Path | None) -> LoadOptions:
     return LoadOptions(**asked)
 
 
-def served_groups(machine: Machine, paths: Sequence[Path], trace: Path | None) -> Iterator[tuple[str, list[Check]]]:
+def served_groups(
+    machine: Machine, paths: Sequence[Path], trace: Path | None, *, cold: bool = False
+) -> Iterator[tuple[str, list[Check]]]:
     """Predictions of rows of presets that FlexMoE served: times to first tokens, and between tokens."""
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     pairs = [
-        served_checks(machine, PRESETS[row["model"]["name"]].config, lengths(load_of(row, trace)), row)
+        served_checks(machine, PRESETS[row["model"]["name"]].config, lengths(load_of(row, trace)), row, cold=cold)
         for row in rows
         if row["benchmark"] == "serve" and row["config"].get("engine") and row["model"]["name"] in PRESETS
     ]
@@ -143,7 +145,7 @@ def main() -> None:
     machine = Machine.load(args.machine)
     rows = list(measured_rows()) if args.measure else read_rows(args.rows, args.since)
     steps = groups(machine, rows) if rows else ()
-    for group, checks in chain(steps, served_groups(machine, args.served, args.trace)):
+    for group, checks in chain(steps, served_groups(machine, args.served, args.trace, cold=args.cold)):
         if not checks:
             continue
         errors = Errors.of(checks)
@@ -166,6 +168,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, nargs="*", default=[])
     parser.add_argument("--served", type=Path, nargs="*", default=[], help="rows of `flexmoe bench serve`")
     parser.add_argument("--trace", type=Path, help="the trace of the served rows, if it is not where they say")
+    parser.add_argument("--cold", action="store_true", help="each served row was its server's first load")
     parser.add_argument("--since", default="", help="leave out rows that are older than this date")
     parser.add_argument("--measure", action="store_true", help="measure steps on this CPU now")
     parser.add_argument("--verbose", action="store_true", help="each prediction")

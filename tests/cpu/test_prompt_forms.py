@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexmoe.engine.prompt_graphs import MOST_GRAPHED, form_of
+from flexmoe.engine.prompt_graphs import form_of
 from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack
+from flexmoe.scheduling.prompt_forms import MOST_GRAPHED
 from flexmoe.scheduling.scheduler import ScheduledChunk
 from tests.cpu.paging import scattered
 

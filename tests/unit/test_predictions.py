@@ -191,3 +191,16 @@ def test_served_rows_are_read_with_their_load(tmp_path: Path, monkeypatch: pytes
     file.write_text(json.dumps(rows[0] | {"params": params}) + "\n")
     again = dict(script.served_groups(H200, [file], trace))
     assert again["served TPOT"][0].predicted == pytest.approx(found["served TPOT"][0].predicted)
+
+
+def test_a_server_that_has_just_started_captures_graphs_on_the_way() -> None:
+    """Each form is launched by the host once, captured once, and a graph from then on."""
+    slow = replace(H200, device=replace(H200.device, prompt_layer_s=2e-3))
+    requests = [TraceRequest(float(n), 100, 2) for n in range(4)]
+    row = served_row(requests=4, succeeded=4)
+    warm, cold = (
+        served_checks(slow, PRESETS["olmoe-1b-7b"].config, requests, row, cold=cold)[0].predicted
+        for cold in (False, True)
+    )
+    launching = 16 * 2e-3
+    assert cold - warm == pytest.approx((launching - warm + launching) / 4, rel=0.01)

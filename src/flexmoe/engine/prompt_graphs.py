@@ -17,22 +17,18 @@ from flexmoe.engine.prompt_rows import PromptForm, pack
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
+from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, MOST_GRAPHED, padded
 from flexmoe.scheduling.scheduler import ScheduledChunk
 
-MOST_GRAPHED = 2048  # tokens of a step that is a graph
-_MOST_CHUNKS = 64
 _MOST_TABLES = 2**18  # blocks of all chunks
-# A step of so many tokens at most is padded to a multiple of the number beside it.
-_STEPS = ((128, 16), (512, 64), (1024, 128), (MOST_GRAPHED, 256))
 
 
 def form_of(chunks: Sequence[ScheduledChunk], block_rows: int) -> PromptForm | None:
     """The form that a step is padded to if it is to be a graph; None if it is too large for one."""
-    rows = sum(chunk.num_tokens for chunk in chunks)
-    if rows > MOST_GRAPHED or len(chunks) > _MOST_CHUNKS:
+    found = padded(sum(chunk.num_tokens for chunk in chunks), len(chunks))
+    if found is None:
         return None
-    multiple = next(multiple for most, multiple in _STEPS if rows <= most)
-    rows, count = -(-rows // multiple) * multiple, 1 << (len(chunks) - 1).bit_length()
+    rows, count = found
     # A span more, an empty one, for blocks of padding; a block more a chunk, since each may end within one.
     return PromptForm(rows, count + 1, count, rows // block_rows + count, padded=True)
 
@@ -85,7 +81,7 @@ class GraphedPrompts:
     def _capture(self, rows: PromptRows) -> torch.cuda.CUDAGraph:
         if self._outputs is None:
             first = self._model.logits(rows, self._cache)
-            self._outputs = first.new_empty(_MOST_CHUNKS, first.shape[1])
+            self._outputs = first.new_empty(MOST_CHUNKS, first.shape[1])
         graph = torch.cuda.CUDAGraph()
         # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
@@ -97,7 +93,5 @@ class GraphedPrompts:
 
 def _most_inputs(block_rows: int) -> int:
     """Numbers in the buffer of the largest form, tables included."""
-    most = PromptForm(
-        MOST_GRAPHED, _MOST_CHUNKS + 1, _MOST_CHUNKS, MOST_GRAPHED // block_rows + _MOST_CHUNKS, padded=True
-    )
+    most = PromptForm(MOST_GRAPHED, MOST_CHUNKS + 1, MOST_CHUNKS, MOST_GRAPHED // block_rows + MOST_CHUNKS, padded=True)
     return most.starts()["tables"] + _MOST_TABLES

@@ -17,7 +17,7 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder, rows_for
 from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tokens_on
-from flexmoe.engine.prompt_graphs import MOST_GRAPHED, GraphedPrompts
+from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
 from flexmoe.kernels.cpu import library
@@ -31,6 +31,7 @@ from flexmoe.models.native import why_not_native
 from flexmoe.models.quantized import weight_bytes
 from flexmoe.moe.experts import BACKENDS, default_backend
 from flexmoe.parallel.mesh import Mesh
+from flexmoe.scheduling.prompt_forms import MOST_GRAPHED
 
 _log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.memory import MemoryUse, memory_use
 from flexmoe.planner.operations import BITS, Operation
 from flexmoe.planner.routing import Load, Routing, expert_loads
+from flexmoe.scheduling.prompt_forms import padded
 
 TERMS = (
     "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
@@ -30,7 +31,6 @@ TERMS = (
 _FUSED_ROWS = {"cuda": 512, "cpu": 64}  # of decodes that the fused kernels take
 _WORTH_TORCH = {"float32": 400e6, "bfloat16": 200e6}  # multiply-adds a layer, see models/native.py
 _LEAST_ROWS = 4
-_MOST_GRAPHED, _MOST_CHUNKS = 2048, 64  # tokens and prompts of a step that is a graph, see engine/prompt_graphs.py
 _MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others in one launch, see models/fused_ranks.py
 
 
@@ -191,7 +191,7 @@ class CostModel:
     def _launching(self, each: _Pass) -> float:
         """Seconds in which the host launches the pass while the GPU computes; 0 of a graph, and on a CPU."""
         device, parts = self.machine.device, len(each.chunks) + each.decodes
-        graphed = self.plan.num_ranks == 1 and each.rows <= _MOST_GRAPHED and parts <= _MOST_CHUNKS
+        graphed = self.plan.num_ranks == 1 and padded(each.rows, parts) is not None
         if self.machine.is_shared or each.path == "fused" or (each.path == "prompts" and graphed):
             return 0.0
         layer = device.torch_layer_s + device.torch_chunk_s * max(0, parts - 1)

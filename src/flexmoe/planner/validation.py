@@ -16,6 +16,7 @@ from flexmoe.config.machine import Machine, Sample
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.errors import ConfigError
+from flexmoe.planner.captures import Captures
 from flexmoe.planner.cost_model import Chunk, CostModel, StepShape
 from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.operations import Operation
@@ -123,9 +124,16 @@ def prompt_checks(machine: Machine, model: ModelConfig, rows: Iterable[Mapping[s
 
 
 def served_checks(
-    machine: Machine, model: ModelConfig, requests: Sequence[TraceRequest], row: Mapping[str, Any]
+    machine: Machine,
+    model: ModelConfig,
+    requests: Sequence[TraceRequest],
+    row: Mapping[str, Any],
+    *,
+    cold: bool = False,
 ) -> tuple[Check, Check]:
     """Mean TTFT and TPOT of a row of `flexmoe bench serve`: its requests, simulated on the engine that it tells of.
+
+    cold: its server had computed no prompts of such lengths before.
 
     Raises ConfigError if the row was asked other requests, or some of its own were not answered.
     """
@@ -143,7 +151,8 @@ def served_checks(
             f"of {len(requests)} requests {len(fit)} fit, but the row has {result['succeeded']} answers to "
             f"{result['requests']}; give the trace that it was asked, and a row without other failures."
         )
-    fleet = Fleet(told, setting.steps(plan, limits).seconds, plan.num_ranks, 1, 1)
+    steps = setting.steps(plan, limits)
+    fleet = Fleet(told, Captures(steps).seconds if cold else steps.seconds, plan.num_ranks, 1, 1)
     served = simulate(fleet, fit).served
     ttft, tpot = fmean(one.ttft for one in served), fmean(one.tpot for one in served if one.tpot is not None)
     what = f"{setting.name}, {len(fit)} requests at {len(fit) / max(fit[-1].arrival, 1e-9):.3g} a second"

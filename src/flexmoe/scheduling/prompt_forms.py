@@ -1,0 +1,19 @@
+"""Which steps of prompts are CUDA graphs on a GPU, and what they are padded to, so that few graphs serve all of them.
+
+Enters: tokens and prompts of a step. Leaves: rows and prompts of its form. No torch: a simulation asks, too.
+"""
+
+from __future__ import annotations
+
+MOST_GRAPHED = 2048  # tokens of a step that is a graph
+MOST_CHUNKS = 64
+# A step of so many tokens at most is padded to a multiple of the number beside it.
+_STEPS = ((128, 16), (512, 64), (1024, 128), (MOST_GRAPHED, 256))
+
+
+def padded(tokens: int, chunks: int) -> tuple[int, int] | None:
+    """Rows, and chunks, a power of two, of a step's form; None if it is too large for a graph."""
+    if tokens > MOST_GRAPHED or chunks > MOST_CHUNKS:
+        return None
+    multiple = next(multiple for most, multiple in _STEPS if tokens <= most)
+    return -(-tokens // multiple) * multiple, 1 << (chunks - 1).bit_length()
