@@ -17,7 +17,7 @@ from flexmoe.engine.prompt_rows import PromptForm, pack
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
-from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, MOST_GRAPHED, padded
+from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, MOST_GRAPHED, graph_form
 from flexmoe.scheduling.scheduler import ScheduledChunk
 
 _MOST_TABLES = 2**18  # blocks of all chunks
@@ -25,7 +25,7 @@ _MOST_TABLES = 2**18  # blocks of all chunks
 
 def form_of(chunks: Sequence[ScheduledChunk], block_rows: int) -> PromptForm | None:
     """The form that a step is padded to if it is to be a graph; None if it is too large for one."""
-    found = padded(sum(chunk.num_tokens for chunk in chunks), len(chunks))
+    found = graph_form(sum(chunk.num_tokens for chunk in chunks), len(chunks))
     if found is None:
         return None
     rows, count = found

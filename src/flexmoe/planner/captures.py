@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from flexmoe.planner.steps import Steps
-from flexmoe.scheduling.prompt_forms import padded
+from flexmoe.scheduling.prompt_forms import graph_form
 from flexmoe.scheduling.scheduler import Step
 
 
@@ -26,7 +26,7 @@ class Captures:
     def seconds(self, step: Step) -> float:
         """Of the next step."""
         seconds, prompts = self._steps.seconds(step), step.chunks[step.num_decodes :]
-        form = padded(sum(chunk.num_tokens for chunk in prompts), len(prompts)) if prompts else None
+        form = graph_form(sum(chunk.num_tokens for chunk in prompts), len(prompts)) if prompts else None
         if form is None or not self._graphs:
             return seconds
         self._seen[form] += 1

@@ -22,7 +22,7 @@ from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.memory import MemoryUse, memory_use
 from flexmoe.planner.operations import BITS, Operation
 from flexmoe.planner.routing import Load, Routing, expert_loads
-from flexmoe.scheduling.prompt_forms import padded
+from flexmoe.scheduling.prompt_forms import graph_form
 
 TERMS = (
     "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
@@ -191,7 +191,7 @@ class CostModel:
     def _launching(self, each: _Pass) -> float:
         """Seconds in which the host launches the pass while the GPU computes; 0 of a graph, and on a CPU."""
         device, parts = self.machine.device, len(each.chunks) + each.decodes
-        graphed = self.plan.num_ranks == 1 and padded(each.rows, parts) is not None
+        graphed = self.plan.num_ranks == 1 and graph_form(each.rows, parts) is not None
         if self.machine.is_shared or each.path == "fused" or (each.path == "prompts" and graphed):
             return 0.0
         layer = device.torch_layer_s + device.torch_chunk_s * max(0, parts - 1)

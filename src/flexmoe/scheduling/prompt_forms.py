@@ -11,7 +11,7 @@ MOST_CHUNKS = 64
 _STEPS = ((128, 16), (512, 64), (1024, 128), (MOST_GRAPHED, 256))
 
 
-def padded(tokens: int, chunks: int) -> tuple[int, int] | None:
+def graph_form(tokens: int, chunks: int) -> tuple[int, int] | None:
     """Rows, and chunks, a power of two, of a step's form; None if it is too large for a graph."""
     if tokens > MOST_GRAPHED or chunks > MOST_CHUNKS:
         return None
