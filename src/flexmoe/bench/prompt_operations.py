@@ -29,7 +29,7 @@ from flexmoe.scheduling.scheduler import ScheduledChunk
 
 _BLOCK = 16  # tokens of a KV block
 _REPEATS = 7
-_AHEAD = 8_000_000  # cycles that a GPU is kept busy while launches pile up
+_AHEAD = 24_000_000  # cycles, some 12 ms, that a GPU is kept busy while launches pile up
 # A kernel of ours: what it is, and which product of torch's comes behind it.
 _OURS = {
     "_rms_norm": ("norm", "qkv"), "_rotate_and_store": ("rotate", "qkv"), "_prefill_attention": ("attention", "output"),
