@@ -156,6 +156,7 @@ def served_row(**result: Any) -> dict[str, Any]:
     engine = {
         "dtype": "bfloat16", "quantization": None, "max_model_len": 4096, "max_num_seqs": 64,
         "max_num_batched_tokens": 3840, "kv_cache_blocks": 10_000, "block_size": 16, "prefix_caching": True,
+        "prompts_ahead": True,
     }  # fmt: skip
     load = LoadOptions(rate=1.0, num_requests=1, input_len=(9, 9), output_len=(10, 10))
     params = {"endpoint": "completions"} | asdict(load)

@@ -22,10 +22,13 @@ def seconds(step: Step) -> float:
 
 
 def limits(
-    num_blocks: int = 500, seqs: int = 16, tokens: int = 256, data_ranks: int = 1, *, prefix: bool = False
-) -> EngineLimits:
+    num_blocks: int = 500, seqs: int = 16, tokens: int = 256, data_ranks: int = 1, *, prefix: bool = False,
+    ahead: bool = False,
+) -> EngineLimits:  # fmt: skip
     scheduler = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
-    return EngineLimits(scheduler=scheduler, num_blocks=num_blocks, data_ranks=data_ranks, prefix_caching=prefix)
+    return EngineLimits(
+        scheduler=scheduler, num_blocks=num_blocks, data_ranks=data_ranks, prefix_caching=prefix, ahead=ahead
+    )
 
 
 def fleet(replicas: int = 1, **options: int) -> Fleet:
@@ -61,11 +64,11 @@ def test_lengths_are_cut_to_the_cache() -> None:
     assert (served.input_len, served.output_len, served.cut) == (63, 1, 86)
 
 
-@pytest.mark.parametrize("data_ranks", [1, 2])
-def test_ten_thousand_requests_are_all_served_and_none_starves(data_ranks: int) -> None:
+@pytest.mark.parametrize(("data_ranks", "ahead"), [(1, False), (2, False), (1, True)])
+def test_ten_thousand_requests_are_all_served_and_none_starves(data_ranks: int, ahead: bool) -> None:
     """At three times what one replica can do, with a cache so small that requests are thrown out."""
     requests = Workload(input_len=(1, 200), output_len=(1, 60), rate=300, num_requests=10_000).requests()
-    done = simulate(fleet(replicas=3, num_blocks=60, data_ranks=data_ranks), requests)
+    done = simulate(fleet(replicas=3, num_blocks=60, data_ranks=data_ranks, ahead=ahead), requests)
     check_complete(done, requests)
     assert done.preemptions > 0
     # First come, first served at each replica: whoever waits has all the earlier ones before, and no later one. Over
@@ -78,6 +81,15 @@ def test_ten_thousand_requests_are_all_served_and_none_starves(data_ranks: int) 
         assert latest - first < 1.5, served
 
 
+def test_who_comes_behind_a_step_that_was_launched_ahead_waits_for_it() -> None:
+    """Steps of one decode take 1.1 ms. The second prompt comes in the third, behind which another is launched."""
+    requests = [TraceRequest(0.0, 10, 20), TraceRequest(2e-3 + 2.5 * 1.1e-3, 10, 2)]
+    ends = [2e-3 + 1.1e-3 * step for step in range(10)]
+    for ahead, begin in ((False, ends[3]), (True, ends[4])):
+        _, second = simulate(fleet(ahead=ahead), requests).served
+        assert second.first == pytest.approx(begin + 1e-3 + 11e-4)
+
+
 def test_one_replica_gives_first_tokens_in_order_of_arrival() -> None:
     requests = Workload(input_len=(1, 200), output_len=(1, 60), rate=100, num_requests=500).requests()
     firsts = [served.first for served in simulate(fleet(), requests).served]
@@ -85,8 +97,10 @@ def test_one_replica_gives_first_tokens_in_order_of_arrival() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 3), st.integers(8, 80))
-def test_whatever_comes_all_blocks_are_free_at_the_end(seed: int, replicas: int, ranks: int, num_blocks: int) -> None:
+@given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 3), st.integers(8, 80), st.booleans())
+def test_whatever_comes_all_blocks_are_free_at_the_end(
+    seed: int, replicas: int, ranks: int, num_blocks: int, ahead: bool
+) -> None:
     draw = random.Random(seed)
     requests = [
         TraceRequest(n * 0.01, draw.randint(1, 120), draw.randint(0, 40), (draw.randint(0, 2),) * draw.randint(0, 1))
@@ -101,7 +115,7 @@ def test_whatever_comes_all_blocks_are_free_at_the_end(seed: int, replicas: int,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Replica, "__post_init__", remember)
-        end = limits(num_blocks, data_ranks=ranks, prefix=True)
+        end = limits(num_blocks, data_ranks=ranks, prefix=True, ahead=ahead and ranks == 1)
         check_complete(simulate(Fleet(end, seconds, 1, replicas, replicas), requests), requests)
     assert len(made) == replicas
     for replica in made:

@@ -1,7 +1,8 @@
 """Replica: one engine on a virtual clock. Enters: requests, and what a step takes. Leaves: when each got its tokens.
 
 The scheduler, the block manager and the prefix cache are the engine's own; only the model is missing. As in an engine,
-a step is chosen when the one before has ended, and a request's tokens are there at the end of their step.
+a step is chosen when the one before has ended, or, where steps are launched ahead, when it begins; and a request's
+tokens are there at the end of their step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class EngineLimits:
     """What a simulated engine has: limits of a step, and the KV cache, of each of its data ranks.
 
     tokens: of a step, what pays on the device; None: on a CPU. watched: answers are streamed, so that prompts give way
-    to decodes.
+    to decodes. ahead: steps are launched before the tokens of the one before are known, those with prompts, too.
     """
 
     scheduler: SchedulerConfig
@@ -38,6 +39,7 @@ class EngineLimits:
     prefix_caching: bool = False
     tokens: StepTokens | None = None
     watched: bool = True
+    ahead: bool = False
 
     @property
     def longest(self) -> int:
@@ -89,6 +91,7 @@ class Replica:
     outstanding: int = 0
     scheduler: Scheduler | DataRanks = field(init=False)
     _step: Step | None = None
+    _ahead: Step | None = None
     _seconds: float = 0.0
     _served: dict[str, Served] = field(default_factory=dict)
 
@@ -122,12 +125,14 @@ class Replica:
 
     def begin(self) -> float | None:
         """Choose the next step. Returns the seconds that it takes, None if there is nothing to do."""
-        step = self.scheduler.schedule()
+        step, self._ahead = self._ahead or self.scheduler.schedule(), None
         self.preemptions += len(step.preempted)
         if not step.chunks:
             self._step = None
             return None
         self._step = step
+        if self.limits.ahead:
+            self._ahead = self.scheduler.schedule_ahead(step, prompts=True)
         self.steps += 1
         self._seconds = self.seconds(step)
         self.busy += self._seconds
