@@ -65,7 +65,8 @@ def model_of(row: dict[str, Any]) -> ModelConfig | None:
 def read_rows(paths: Sequence[Path], since: str) -> list[dict[str, Any]]:
     """Rows of our engine's steps, not older than a date."""
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    return [row for row in rows if row.get("engine") == "flexmoe" and row["time"] >= since and _is_current(row)]
+    steps = (row for row in rows if row.get("engine") == "flexmoe" and row["benchmark"] in ("latency", "strategies"))
+    return [row for row in steps if row["time"] >= since and _is_current(row)]
 
 
 def _is_current(row: dict[str, Any]) -> bool:
