@@ -2,9 +2,9 @@
 
     python tools/shipped_machines.py [--measured machine.json]
 
-Enters: what each operation adds to a decode step of an H200, what exchanges took on two; or a file that `flexmoe bench
-machine` wrote on an H200, whose device and operations then go first. Leaves: src/flexmoe/assets/machines/*.json. What
-nobody measured is named there under "extrapolated".
+Enters: what each operation adds to a decode step of an H200, what a prompt's kernels took, and exchanges on two; or a
+file that `flexmoe bench machine` wrote on an H200, whose device and operations then go first. Leaves:
+src/flexmoe/assets/machines/*.json. What nobody measured is named there under "extrapolated".
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from flexmoe.bench.collectives import link_of
-from flexmoe.bench.machine_samples import step_samples
+from flexmoe.bench.machine_samples import gpu_prompt_samples, step_samples
+from flexmoe.bench.prompt_operations import split
 from flexmoe.config.machine import DeviceSpec, Link, Machine, Sample
 from flexmoe.models.presets import PRESETS
 from flexmoe.planner.operations import Operation, roofline
@@ -67,6 +68,19 @@ def step_tables() -> Iterator[Sample]:
         yield from step_samples(PRESETS[model].config, found, batch, CONTEXT)
 
 
+def prompt_tables() -> Iterator[Sample]:
+    """What kernels of prompts took, the newest row of each model and length: rows of benchmarks/prefill.py."""
+    newest = {
+        (row["model"], row["params"]["tokens"]): row
+        for row in rows("h200_prompts.jsonl") if row["benchmark"] == "prefill"
+    }  # fmt: skip
+    for (model, tokens), row in newest.items():
+        took = {op: figures["us"] * 1e-6 for op, figures in row["result"]["operations"].items()}
+        head = took.pop("head")
+        parts = split(sum(took.values()) + head, 0.0, took | {"head": head}, 1)
+        yield from gpu_prompt_samples(PRESETS[model].config, parts, tokens)
+
+
 def nvlink(size: int) -> Link:
     """The median of each exchange."""
     alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -93,6 +107,8 @@ def machines(measured: Machine | None) -> Iterator[Machine]:
     """All of them."""
     device = H200 if measured is None else measured.device
     samples = tuple(step_tables()) if measured is None else measured.samples
+    if not any(sample.op.startswith("prompts.") for sample in samples):
+        samples += tuple(prompt_tables())
     notes = {"rows": "benchmarks/results/h200_*.jsonl"} if measured is None else measured.notes
     one = Machine("h200x1", 1, 1, device, (), samples, GPU_RESERVE, (), notes)
     yield one

@@ -6,8 +6,9 @@ new prompts are computed, since as many requests end; where they are several, to
     tpot(B) = decode(B) + B / output x prompt        and B requests give B / tpot(B) tokens a second.
 
 Both grow with B. The B that a rate of requests leads to, and the largest B that keeps the promised times and fits the
-KV cache, are found by bisection. A first token comes after half a step that is under way, the prompts before it (as
-in a queue with random arrivals and equal services), its own prompt, and a decode step beside it.
+KV cache, are found by bisection. A first token comes after half a step that is under way, another one where steps are
+launched ahead, the prompts before it (as in a queue with random arrivals and equal services), its own prompt, and a
+decode step beside it.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class _Steady:
         decode, prompts = sum(self._decode(batch).values()), self._prompts(ended)
         prompt, busy = prompts / ended, min(_BUSIEST, prompts / (decode + prompts))
         queue = busy / (2 * (1 - busy)) * prompt
-        return {**self.prompt, WAITING: queue + decode * 1.5}
+        launched = decode + prompts if self.steps.ahead else 0.0
+        return {**self.prompt, WAITING: queue + decode * 1.5 + launched}
 
 
 def _least(most: int, holds: Callable[[int], bool]) -> int:

@@ -151,7 +151,7 @@ class Setting:
             data_ranks=candidate.plan.data_parallel_size,
             prefix_caching=any(request.blocks for request in requests),
             tokens=self.step_tokens,
-            ahead=self.machine.device.kind == "cuda" and candidate.plan.num_ranks == 1,
+            ahead=steps.ahead,
         )
         fleet = Fleet(engine, steps.seconds, candidate.plan.num_ranks, candidate.replicas, simulated)
         done = simulate(fleet, requests)

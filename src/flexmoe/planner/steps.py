@@ -31,6 +31,11 @@ class Steps:
         self._seconds: dict[tuple[int, ...], float] = {}
 
     @property
+    def ahead(self) -> bool:
+        """Whether an engine of this plan chooses steps, those with prompts too, when the one before begins."""
+        return self.cost.machine.device.kind == "cuda" and self.cost.plan.num_ranks == 1
+
+    @property
     def extrapolated(self) -> bool:
         """Whether anything asked so far reached past what was measured."""
         return bool(self.beyond)
