@@ -86,7 +86,7 @@ INLINE void add_pair(const uint16_t *w, int64_t k, const uint16_t *x, int rows, 
 /* The same for STEP numbers from i on. */
 INLINE void add_step(const uint16_t *w, int64_t k, const uint16_t *x, int64_t i, int rows, int groups, int few,
                      Sums *sums) {
-    for (int r = 0; r < rows; r++) prefetch(w + (r + 2 * ROWS) * k + i);
+    ask_ahead(w, 2 * k, 2 * i, 2 * STEP, rows);
     for (int64_t j = i; j < i + STEP; j += 2) add_pair(w + j, k, x + j * LANES, rows, groups, few, 4, sums);
 }
 

@@ -97,7 +97,7 @@ INLINE float load_weight(Rows w, int64_t r, int64_t k, int64_t i, int format) {
 INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, int count, int rows, int tokens,
                          int format, reg (*sums)[PARTS]) {
     float scales[ROWS];
-    for (int r = 0; r < rows; r++) prefetch(w.values + (r + 2 * ROWS) * row_bytes(k, format) + row_bytes(i, format));
+    ask_ahead(w.values, row_bytes(k, format), row_bytes(i, format), row_bytes(count, format), rows);
     for (int r = 0; r < rows; r++)
         scales[r] = format >= INT8 ? load1(w.scales, r * groups(k) + i / GROUP, 1) : 1.0f;
     for (int at = 0; at < count; at += WIDTH) {
