@@ -1,6 +1,11 @@
 """FlexMoE beside llama.cpp and Hugging Face on a CPU: `python benchmarks/compare_llama_cpp.py --llama-python PYTHON`.
 
 Two models of random weights, in bf16 and in 8 bits, one engine at a time in rounds that interleave them.
+
+The memory of a virtual machine may be twice as fast in one minute as in the next. So what a figure could be at best
+goes by the median of what was measured beside its own turns: a process of its own reads half a GiB, a plain stream,
+five times before and after each turn and before each round of starts, and sleeps otherwise.
+
 benchmarks/README.md says how to get llama.cpp, what is measured and what a row holds.
 """
 
@@ -16,11 +21,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import IO, Any
 
 from harness import record, startup
 from harness.finals import Pace, Tally, play
-from harness.floors import Floors, measure_bandwidth
+from harness.floors import Floors
 from harness.peers import Figure, print_figures
 from harness.pool import ROOT, Worker, WorkerError, child_environment
 from harness.prompts import random_prompts
@@ -33,6 +39,7 @@ BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results" / "cpu_compare_llama_cpp.jsonl"
 OURS = (Setup("flexmoe", "bfloat16"), Setup("flexmoe", "int8"))
 LLAMA = (Setup("llama.cpp", "bf16"), Setup("llama.cpp", "q8_0"))
+STREAM = Setup("stream", "")  # no engine: how fast memory is read
 EXACT = (Setup("flexmoe", "float32"), Setup("llama.cpp", "f32", cache="exact"))  # must give the same tokens
 FILES = {"bfloat16": "{}", "float32": "{}", "int8": "{}-int8", "f32": "{}.f32.gguf", "bf16": "{}.bf16.gguf",
          "q8_0": "{}.q8_0.gguf"}  # fmt: skip
@@ -60,13 +67,14 @@ PROMPT = 64
 class Bench:
     """One run over one shape, whose files lie in `folder`."""
 
-    def __init__(self, args: argparse.Namespace, shape: str, folder: Path, bandwidth: float, log: IO[str]) -> None:
+    def __init__(self, args: argparse.Namespace, shape: str, folder: Path, stream: Worker, log: IO[str]) -> None:
         self.args, self.shape, self.folder, self.log = args, shape, folder, log
         model = folder / shape
-        self.floors = Floors(open_model(LoadConfig(model=str(model))).config, bandwidth)
+        self.config = open_model(LoadConfig(model=str(model))).config
         self.facts = record.facts(model, args.threads) | {"benchmark": "cpu_compare_llama_cpp", "quick": args.quick}
-        self.vocab = self.floors.config.vocab_size
-        self.workers: dict[tuple[str, str, str], Worker] = {}
+        self.vocab = self.config.vocab_size
+        self.stream = stream
+        self.workers: dict[tuple[str, str, str], Worker] = {STREAM.worker_key: stream}
 
     def run(self) -> list[Figure]:
         """Start-up, then every load."""
@@ -122,8 +130,10 @@ class Bench:
         prompt = json.dumps(random_prompts(self.vocab, 1, 16, seed=0)[0])
         seconds: dict[Setup, list[float]] = {setup: [] for setup in scripts}
         memory: dict[Setup, list[float]] = {setup: [] for setup in scripts}
+        reads: list[float] = []
         for number in range(self.args.starts + 1):
             say(f"{self.shape}: start-up, round {number} of {self.args.starts}")
+            reads.append(self.stream.read_rate())
             for setup, script in scripts.items():
                 found = startup.measure(script, self.file(setup), prompt, self.args.threads, self.python(setup))
                 if number:
@@ -132,7 +142,7 @@ class Bench:
         figures = []
         for setup in scripts:
             self._save_figure("peak_rss", setup, "MB", memory[setup], {})
-            floor = self.floors.of_start(min(seconds[setup]), "bfloat16", QUANTIZED.get(setup.dtype))
+            floor = self.floors(reads).of_start(min(seconds[setup]), "bfloat16", QUANTIZED.get(setup.dtype))
             figures.append(self._save_figure("start_to_first_token", setup, "s", seconds[setup], floor))
         return figures
 
@@ -162,8 +172,14 @@ class Bench:
         reference = EXACT[0] if load.figure == "tpot" and load.batch < 16 else None
         pace = Pace(1, 1, 3) if load.batch == 1 and load.new > 1 else Pace(1, 0, 1)
         distinct = self.worker(OURS[0]).distinct_experts(self.prompts(load, 1), min(load.new, 8))
-        tallies = play(load, setups, self.workers, self.rounds(load), reference, pace)
+        tallies = play(load, setups, self.workers, self.rounds(load), reference, pace, self.stream.read_rate)
+        rates = sorted(rate for tally in tallies.values() for rate in tally.reads)
+        say(f"{self.shape}: {load.metric}: memory was read at {rates[0] / 1e9:.1f} to {rates[-1] / 1e9:.1f} GB/s")
         return [self._figure(load, setup, tallies[setup], distinct, reference) for setup in setups]
+
+    def floors(self, reads: list[float]) -> Floors:
+        """By the memory's speed beside the turns of a figure."""
+        return Floors(self.config, median(reads))
 
     def rounds(self, load: Load) -> Iterator[list[list[int]]]:
         """A short one to warm up, then new prompts until rounds or time are used up, but at least one or two rounds."""
@@ -178,9 +194,11 @@ class Bench:
         return random_prompts(self.vocab, load.batch, load.prompt, seed=number)
 
     def _figure(self, load: Load, setup: Setup, tally: Tally, distinct: list[float], reference: Setup | None) -> Figure:
-        median = record.summary(tally.samples)["median"]
+        middle = record.summary(tally.samples)["median"]
         facts = {"load": asdict(load), "about": self.worker(setup).about}
-        facts |= self.floors.of_load(load, distinct, median, "bfloat16", QUANTIZED.get(setup.dtype))
+        floors = self.floors(tally.reads)
+        facts |= floors.of_load(load, distinct, middle, "bfloat16", QUANTIZED.get(setup.dtype))
+        facts["reads_gb_s"] = [round(rate / 1e9, 1) for rate in tally.reads]
         facts["cpu_seconds_of_idle_workers"] = round(tally.idle, 3)
         if reference is not None:
             facts["answers_equal_to_reference"] = f"{tally.equal} of {len(tally.samples) * load.batch}"
@@ -241,10 +259,10 @@ def main() -> None:
         folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="flexmoe-llama-")))
         for shape in shapes:  # one conversion is checked: the same code makes the others
             prepare(shape, folder, exact=shape == shapes[0])
-        bandwidth = measure_bandwidth(args.threads)
-        say(f"a plain stream is read at {bandwidth / 1e9:.1f} GB/s")
+        stream = Worker(STREAM.kind, {"threads": args.threads}, log)
+        stack.callback(stream.stop)
         for shape in shapes:
-            bench = Bench(args, shape, folder, bandwidth, log)
+            bench = Bench(args, shape, folder, stream, log)
             if shape == shapes[0]:
                 bench.check_conversion()
             figures += bench.run()

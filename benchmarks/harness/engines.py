@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+_ASLEEP = 0.03  # seconds
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -131,10 +133,36 @@ def _clock() -> Any:
     return Clock()
 
 
-def make_engine(kind: str, options: dict[str, Any]) -> TimedEngine:
-    """kind: "flexmoe", "transformers" or "llama.cpp"."""
+class PlainStream:
+    """No engine: memory read from one end to the other, by as many threads as the engines have."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        from flexmoe.bench.bandwidth import CpuStream
+
+        torch.set_num_threads(threads)
+        self._stream = CpuStream()
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def rates(self, count: int) -> list[float]:
+        """Bytes a second of so many reads. One more before them finds the threads asleep, and does not count.
+
+        Returns when they sleep again: OpenMP's threads stay awake for some milliseconds, on a core that others need.
+        """
+        found = [self._stream.read() for _ in range(count + 1)][1:]
+        time.sleep(_ASLEEP)
+        return found
+
+
+def make_engine(kind: str, options: dict[str, Any]) -> TimedEngine | PlainStream:
+    """kind: "flexmoe", "transformers", "llama.cpp" or "stream"."""
     if kind == "llama.cpp":
         from harness.llama import LlamaCppEngine  # imports what the environment of the others need not have
 
         return LlamaCppEngine(**options)
+    if kind == "stream":
+        return PlainStream(**options)
     return {"flexmoe": FlexMoEEngine, "transformers": TransformersEngine}[kind](**options)

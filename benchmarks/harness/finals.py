@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from harness.pool import Worker, cpu_seconds
@@ -23,9 +23,13 @@ class Pace:
 
 @dataclass
 class Tally:
-    """samples: the median of each turn, in ms. equal: answers like the reference's. idle: CPU seconds of the others."""
+    """samples: the median of each turn, in ms. equal: answers like the reference's. idle: CPU seconds of the others.
+
+    reads: of each turn, bytes a second of a plain stream just before and just after it, on average.
+    """
 
     samples: list[float] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
     equal: int = 0
     idle: float = 0.0
 
@@ -37,8 +41,12 @@ def play(
     rounds: Iterable[Prompts],
     reference: Setup | None = REFERENCE,
     pace: Pace = Pace(),
+    stream: Callable[[], float] | None = None,
 ) -> dict[Setup, Tally]:
-    """rounds: the prompts of each. The first one only warms up. reference: whose answers to compare with, if any."""
+    """rounds: the prompts of each. The first one only warms up. reference: whose answers to compare with, if any.
+
+    stream: measures how fast memory is read at this moment, before and after each turn.
+    """
     tallies = {setup: Tally() for setup in setups}
     for number, asked in enumerate(rounds):
         expected: Prompts = [[]] * len(asked)
@@ -46,10 +54,15 @@ def play(
             told = workers[reference.worker_key].run(asked, load.new, reference.variant, warmup=0, repeats=1)
             expected = told["calls"][0]["tokens"]
         first = number % len(setups)
+        before = stream() if stream else 0.0
         for setup in [*setups[first:], *setups[:first]]:
             tally = tallies[setup] if number else Tally()
             warmup = pace.warmup if number else pace.first_warmup
             _turn(load, setup, workers, asked, tally, warmup, pace.repeats, expected)
+            if stream:
+                after = stream()
+                tally.reads.append((before + after) / 2)
+                before = after
     return tallies
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 _SCRIPT = Path(__file__).with_name("worker.py")
 _TICKS = os.sysconf("SC_CLK_TCK")
+_READS = 5  # some 0.1 s
 
 
 class WorkerError(RuntimeError):
@@ -56,6 +58,10 @@ class Worker:
         """Of each MoE layer, how many experts a decode step of these prompts reads; ours counts."""
         found: list[float] = self._ask({"distinct": True, "prompts": prompts, "max_tokens": max_tokens})["distinct"]
         return found
+
+    def read_rate(self) -> float:
+        """Bytes a second of a plain stream, if that is what this worker holds: the median of a few reads."""
+        return median(self._ask({"reads": _READS})["rates"])
 
     @property
     def cpu_seconds(self) -> float:

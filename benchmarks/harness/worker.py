@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from harness.engines import TimedEngine, make_engine
+from harness.engines import PlainStream, TimedEngine, make_engine
 
 
 def peak_rss_mb() -> float:
@@ -28,7 +28,7 @@ def serve() -> None:
     """Answer requests until stdin closes. Prints of libraries go to stderr: stdout is for answers only."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    engine: TimedEngine | None = None
+    engine: TimedEngine | PlainStream | None = None
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any]
@@ -38,6 +38,8 @@ def serve() -> None:
                 answer = {"about": engine.about()}
             elif request.get("distinct"):
                 answer = {"distinct": engine.distinct_experts(request["prompts"], request["max_tokens"])}  # type: ignore[attr-defined]
+            elif isinstance(engine, PlainStream):
+                answer = {"rates": engine.rates(request["reads"])}
             else:
                 answer = run(engine, request)
         except Exception as error:  # noqa: BLE001 - the parent decides what a failure means

@@ -38,10 +38,10 @@ void t_sums(const float *x, float *by_16, float *by_4, float *by_1) {
 }
 
 void t_linear(const void *weight, const void *bias, const uint16_t *scales, int64_t n, int64_t k, int64_t format,
-              const float *x, float *y, int64_t rows, int add, int half, int64_t from, int64_t to, int terms) {
+              const float *x, float *y, int64_t rows, int add, int half, int64_t from, int64_t to, int columns) {
     Linear l = {weight, bias, scales, n, k, format};
-    size_t tile = tile_rows(k) * MOST_TERMS * stride(k) * sizeof(uint16_t), widened = 2 * ROWS * k * sizeof(uint16_t);
-    Room room = {terms, malloc(tile), malloc(widened)};
+    size_t tile = tile_size(k, columns) * sizeof(uint16_t), widened = 2 * ROWS * k * sizeof(uint16_t);
+    Room room = {columns && BF16_UNITS, malloc(tile), malloc(widened)};
     memset(room.tile, 0xff, tile); /* NaN */
     memset(room.widened, 0xff, widened);
     linear_rows(&l, x, y, rows, add, half, from, to, &room);

@@ -38,6 +38,15 @@ def with_threads(model: Decoder, threads: int) -> NativeDecoder:
     return NativeDecoder(layers, model._outer_weights(), threads, 64)
 
 
+def test_a_tile_of_short_activations_beside_one_of_long() -> None:
+    """Of 1,408 numbers a tile holds 40 activations, of 2,048 it holds 24, and fewer numbers in all."""
+    model = decoder(config(hidden_size=1408, dense_width=2048, layers=(DENSE,)), torch.bfloat16, 2)
+    requests, num_blocks = scattered(list(range(1, 41)), 4, model.config.vocab_size)
+    cache = filled_cache(model.config, requests, num_blocks, 4, torch.bfloat16)
+    alone = torch.cat([by_c(model, [r], copy_cache(cache, torch.bfloat16)) for r in requests])
+    assert torch.equal(by_c(model, requests, copy_cache(cache, torch.bfloat16)), alone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_alone_and_in_batches_with_1_to_3_threads(name: str, dtype: torch.dtype) -> None:

@@ -103,6 +103,28 @@ def test_the_same_bits_in_pieces_alone_and_with_1_to_3_threads(name: str, quanti
 
 
 @levels_here
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_long_rows_and_many_activations(level: levels.Level, quantization: str | None) -> None:
+    """More steps than one in each half of a row, and tiles of every size."""
+    changes: dict[str, Any] = {"hidden_size": 203, "dense_width": 140}
+    model = decoder(config(**changes, layers=(DENSE, DENSE)), torch.bfloat16, 2, level.name, quantization)
+    requests, num_blocks = scattered([107], BLOCK, 50)
+    wide = in_fp32(model)
+    off = error(
+        by_c(model, prompts(requests), poisoned(model, num_blocks)),
+        by_torch(wide, prompts(requests), poisoned(wide, num_blocks)),
+    )
+    assert off < 0.03
+    whole = poisoned(model, num_blocks)
+    wanted = by_c(model, prompts(requests), whole)
+    for most in (1, 7, 20, 33, 58, 90):
+        pieces = poisoned(model, num_blocks)
+        assert torch.equal(by_c(model, prompts(requests), pieces, most), wanted)
+        for a, b in zip(written(pieces, requests), written(whole, requests), strict=True):
+            assert torch.equal(a, b)
+
+
+@levels_here
 def test_the_same_bits_behind_a_prefix(level: levels.Level) -> None:
     model = decoder(CONFIGS["odd"], torch.bfloat16, 2, level.name)
     requests, num_blocks = scattered([50, 33], BLOCK, model.config.vocab_size)

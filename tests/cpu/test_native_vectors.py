@@ -97,11 +97,11 @@ def test_every_sum_over_lanes_has_the_same_order(c: ctypes.CDLL) -> None:
 
 @given(
     n=st.integers(1, 11), k=st.integers(1, 100), rows=st.integers(1, 10) | st.sampled_from([63, 64, 65, 131]),
-    form=st.integers(0, 3), terms=st.integers(1, 2), bias=st.booleans(), add=st.booleans(),
+    form=st.integers(0, 3), columns=st.booleans(), bias=st.booleans(), add=st.booleans(),
     ends=st.tuples(st.integers(0, 11), st.integers(0, 11)),
 )  # fmt: skip
 def test_products_of_any_size(
-    c: ctypes.CDLL, n: int, k: int, rows: int, form: int, terms: int, bias: bool, add: bool, ends: tuple[int, int]
+    c: ctypes.CDLL, n: int, k: int, rows: int, form: int, columns: bool, bias: bool, add: bool, ends: tuple[int, int]
 ) -> None:
     """Only columns [from, to) of y are written, and each product is the one its row has alone."""
     first, last = sorted(min(end, n) for end in ends)
@@ -113,7 +113,7 @@ def test_products_of_any_size(
         given, scales, weight = matrix.codes, at(matrix.scales), matrix.dequantize(torch.float32)
     x, before = torch.randn(rows, k), torch.randn(rows, n)
     head = [at(given), at(offset) if bias else None, scales, long(n), long(k), long(form)]
-    tail = [int(add), int(form == 1), long(first), long(last), terms]
+    tail = [int(add), int(form == 1), long(first), long(last), int(columns)]
     y = torch.cat((before.flatten(), torch.full((16,), CANARY)))
     c.t_linear(*head, at(x), at(y), long(rows), *tail)
     found = y[: rows * n].view(rows, n)
@@ -121,7 +121,7 @@ def test_products_of_any_size(
         alone = before[row].clone()
         c.t_linear(*head, at(x[row]), at(alone), long(1), *tail)
         assert torch.equal(found[row], alone)
-    if c.t_bf16_units() and terms == 1 and form > 0:
+    if c.t_bf16_units() and columns and form > 0:
         x, weight = x.bfloat16(), weight.bfloat16()
     wanted = x.double() @ weight.double().T + (offset.double() if bias else 0) + (before.double() if add else 0)
     if first < last:

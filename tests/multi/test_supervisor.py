@@ -276,6 +276,20 @@ def test_ctrl_c_ends_the_request_and_not_the_engine() -> None:
     assert all_end(pids)
 
 
+def test_ctrl_c_while_a_step_is_sent_leaves_no_rank_that_owes_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    with LLM(tiny("mixtral"), **{**OPTIONS, "worker_timeout": 2.0}) as llm:
+        first = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+        with monkeypatch.context() as patch:
+            patch.setattr("flexmoe.parallel.supervisor.pickle.dumps", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(PROMPTS, PARAMS)
+        time.sleep(3.0)
+        assert [output.token_ids for output in llm.generate(PROMPTS, PARAMS)] == first
+
+
 def test_no_port_is_held() -> None:
     with LLM(tiny("mixtral"), **OPTIONS) as llm:
         runner = llm.engine.runner

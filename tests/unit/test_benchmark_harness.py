@@ -69,6 +69,25 @@ def test_rounds_rotate_and_count_answers_like_the_reference() -> None:
     assert tallies[auto].idle == 0.0
 
 
+def test_the_memory_is_measured_before_and_after_each_turn() -> None:
+    from harness.finals import Pace, play
+    from harness.setups import OURS, Load
+
+    turns: list[str] = []
+    rates = iter([10.0, 20.0, 40.0, 60.0, 20.0, 30.0])
+
+    def stream() -> float:
+        turns.append("stream")
+        return next(rates)
+
+    auto, fp32 = OURS[:2]
+    workers: dict[Any, Any] = {s.worker_key: FakeWorker(s.dtype, 0.1, turns) for s in (auto, fp32)}
+    tallies = play(Load("decode", 1, 8, 11, "tpot"), [auto, fp32], workers, [[[1]]] * 2, None, Pace(), stream)
+    assert turns == ["stream", "auto", "stream", "float32", "stream", "stream", "float32", "stream", "auto", "stream"]
+    assert (tallies[fp32].reads, tallies[auto].reads) == ([40.0], [25.0])
+    assert len(tallies[auto].samples) == 1
+
+
 def test_the_peer_is_the_best_of_theirs() -> None:
     from harness.table import Result, verdicts
 

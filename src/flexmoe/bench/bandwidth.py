@@ -24,8 +24,7 @@ _REPEATS = 5
 def read_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
     """Bytes a second of the fastest read-only stream that was found within about `seconds`. Measured once a process.
 
-    On a GPU a Triton kernel with a few shapes of block; on a CPU torch.dot of a vector with itself, on torch's threads
-    and on large pages.
+    On a GPU a Triton kernel with a few shapes of block; on a CPU torch.dot of a vector with itself, see CpuStream.
     """
     if device.type != "cuda":
         return _on_cpu(seconds)
@@ -34,16 +33,25 @@ def read_bandwidth(device: torch.device, seconds: float = 1.0) -> float:
     return best
 
 
-def _on_cpu(seconds: float) -> float:
-    (x,) = large_pages.zeros([((_CPU_BYTES // 4,), torch.float32)])  # where an engine's weights lie
-    x.fill_(1.0)
-    torch.dot(x, x)
-    end = time.perf_counter() + seconds
-    best = 0.0
-    while time.perf_counter() < end:
+class CpuStream:
+    """Half a GiB on large pages, where an engine's weights lie, read by torch's threads."""
+
+    def __init__(self) -> None:
+        (self._x,) = large_pages.zeros([((_CPU_BYTES // 4,), torch.float32)])
+        self._x.fill_(1.0)
+        self.read()
+
+    def read(self) -> float:
+        """Read it once. Returns bytes a second."""
         start = time.perf_counter()
-        torch.dot(x, x)
-        best = max(best, _CPU_BYTES / (time.perf_counter() - start))
+        torch.dot(self._x, self._x)
+        return _CPU_BYTES / (time.perf_counter() - start)
+
+
+def _on_cpu(seconds: float) -> float:
+    stream, end, best = CpuStream(), time.perf_counter() + seconds, 0.0
+    while time.perf_counter() < end:
+        best = max(best, stream.read())
     return best
 
 

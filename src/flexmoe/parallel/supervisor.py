@@ -44,6 +44,14 @@ class _Trouble(NamedTuple):
     silent: bool
 
 
+class _Command(NamedTuple):
+    """What is to be sent. owed: the ranks that will answer it."""
+
+    number: int
+    owed: frozenset[int]
+    message: bytes
+
+
 class Supervisor:
     """Sends commands to all ranks, collects answers, and ends everything when a rank fails."""
 
@@ -56,7 +64,7 @@ class Supervisor:
         self._answers: dict[int, dict[int, Any]] = {}
         self._owed: dict[int, set[int]] = {}  # by command, under the lock: who has not answered yet
         self._lock, self._kill_lock = threading.Lock(), threading.Lock()
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[tuple[int, int, str, Any] | None] = queue.SimpleQueue()
         self._failure: RankError | None = None
         self._closing = self._killed = False
@@ -82,10 +90,10 @@ class Supervisor:
         self.check()
         self._numbers += 1
         self._doing, self._patient, self._moved = doing, patient, time.monotonic()
+        message = pickle.dumps((self._numbers, command, payload), pickle.HIGHEST_PROTOCOL)
         self._wanted[self._numbers] = frozenset(owed)
-        with self._lock:
-            self._owed[self._numbers] = set(owed)
-        self._outbox.put(pickle.dumps((self._numbers, command, payload), pickle.HIGHEST_PROTOCOL))
+        # One call that Ctrl-C cannot cut in two: an answer is owed by those who were asked, or nobody waits for one.
+        self._outbox.put(_Command(self._numbers, frozenset(owed), message))
         return self._numbers
 
     def wait(self, number: int) -> dict[int, Any]:
@@ -113,7 +121,7 @@ class Supervisor:
         if self._killed:
             return
         self._doing, self._closing = "closing", True
-        self._outbox.put(pickle.dumps((0, "exit", None)))
+        self._outbox.put(_Command(0, frozenset(), pickle.dumps((0, "exit", None))))
         self._threads[0].join(_EXIT_SECONDS)
         alive = [m for m in self.members if m.process is not None and not m.process.ended()]
         if alive and self._failure is None:
@@ -138,10 +146,12 @@ class Supervisor:
         self._inbox.put(None)
 
     def _send(self) -> None:
-        while (message := self._outbox.get()) is not None:
+        while (command := self._outbox.get()) is not None:
+            with self._lock:
+                self._owed[command.number] = set(command.owed)
             for member in self.members:
                 try:
-                    member.connection.send_bytes(message)
+                    member.connection.send_bytes(command.message)
                 except OSError:  # it is dead, which the watcher sees
                     continue
 

@@ -88,7 +88,7 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     b->score_size = (keys + 47) / 16 * 16;
     b->own_size = b->scores + QUERIES * b->score_size;
     TAKE(own, float, b->own_size * threads);
-    b->tile_size = tile_rows(deepest) * MOST_TERMS * stride(deepest);
+    b->tile_size = tile_size(deepest, b->columns);
     b->widened_size = 2 * ROWS * stride(deepest);
     TAKE(tiles, uint16_t, b->tile_size * threads);
     TAKE(widened, uint16_t, b->widened_size * threads);
@@ -101,7 +101,7 @@ int fm_bf16_units(void) { return BF16_UNITS; }
 
 /* Run one step. Returns 0, or 1 if memory for the buffers is not to be had. */
 int fm_step(Pool *pool, const Model *model, Step *step) {
-    Call call = {model, step, {.terms = step->prompts && model->half ? 1 : MOST_TERMS}};
+    Call call = {model, step, {.columns = BF16_UNITS && step->prompts && model->half}};
     pthread_mutex_lock(&pool->turn); /* engines of several threads take turns */
     size_t need = lay_out(model, step, pool->threads, NULL, &call.buffers) * sizeof(float);
     if (need > pool->scratch_size) {

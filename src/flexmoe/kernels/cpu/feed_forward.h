@@ -36,22 +36,20 @@ static void sort_assignments(const Layer *l, const Step *s, const Buffers *b) {
     b->first[0] = 0;
 }
 
-/* Activations of assignments [i, ...) of expert e: of each the row of x [., k] that it reads. of_token: one a token. */
-INLINE void gather(Tile *tile, const Layer *l, const int32_t *assigned, int64_t count, const float *x, int64_t k,
-                   int of_token) {
-    int64_t most = tile_rows(k);
-    tile->count = count < most ? count : most;
+/* The tile's activations: of each assignment the row of x [., k] that it reads. of_token: one a token. */
+INLINE void gather(Tile *tile, const Layer *l, const int32_t *assigned, const float *x, int64_t k, int of_token) {
     for (int64_t j = 0; j < tile->count; j++) tile->x[j] = x + (of_token ? assigned[j] / l->top_k : assigned[j]) * k;
 }
 
 /* hidden[a] = silu(gate) * up for width columns [from, to) of each assignment of expert e. x: normed rows. */
 static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *x, int64_t from, int64_t to,
                       const Room *room) {
-    float gate[ROWS * TOKENS] = {0}, up[ROWS * TOKENS] = {0}, out[ROWS * TOKENS];
+    float gate[ROWS * COLUMNS] = {0}, up[ROWS * COLUMNS] = {0}, out[ROWS * COLUMNS];
     Tile tile;
     int64_t width = l->expert_width, k = l->hidden, left = b->first[e + 1] - b->first[e];
     for (const int32_t *assigned = b->assignment + b->first[e]; left; left -= tile.count, assigned += tile.count) {
-        gather(&tile, l, assigned, left, x, k, 1);
+        begin_tile(&tile, left, k, l->gate_up.format, room);
+        gather(&tile, l, assigned, x, k, 1);
         prepare(&tile, k, l->gate_up.format, room);
         for (int64_t f = from; f < to; f += ROWS) {
             int rows = to - f < ROWS ? (int)(to - f) : ROWS;
@@ -59,7 +57,7 @@ static void expert_up(const Layer *l, const Buffers *b, int64_t e, const float *
             Rows gates = ready(rows_at(&l->gate_up, e * 2 * width + f), k, rows, 0, &format, room);
             Rows ups = ready(rows_at(&l->gate_up, (e * 2 + 1) * width + f), k, rows, 1, &same, room);
             for (int64_t t = 0, tokens; t < tile.count; t += tokens) {
-                tokens = take_tokens(tile.count - t, format);
+                tokens = take_tokens(&tile, t, format);
                 dots(gates, k, &tile, t, rows, (int)tokens, format, room, gate);
                 dots(ups, k, &tile, t, rows, (int)tokens, format, room, up);
                 for (int64_t j = 0; j < tokens * ROWS; j += LANES) swiglu(gate + j, up + j, 1.0f, out + j);
@@ -87,18 +85,19 @@ INLINE void add_scaled(float *x, const float *value, float weight, int count) {
 /* x[t] += weight * down(hidden) for hidden columns [from, to) of expert e. */
 static void expert_down(const Layer *l, const Step *s, const Buffers *b, int64_t e, int64_t from, int64_t to,
                         const Room *room) {
-    float out[ROWS * TOKENS] = {0};
+    float out[ROWS * COLUMNS] = {0};
     Tile tile;
     int64_t width = l->expert_width, left = b->first[e + 1] - b->first[e];
     for (const int32_t *assigned = b->assignment + b->first[e]; left; left -= tile.count, assigned += tile.count) {
-        gather(&tile, l, assigned, left, b->hidden, width, 0);
+        begin_tile(&tile, left, width, l->down.format, room);
+        gather(&tile, l, assigned, b->hidden, width, 0);
         prepare(&tile, width, l->down.format, room);
         for (int64_t h = from; h < to; h += ROWS) {
             int rows = to - h < ROWS ? (int)(to - h) : ROWS;
             int64_t format = l->down.format;
             Rows w = ready(rows_at(&l->down, e * l->hidden + h), width, rows, 0, &format, room);
             for (int64_t t = 0, tokens; t < tile.count; t += tokens) {
-                tokens = take_tokens(tile.count - t, format);
+                tokens = take_tokens(&tile, t, format);
                 dots(w, width, &tile, t, rows, (int)tokens, format, room, out);
                 for (int j = 0; j < tokens; j++) {
                     int32_t a = assigned[t + j];

@@ -5,7 +5,7 @@
  */
 #ifndef FLEXMOE_PRODUCTS_H
 #define FLEXMOE_PRODUCTS_H
-#include "bf16.h"
+#include "columns.h"
 #include "vector.h"
 
 #define TOKENS 8 /* activations that share the loads of weight rows, at most */
@@ -97,7 +97,7 @@ INLINE float load_weight(Rows w, int64_t r, int64_t k, int64_t i, int format) {
 INLINE void add_products(Rows w, int64_t k, const float *const *x, int64_t i, int count, int rows, int tokens,
                          int format, reg (*sums)[PARTS]) {
     float scales[ROWS];
-    for (int r = 0; r < rows; r++) prefetch(w.values + (r + 2 * ROWS) * row_bytes(k, format) + row_bytes(i, format));
+    ask_ahead(w.values, row_bytes(k, format), row_bytes(i, format), row_bytes(count, format), rows);
     for (int r = 0; r < rows; r++)
         scales[r] = format >= INT8 ? load1(w.scales, r * groups(k) + i / GROUP, 1) : 1.0f;
     for (int at = 0; at < count; at += WIDTH) {
@@ -139,14 +139,6 @@ INLINE void dot_block(Rows w, int64_t k, const float *const *x, int rows, int to
                 for (int64_t j = i; j < k; j++) out[t * ROWS + r] += load_weight(w, r, k, j, format) * x[t][j];
 }
 
-/* How many of the `left` activations to take next. With many registers, where weights must be widened, eight with two
- * rows at a time widen fewer a product than four with four rows, even if one of the eight is there for nothing. */
-INLINE int take_tokens(int64_t left, int64_t format) {
-    int wide = format != F32 && !(BF16_UNITS && format == BF16);
-    int most = PAIRS == 4 ? 2 : wide && left >= TOKENS - 1 ? TOKENS : 4;
-    return left < most ? (int)left : most;
-}
-
 /* The same with `rows` and `tokens` as constants, so that the sums stay in registers. x has room for TOKENS. */
 INLINE void dots_of(Rows w, int64_t k, const float **x, int rows, int tokens, int format, float *out) {
     if (rows < ROWS)
@@ -180,40 +172,72 @@ DOTS(dots_int8, INT8)
 DOTS(dots_int4, INT4)
 #undef DOTS
 
-/* One thread's memory for products, and how many numbers of 16 bits stand for an activation where bf16 units multiply:
- * 2 keep 16 bits of it, 1 rounds it to bf16. */
+/* One thread's memory for products, and whether activations for bf16 units are rounded and laid in columns: else they
+ * are in TERMS parts. */
 typedef struct {
-    int terms;
-    uint16_t *tile;    /* [TILE, terms, k] activations */
+    int columns;
+    uint16_t *tile;    /* [TILE, TERMS, k] activations, or [COLUMNS / LANES, k / 2, LANES, 2] */
     uint16_t *widened; /* [2 * ROWS, k] weights */
 } Room;
 
 INLINE Room room_of(const Buffers *b, const Seat *seat) {
-    return (Room){b->terms, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
+    return (Room){b->columns, b->tiles + seat->id * b->tile_size, b->widened + seat->id * b->widened_size};
 }
 
-/* Activations that the weights meet together, where they lie; for bf16 units their parts lie in the room. */
+/* Activations that the weights meet together, where they lie; what bf16 units take of them lies in the room. */
 typedef struct {
-    const float *x[TILE + TOKENS];
+    const float *x[COLUMNS + TOKENS];
     int64_t count;
+    int columns; /* whether they are laid in columns */
 } Tile;
 
 /* Rows of a tile; its activations fill a part of the second cache that leaves room for weights. */
 INLINE int64_t tile_rows(int64_t k) {
-    int64_t rows = TILE_BYTES / (2 * MOST_TERMS * stride(k)) / TOKENS * TOKENS;
+    int64_t rows = TILE_BYTES / (2 * TERMS * stride(k)) / TOKENS * TOKENS;
     return rows < TOKENS ? TOKENS : rows < TILE ? rows : TILE;
+}
+
+/* Numbers in a room's tile. Not those of a tile of `deepest`: one of shorter activations may hold more. */
+INLINE int64_t tile_size(int64_t deepest, int columns) {
+    int64_t most = columns ? COLUMN_BYTES / 2 : TILE_BYTES / 2;
+    int64_t least = columns ? group_size(deepest) : TOKENS * TERMS * stride(deepest);
+    return most > least ? most : least;
 }
 
 /* Whether these weights are multiplied as bf16. Integers are not while activations are to be exact: a product for the
  * scale of each group would come on top of two for the parts. */
 INLINE int as_bf16(int64_t format, const Room *room) {
-    return BF16_UNITS && (format == BF16 || (format >= INT8 && room->terms == 1));
+    return BF16_UNITS && (format == BF16 || (format >= INT8 && room->columns));
 }
 
-/* Make the parts of the tile's activations, if weights of this format meet these. */
+/* Begin a tile with as many of the `left` activations as it holds. In columns it holds more, and in tiles of about the
+ * same size no tile has just a few. */
+INLINE void begin_tile(Tile *tile, int64_t left, int64_t k, int64_t format, const Room *room) {
+    tile->columns = room->columns && as_bf16(format, room);
+    int64_t most = tile->columns ? column_rows(k) : tile_rows(k), tiles = (left + most - 1) / most;
+    if (tile->columns) most = ((left + tiles - 1) / tiles + FEW - 1) / FEW * FEW;
+    tile->count = left < most ? left : most;
+}
+
+/* How many of the activations from `first` on to take next; in columns all. With many registers, where weights must be
+ * widened, eight with two rows at a time widen fewer a product than four with four rows, even if one of the eight is
+ * there for nothing. */
+INLINE int take_tokens(const Tile *tile, int64_t first, int64_t format) {
+    int64_t left = tile->count - first;
+    if (tile->columns) return (int)left;
+    int wide = format != F32 && !(BF16_UNITS && format == BF16);
+    int most = PAIRS == 4 ? 2 : wide && left >= TOKENS - 1 ? TOKENS : 4;
+    return left < most ? (int)left : most;
+}
+
+/* Make the parts or the columns of the tile's activations, if weights of this format meet these. */
 INLINE void prepare(Tile *tile, int64_t k, int64_t format, const Room *room) {
     if (!as_bf16(format, room)) return;
-    for (int64_t j = 0; j < tile->count; j++) split(tile->x[j], k, room->terms, room->tile + j * room->terms * stride(k));
+    if (tile->columns) {
+        to_columns(tile->x, tile->count, k, room->tile);
+        return;
+    }
+    for (int64_t j = 0; j < tile->count; j++) split(tile->x[j], k, room->tile + j * TERMS * stride(k));
 }
 
 /* The same rows in the format that is multiplied; `place`: which half of the room for widened ones to use. */
@@ -242,19 +266,13 @@ INLINE Rows ready(Rows w, int64_t k, int rows, int place, int64_t *format, const
 INLINE void dots(Rows w, int64_t k, Tile *tile, int64_t first, int rows, int tokens, int64_t format, const Room *room,
                  float *out) {
     const float **x = tile->x + first;
-    const uint16_t *parts = room->tile + first * room->terms * stride(k);
-    if (format == F32) dots_f32(w, k, x, rows, tokens, out);
-    else if (BF16_UNITS && format == BF16) bf16_dots((const uint16_t *)w.values, k, parts, rows, tokens, room->terms, !first, out);
+    const uint16_t *parts = room->tile + first * TERMS * stride(k), *half = (const uint16_t *)w.values;
+    if (tile->columns) column_dots(half, k, room->tile, rows, tokens, out);
+    else if (format == F32) dots_f32(w, k, x, rows, tokens, out);
+    else if (BF16_UNITS && format == BF16) bf16_dots(half, k, parts, rows, tokens, !first, out);
     else if (format == BF16) dots_bf16(w, k, x, rows, tokens, out);
     else if (format == INT8) dots_int8(w, k, x, rows, tokens, out);
     else dots_int4(w, k, x, rows, tokens, out);
-}
-
-/* Rows [t, t + count) of one matrix [T, k]. */
-INLINE void fill(Tile *tile, const float *x, int64_t t, int64_t rows, int64_t k) {
-    int64_t most = tile_rows(k);
-    tile->count = rows - t < most ? rows - t : most;
-    for (int64_t j = 0; j < tile->count; j++) tile->x[j] = x + (t + j) * k;
 }
 
 /* y = or += value + bias, of `count` columns. */
@@ -272,10 +290,11 @@ INLINE void add_or_set(float *y, const float *value, const float *bias, int coun
 /* For weight rows [from, to): y[t][n] = dot + bias, or y[t][n] += dot + bias. x, y: [T, k], [T, n]. half: of the bias. */
 static void linear_rows(const Linear *l, const float *x, float *y, int64_t rows, int add, int half, int64_t from,
                         int64_t to, const Room *room) {
-    float out[ROWS * TOKENS] = {0};
+    float out[ROWS * COLUMNS] = {0};
     Tile tile;
     for (int64_t start = 0; start < rows; start += tile.count) {
-        fill(&tile, x, start, rows, l->k);
+        begin_tile(&tile, rows - start, l->k, l->format, room);
+        for (int64_t j = 0; j < tile.count; j++) tile.x[j] = x + (start + j) * l->k;
         prepare(&tile, l->k, l->format, room);
         for (int64_t n = from; n < to; n += ROWS) {
             int count = to - n < ROWS ? (int)(to - n) : ROWS;
@@ -284,7 +303,7 @@ static void linear_rows(const Linear *l, const float *x, float *y, int64_t rows,
             float bias[ROWS] = {0};
             for (int r = 0; l->bias && r < count; r++) bias[r] = load1(l->bias, n + r, half);
             for (int64_t t = 0, tokens; t < tile.count; t += tokens) {
-                tokens = take_tokens(tile.count - t, format);
+                tokens = take_tokens(&tile, t, format);
                 dots(w, l->k, &tile, t, count, (int)tokens, format, room, out);
                 for (int i = 0; i < tokens; i++)
                     add_or_set(y + (start + t + i) * l->n + n, out + i * ROWS, bias, count, add);
