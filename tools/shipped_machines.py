@@ -107,9 +107,9 @@ def machines(measured: Machine | None) -> Iterator[Machine]:
     """All of them."""
     device = H200 if measured is None else measured.device
     samples = tuple(step_tables()) if measured is None else measured.samples
-    if not any(sample.op.startswith("prompts.") for sample in samples):
-        samples += tuple(prompt_tables())
     notes = {"rows": "benchmarks/results/h200_*.jsonl"} if measured is None else measured.notes
+    if not any(sample.op.startswith("prompts.") for sample in samples):
+        samples, notes = samples + tuple(prompt_tables()), {**notes, "prompts": "benchmarks/results/h200_prompts.jsonl"}
     one = Machine("h200x1", 1, 1, device, (), samples, GPU_RESERVE, (), notes)
     yield one
     yield replace(one, name="h200x2", devices_per_node=2, links=(nvlink(2),))
