@@ -11,6 +11,7 @@ import pytest
 from flexmoe.errors import ConfigError
 from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled, throughput
 from flexmoe.report.headlines import headlines
+from flexmoe.report.prompts import prompt_operations
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
 from flexmoe.report.strategies import spread as spread_figure
 from flexmoe.report.strategies import strategies
@@ -145,6 +146,31 @@ def test_prompts_and_many_requests_stand_beside_vllm_and_a_goal() -> None:
         assert table is not None
         assert [shown.text for shown in table.rows[0][1:]] == ["2,048", "12.0", "not recorded", "18.0", "1.50×", missed]
     assert throughput_table([row(1)]) is first_tokens([row(1)]) is throughput([row(1)]) is None
+
+
+def test_operations_of_a_prompt_stand_beside_their_floor_longest_first() -> None:
+    def prompt(line: int, tokens: int, model: str, **us: float) -> Row:
+        made = {"floor_us": 10.0, "tflop_s": 600.0, "product": 75.0, "read": 20.0}
+        operations = {name: made | {"us": took} for name, took in us.items()}
+        operations["norm"] |= {"tflop_s": 0.0, "product": 0.0}
+        about = {"benchmark": "prefill", "model": model, "params": {"tokens": tokens, "layers": 4}}
+        return row(line, **about, device={"name": "A GPU"}, result={"operations": operations})
+
+    rows = [
+        prompt(1, 2048, "olmoe-1b-7b", down=30.0, norm=5.0, other=1.0),
+        prompt(2, 512, "mixtral-8x7b", down=7.0, norm=9.0),
+        prompt(3, 2048, "olmoe-1b-7b", down=20.0, norm=40.0, other=1.0),
+        prompt(4, 2048, "mixtral-8x7b", down=16.0, norm=12.0),
+    ]
+    table = prompt_operations(rows)
+    assert table is not None
+    assert [[shown.text for shown in line[1:]] for line in table.rows] == [
+        ["experts, down", "16.0", "10.0", "62%", "600", "75", "20"],
+        ["sums and norms", "12.0", "10.0", "83%", "", "", "20"],
+        ["sums and norms", "40.0", "10.0", "25%", "", "", "20"],
+        ["experts, down", "20.0", "10.0", "50%", "600", "75", "20"],
+    ]
+    assert prompt_operations([row(1)]) is None
 
 
 def test_cited_rows_of_another_device_are_not_set_beside_ours() -> None:

@@ -40,7 +40,7 @@ def texts(table: Table) -> list[list[str]]:
     """What is read in each row. Of several rows of one model, the first names it."""
     found = [[shown.text for shown in row] for row in table.rows]
     names = [row[0] for row in found]
-    if table.name in ("latency", "spread", "slices"):
+    if table.name in ("latency", "first_tokens", "prompt_operations", "spread", "slices"):
         names = [name if name != before else "" for before, name in zip(["", *names], names, strict=False)]
     return [[name, *row[1:]] for name, row in zip(names, found, strict=True)]
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups, throughput_rows
 from flexmoe.report.figure import ENGINES, MODELS, model_name, short_device
+from flexmoe.report.prompts import prompt_operations
 from flexmoe.report.rows import Row, newest
 from flexmoe.report.strategies import shares, spread_pairs
 from flexmoe.report.table import MISSING, Shown, Table, dates, number, percent, versions
 
-_LONG_PROMPT = 1024  # tokens from which a prompt is one to time
+_LONG_PROMPT = 256  # tokens from which a prompt is one to time
 _LLAMA_METRICS = {
     "decode_bs1": "a token, one sequence (ms)",
     "decode_bs4": "a step, four sequences (ms)",
@@ -29,7 +30,7 @@ _PRECISIONS = (("bfloat16", "bf16", "bf16"), ("int8", "q8_0", "8 bits"))
 def tables(rows: Sequence[Row]) -> list[Table]:
     """All that these rows can fill."""
     makers: tuple[Callable[[Sequence[Row]], Table | None], ...]
-    makers = (latency, first_tokens, throughput, spread, slices, experts, cpu, llama_cpp, published)
+    makers = (latency, first_tokens, prompt_operations, throughput, spread, slices, experts, cpu, llama_cpp, published)
     return [table for make in makers if (table := make(rows)) is not None]
 
 
@@ -88,7 +89,7 @@ def _latency_line(model: str, row: Row, peers: Sequence[Row], rows: Sequence[Row
 
 
 def first_tokens(rows: Sequence[Row]) -> Table | None:
-    """How long one long prompt takes on a GPU; beside it vLLM and what was wanted."""
+    """How long one prompt takes on a GPU; beside it vLLM and what was wanted."""
     found = [row for row in rows if row.get("benchmark") == "latency" and row.get("engine") == "flexmoe"]
     found = [row for row in found if row.get("device.kind") == "cuda" and row.get("result.first_token_ms")]
     found = [row for row in found if row.get("params.prompt_len") >= _LONG_PROMPT and row.get("params.batch") == 1]
@@ -103,7 +104,7 @@ def first_tokens(rows: Sequence[Row]) -> Table | None:
             percent(row, "result.percent_of_first_token_floor"),
             *_peer_and_goal(row, rows, "first_token", "result.first_token_ms", "params.prompt_len", less=True),
         )
-        for row in sorted(found, key=lambda row: -row.get("model.parameters"))
+        for row in sorted(found, key=lambda row: (-row.get("model.parameters"), row.get("params.prompt_len")))
     )
     header = ("model", "prompt", "FlexMoE, ms", "% of floor", "vLLM 0.24, ms", "vLLM / ours", "goal missed")
     title = "The first token of a prompt"
