@@ -61,6 +61,7 @@ def _flat(rows: Sequence[Row]) -> Headline | None:
     if figure is None:
         return None
     points = next((one.points for one in figure.panels[-1].series if one.key == "flexmoe"), ())
+    points = tuple(point for point in points if point.x != "1")  # where a token cannot choose two
     if len(points) < 2:
         return None
     grown = points[-1].value.over(points[0].value)
