@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
             "quantization": "int8",
             "one_pass": True,
             "prompts_ahead": False,
+            "compile_ahead": False,
         },
     ),
     "load": (
@@ -52,7 +53,7 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
 COUNTS = ["block_size", "max_num_seqs"]
 OPTIONAL_COUNTS = ["max_num_batched_tokens", "kv_cache_memory", "num_blocks", "max_model_len", "threads"]
 DEGREES = ["tensor_parallel_size", "expert_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
-FLAGS = ["enable_prefix_caching", "one_pass", "prompts_ahead", "force_download", "progress"]
+FLAGS = ["enable_prefix_caching", "one_pass", "prompts_ahead", "compile_ahead", "force_download", "progress"]
 TEXTS = ["device", "download_dir", "model", "revision"]
 
 

@@ -137,6 +137,12 @@ _MODEL_OPTIONS = (
         "a second where many requests wait.  [default: prompts-ahead]",
     ),
     click.option(
+        "--compile-ahead/--no-compile-ahead",
+        default=None,
+        help="On one GPU, compile kernels that later steps may need in the background, from the start on; else each "
+        "when it is needed first.  [default: compile-ahead]",
+    ),
+    click.option(
         "--kv-cache-memory",
         metavar="BYTES",
         callback=byte_size,
@@ -199,6 +205,7 @@ _MODEL_NAMES = (
     "max_decode_slowdown",
     "one_pass",
     "prompts_ahead",
+    "compile_ahead",
     "kv_cache_memory",
     "block_size",
     "seed",

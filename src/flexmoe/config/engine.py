@@ -53,6 +53,7 @@ class DeviceConfig:
     checkpoint does. one_pass: compute decodes beside prompts in the prompts' pass, which reads all weights once, not
     twice; then a request's rounding, in bf16 its tokens too, depends on whether others' prompts come meanwhile.
     prompts_ahead: on one GPU, launch steps with prompts, too, before the tokens of the step before are known.
+    compile_ahead: on one GPU, compile kernels that later steps may need in processes of their own from the start on.
     """
 
     device: str = "auto"
@@ -63,6 +64,7 @@ class DeviceConfig:
     quantization: str | None = None
     one_pass: bool = False
     prompts_ahead: bool = True
+    compile_ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,7 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r} is not a string.")
         flags: dict[str, object] = {"progress": load.progress, "force_download": load.force_download}
         flags |= {"enable_prefix_caching": self.cache.enable_prefix_caching, "one_pass": self.device.one_pass}
-        flags |= {"prompts_ahead": self.device.prompts_ahead}
+        flags |= {"prompts_ahead": self.device.prompts_ahead, "compile_ahead": self.device.compile_ahead}
         for name, flag in flags.items():
             if not isinstance(flag, bool):
                 raise ConfigError(f"{name}={flag!r} is neither True nor False.")

@@ -65,6 +65,11 @@ def bucket_of(rows: int) -> int:
     return next(size for size in _BUCKETS if size >= rows)
 
 
+def buckets_up_to(rows: int) -> list[int]:
+    """The numbers of rows that steps of up to so many are padded to."""
+    return [size for size in _BUCKETS if size <= rows]
+
+
 def rows_for(max_num_seqs: int) -> int:
     """Room for rows that a decoder needs for steps of so many sequences."""
     return bucket_of(min(max_num_seqs, MAX_ROWS))

@@ -29,6 +29,7 @@ from flexmoe.config.routing import LayerLoad
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import Admission
 from flexmoe.engine.chat_template import ChatTemplate
+from flexmoe.engine.compile_ahead import compiling_ahead
 from flexmoe.engine.device import tokens_on
 from flexmoe.engine.drift import Drift, Predict
 from flexmoe.engine.grammar import Grammars
@@ -77,6 +78,7 @@ class Engine:
         self.metrics = EngineMetrics()
         self.drift: Drift | None = None
         self._start_anew()
+        self._compiling = compiling_ahead(self._started, options, self.scheduler.max_tokens)
         self._numbers = itertools.count()
         self._closed = False
 
@@ -195,10 +197,9 @@ class Engine:
     def close(self) -> None:
         """Discard what runs and let go of model and cache. May be called twice."""
         if not self._closed:
+            self._compiling.close()
             self.discard(list(self._tracked))
-            self._closed = True
-            self._ahead = None
-            runner = self.runner
+            self._closed, self._ahead, runner = True, None, self.runner
             del self.runner, self._started
             if isinstance(runner, RankedRunner):
                 runner.close()
@@ -313,8 +314,7 @@ class Engine:
         runner = self.runner
         if not runner.can_run_ahead(current.step, current.states):
             return None
-        step = self._whole(self.scheduler.schedule_ahead, current.step, prompts=runner.mixes_ahead)
-        if step is None:
+        if (step := self._whole(self.scheduler.schedule_ahead, current.step, prompts=runner.mixes_ahead)) is None:
             return None
         # A newcomer may need the host. Then the step is given up, and chosen anew when its time has come.
         states = [self._owner[chunk.request.request_id][1].state for chunk in step.chunks if chunk.samples]

@@ -38,13 +38,25 @@ def stages_that_fit(stages: int, stage_bytes: int) -> int:
     """At most `stages` tiles of so many bytes in shared memory; at least one. Before Hopper one of them is in flight
     elsewhere.
     """
-    limit, hopper = _shared_memory()
+    limit, hopper = shared_memory()
     return max(1, min(stages, limit // stage_bytes + (0 if hopper else 1)))
 
 
+def assume(shared: int, capability: tuple[int, int]) -> None:
+    """From now on tiles are chosen for a GPU that is not here. shared: as `shared_memory` says there."""
+    global _assumed  # noqa: PLW0603 - of a process that does nothing else
+    _assumed = shared, capability >= _HOPPER
+    shared_memory.cache_clear()
+
+
+_assumed: tuple[int, bool] | None = None
+
+
 @functools.cache
-def _shared_memory() -> tuple[int, bool]:
+def shared_memory() -> tuple[int, bool]:
     """Bytes of the current GPU that a block may take, and whether it is Hopper or newer."""
+    if _assumed is not None:
+        return _assumed
     if not torch.cuda.is_available():
         return _LARGEST_SHARED, True
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

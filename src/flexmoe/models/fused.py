@@ -292,14 +292,20 @@ class FusedDecoder:
         device: torch.device,
         table: TileTable | None = None,
         max_rows: int = MAX_ROWS,
+        *,
+        pdl: bool | None = None,
     ) -> None:
-        """table: measured tiles; None: those of the package and of the user for this GPU. max_rows: of a step."""
+        """table: measured tiles; None: those of the package and of the user for this GPU. max_rows: of a step.
+
+        pdl: whether kernels are launched before those ahead of them have ended; None: if the GPU can.
+        """
         mesh, self._norm = model.mesh, model.norm
         config = mesh.shard(model.config).local
         embedding = model.embed_tokens.table()
         dtype = embedding.dtype
         self._head = embedding if model.lm_head is None else weight_of(model.lm_head)
-        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+        can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+        self._pdl = can if pdl is None else pdl
         self._tiles = tiles = StepTiles(tiles_for(device) if table is None else table, config, dtype)
         shapes = {(n, k) for n, k in (*_projections(model), tuple(self._head.shape))}
         slots = max(

@@ -176,9 +176,12 @@ def tiles_for(device: torch.device) -> TileTable:
     """What the package and the user have measured on such a GPU; empty on a CPU."""
     if device.type != "cuda":
         return TileTable()
-    name = torch.cuda.get_device_name(device)
-    own = user_file(name)
-    shipped = read(shipped_file(name))
+    return tiles_of(torch.cuda.get_device_name(device))
+
+
+def tiles_of(gpu: str) -> TileTable:
+    """What the package and the user have measured on the GPU that torch calls so."""
+    own, shipped = user_file(gpu), read(shipped_file(gpu))
     return shipped if own is None else shipped.with_(read(own))
 
 

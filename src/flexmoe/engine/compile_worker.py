@@ -1,0 +1,178 @@
+"""A process that compiles what an engine's steps on a GPU will launch: `python -m flexmoe.engine.compile_worker`.
+
+Enters, as a line of JSON on stdin: a `Job` and this worker's number. Leaves: kernels in Triton's cache on disk, where
+the engine finds them when a step first needs one. The model here has one layer of each kind and no weights: its tensors
+are memory that nobody touches. Ends when stdin does, so no later than the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from flexmoe.config.model import ModelConfig
+from flexmoe.config.plan import ParallelPlan
+from flexmoe.engine.cuda_graph import buckets_up_to
+from flexmoe.engine.packed_rows import PackedRows
+from flexmoe.engine.prompt_rows import PromptForm
+from flexmoe.kernels import gpu
+from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models.decoder import Decoder
+from flexmoe.models.device_rows import PDL_CAPABILITY, Sampling
+from flexmoe.models.families import read_config
+from flexmoe.moe.load import ExpertCounter
+from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, graph_form
+
+_CPU = torch.device("cpu")
+_NICE = 15  # below everything that somebody waits for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be compiled, and for which GPU. shared: bytes of memory that a block may take there.
+
+    rows: of a decode step, at most. tokens: of a step with prompts, at most.
+    """
+
+    hf_config: dict[str, Any]
+    dtype: str
+    gpu: str
+    capability: tuple[int, int]
+    shared: int
+    block_size: int
+    max_position: int
+    rows: int
+    tokens: int
+
+    @staticmethod
+    def read(made: dict[str, Any]) -> Job:
+        """From what `asdict` gave, through JSON."""
+        return Job(**(made | {"capability": tuple(made["capability"])}))
+
+    def line(self, number: int, workers: int, done: Path | None) -> str:
+        """For the stdin of worker `number`, which makes the file `done` when it has come to its end."""
+        order = {"job": asdict(self), "number": number, "workers": workers, "done": done and str(done)}
+        return json.dumps(order) + "\n"
+
+
+class _NoProducts(TorchFunctionMode):
+    """Torch's products, which need no compiling, leave what nobody computed."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            x, weight = args[:2]
+            return x.new_empty(*x.shape[:-1], len(weight))
+        return func(*args, **(kwargs or {}))
+
+
+def compile_all(job: Job) -> None:
+    """Launch all that steps launch, the most usual first."""
+    config = _one_layer_of_each(read_config(job.hf_config))
+    dtype: torch.dtype = getattr(torch, job.dtype)
+    gpu.assume(job.shared, job.capability)
+    with _NoProducts(), torch.inference_mode():
+        model = Decoder(config, ParallelPlan(), "reference", job.max_position, dtype=dtype, device=_CPU).eval()
+        for layer in model.decoder_layers:
+            if layer.moe is not None:
+                layer.moe.router.weight.data.zero_()  # as exact in few bits as routers of checkpoints are
+        model.pack(in_place=True)
+        cache = KVCache(config, 1, job.block_size, dtype, _CPU)
+        decodes = _Decodes(job, model, cache)
+        prompts = _Prompts(job, model, cache)
+        for rows in buckets_up_to(job.rows):
+            decodes.step(rows)
+        for tokens in _graphed(job.tokens):
+            prompts.step(tokens, padded=True)
+        for rows in buckets_up_to(job.rows):
+            decodes.variants(rows)
+        for tokens in (job.tokens, job.tokens - 1, job.tokens * 3 // 4 + 1):
+            if tokens > MOST_GRAPHED:
+                prompts.step(tokens, padded=False)
+
+
+def _one_layer_of_each(config: ModelConfig) -> ModelConfig:
+    return replace(config, layers=tuple(dict.fromkeys(config.layers)))
+
+
+def _graphed(tokens: int) -> Iterator[int]:
+    """Tokens of the forms that steps are padded to."""
+    rows = 0
+    while (form := graph_form(rows + 1, 1)) is not None and form[0] <= tokens:
+        rows = form[0]
+        yield rows
+
+
+class _Decodes:
+    """Decode steps."""
+
+    def __init__(self, job: Job, model: Decoder, cache: KVCache) -> None:
+        from flexmoe.kernels.triton.tiles import tiles_of
+        from flexmoe.models.fused import FusedDecoder
+
+        pdl = job.capability >= PDL_CAPABILITY
+        self._cache = cache
+        self._model = FusedDecoder(model, job.max_position, _CPU, tiles_of(job.gpu), job.rows, pdl=pdl)
+        self._counter = ExpertCounter(model.config, _CPU) if model.config.moe is not None else None
+
+    def step(self, rows: int, *, draws: bool = False, filtered: bool = False, long: bool = False) -> None:
+        """A greedy one, or one that draws."""
+        packed = PackedRows(rows, 1, _CPU)
+        sampling = Sampling(packed.sampling, filtered) if draws else None
+        self._model.step(packed.rows, sampling, self._cache, counter=self._counter if draws else None, long=long)
+
+    def variants(self, rows: int) -> None:
+        """Steps that draw, among few tokens and among all, that count choices, and that look far back."""
+        self.step(rows, draws=True)
+        self.step(rows, draws=True, filtered=True)
+        self.step(rows, long=True)
+
+
+class _Prompts:
+    """Steps with prompts."""
+
+    def __init__(self, job: Job, model: Decoder, cache: KVCache) -> None:
+        from flexmoe.kernels.triton.tiles import tiles_of
+        from flexmoe.models.fused_prompts import PromptDecoder
+
+        self._model, self._cache = PromptDecoder(model, job.max_position, _CPU, tiles_of(job.gpu)), cache
+
+    def step(self, tokens: int, *, padded: bool) -> None:
+        """One prompt of so many tokens."""
+        form = PromptForm(tokens, 2, 1, tokens // self._model.block_rows + 1, padded=padded)
+        flat = torch.zeros(form.starts()["tables"] + 1, dtype=torch.int32)
+        rows = form.rows_of(flat, self._model.block_rows, self._cache.block_size)
+        self._model.logits(rows, self._cache)
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os._exit(0)
+
+
+def main() -> None:
+    """One worker."""
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+    os.nice(_NICE)
+    torch.set_num_threads(1)
+    from flexmoe.kernels.triton.compile_only import compile_only
+
+    job, number, workers = Job.read(order["job"]), order["number"], order["workers"]
+    compile_only(job.capability, lambda name: zlib.crc32(name.encode()) % workers == number)
+    compile_all(job)
+    if order["done"]:
+        Path(order["done"]).touch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Processes that compile an engine's kernels ahead: what they compile, that they remember it, and that they end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexmoe.engine import compile_ahead
+from flexmoe.engine.compile_ahead import CompilingAhead
+from flexmoe.engine.compile_worker import Job
+from flexmoe.models.presets import PRESETS
+
+_SLICES = 24  # of all kernels one is compiled here
+
+
+def job(rows: int = 4) -> Job:
+    config = dict(PRESETS["olmoe-1b-7b"].hf_config) | {"num_hidden_layers": 3, "vocab_size": 1024}
+    return Job(
+        hf_config=config, dtype="bfloat16", gpu="NVIDIA H200", capability=(9, 0), shared=227 * 1024, block_size=16,
+        max_position=256, rows=rows, tokens=64,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Triton and of ours, empty; workers compile, whatever this process does."""
+    (tmp_path / "triton").mkdir()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that do nothing until they are told to end."""
+    script = "import sys; sys.stdin.read()"
+
+    def worker(line: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(compile_ahead, "_worker", worker)
+
+
+def work(done: Path) -> None:
+    """As the first of many workers."""
+    worker = compile_ahead._worker(job().line(0, _SLICES, done))
+    assert worker.stdin is not None
+    with worker.stdin:
+        assert worker.wait(timeout=120) == 0
+
+
+def test_a_worker_compiles_its_share_once(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    work(done)
+    assert done.exists()
+    assert 1 <= len(list((tmp_path / "triton").rglob("*.cubin"))) <= 20
+    files = sorted((tmp_path / "triton").rglob("*"))
+    work(done)
+    assert sorted((tmp_path / "triton").rglob("*")) == files
+
+
+def test_a_worker_ends_with_its_engine() -> None:
+    worker = compile_ahead._worker(job().line(0, 1, None))
+    assert worker.stdin is not None
+    worker.stdin.close()
+    assert worker.wait(timeout=30) == 0
+
+
+@pytest.mark.usefixtures("asleep")
+def test_workers_are_ended_with_the_engine_and_not_started_again_once_they_were_through() -> None:
+    compiling = CompilingAhead(job(), workers=2)
+    at_work = list(compiling._workers)
+    assert [worker.poll() for worker in at_work] == [None, None]
+    compiling.close()
+    assert all(worker.poll() is not None for worker in at_work)
+    for path in compile_ahead._done(job(), 2):
+        path.touch()
+    assert CompilingAhead(job(), workers=2)._workers == []
+    other = CompilingAhead(job(rows=8), workers=2)
+    assert len(other._workers) == 2
+    other.close()
+
+
+def test_engines_without_a_gpu_compile_nothing() -> None:
+    from flexmoe import LLM
+
+    with LLM(device="cpu", dtype="float32") as llm:
+        assert llm.engine._compiling._workers == []
