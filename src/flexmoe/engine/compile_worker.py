@@ -34,6 +34,7 @@ from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, graph_form
 
 _CPU = torch.device("cpu")
+_FEW = 4  # rows of the steps that come first
 _NICE = 15  # below everything that somebody waits for
 
 
@@ -89,10 +90,13 @@ def compile_all(job: Job) -> None:
         cache = KVCache(config, 1, job.block_size, dtype, _CPU)
         decodes = _Decodes(job, model, cache)
         prompts = _Prompts(job, model, cache)
-        for rows in buckets_up_to(job.rows):
+        few = [rows for rows in buckets_up_to(job.rows) if rows <= _FEW]
+        for rows in few:
             decodes.step(rows)
         for tokens in _graphed(job.tokens):
             prompts.step(tokens, padded=True)
+        for rows in buckets_up_to(job.rows)[len(few) :]:
+            decodes.step(rows)
         for rows in buckets_up_to(job.rows):
             decodes.variants(rows)
         for tokens in (job.tokens, job.tokens - 1, job.tokens * 3 // 4 + 1):
