@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -62,6 +64,26 @@ def test_answers_are_the_engine_s_and_streams_grow() -> None:
             assert sum(engine.experts.loads[0].counts) == 2 * engine.experts.loads[0].tokens
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("rate", "reported"), [(1000.0, [True] * 6), (20.0, [True, False, False] * 2)])
+def test_outputs_cross_as_often_as_the_rate_allows(rate: float, reported: list[bool]) -> None:
+    """A stream of a token each 20 ms: each crosses by itself if so many may, though the next step begins at once."""
+    asked: list[bool] = []
+
+    class Slow:
+        config = SimpleNamespace(moe=None)
+
+        def step(self, *, report: bool) -> list[str]:
+            asked.append(report)
+            time.sleep(0.02)
+            return ["a token"] if report else []
+
+    engine = AsyncEngine(Slow(), max_output_rate=rate)  # type: ignore[arg-type]
+    with patch.object(engine, "_tell"):
+        for _ in range(6):
+            engine._advance()
+    assert asked == reported
 
 
 def test_a_closed_stream_frees_its_blocks() -> None:

@@ -135,6 +135,7 @@ class AsyncEngine:
         self._least_pause = 0.0  # seconds that must lie between looks, by what the last one cost
         self._on_death = on_death
         self._seconds_each, self._next_crossing = 1 / max_output_rate, 0.0
+        self._step_seconds = 0.0  # that the latest step took
         self._streams: dict[str, Stream] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
@@ -251,10 +252,13 @@ class AsyncEngine:
 
     def _advance(self) -> None:
         """Compute a step or two, and let cross what is due."""
-        report = time.monotonic() >= self._next_crossing
+        start = time.monotonic()
+        report = start + self._step_seconds >= self._next_crossing  # which will be true once the step is over
         outputs = self._look_at_experts(report) if self._wants_look() else self.engine.step(report=report)
+        end = time.monotonic()
+        self._step_seconds = end - start
         if report:
-            self._next_crossing = time.monotonic() + len(outputs) * self._seconds_each
+            self._next_crossing = end + len(outputs) * self._seconds_each
         if outputs:
             self._tell(self._deliver, outputs)
 
