@@ -296,7 +296,7 @@ def throughput(rows: Sequence[Row]) -> Figure | None:
 def served(rows: Sequence[Row]) -> Figure | None:
     """A server under load, by streams at once: the newest model."""
     found = [row for row in rows if row.get("benchmark") == "serve" and row.get("result.tpot_ms.p50")]
-    found = [row for row in found if row.get("params.concurrency")]
+    found = [row for row in found if row.get("params.concurrency") and not row.get("note")]  # of nothing special
     found = newest(
         _like_the_last(found, ("model.name", "params.input_len", "params.output_len")), ("engine", "params.concurrency")
     )
@@ -308,7 +308,9 @@ def served(rows: Sequence[Row]) -> Figure | None:
         "result.tpot_ms.p50": "a token, ms",
     }
     panels = bar_panels(found, shown, lambda row: f"{_who(row)}, {row.get('params.concurrency')} streams")
-    return Figure("served", "bars", "", panels, f"through HTTP, medians; {measured(found[-1])}")
+    name = str(found[-1].get("model.name"))
+    words = f"{MODELS.get(name, name)} through HTTP, medians; {measured(found[-1])}"
+    return Figure("served", "bars", "", panels, words)
 
 
 def _like_the_last(rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
