@@ -86,7 +86,7 @@ def _worker(line: str) -> subprocess.Popen[str]:
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     worker = subprocess.Popen(
         [sys.executable, "-m", "flexmoe.engine.compile_worker"], stdin=subprocess.PIPE, stdout=nothing, stderr=nothing,
-        text=True, env=environment,
+        text=True, env=environment, process_group=0,  # a terminal's Ctrl-C is not for it
     )  # fmt: skip
     assert worker.stdin is not None
     worker.stdin.write(line)
