@@ -22,6 +22,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.swiglu import swiglu
 from flexmoe.kernels.triton import norm_linear
+from flexmoe.kernels.triton.cache_keys import fix_cache_keys
 from flexmoe.kernels.triton.combine import combine, combine_norm
 from flexmoe.kernels.triton.count_choices import count_choices
 from flexmoe.kernels.triton.decode_attention import decode_attention
@@ -299,6 +300,7 @@ class FusedDecoder:
 
         pdl: whether kernels are launched before those ahead of them have ended; None: if the GPU can.
         """
+        fix_cache_keys()
         mesh, self._norm = model.mesh, model.norm
         config = mesh.shard(model.config).local
         embedding = model.embed_tokens.table()

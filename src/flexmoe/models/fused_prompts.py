@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmoe.kernels.triton.cache_keys import fix_cache_keys
 from flexmoe.kernels.triton.combine import combine, combine_norm
 from flexmoe.kernels.triton.expert_down import expert_down_grouped
 from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_grouped
@@ -133,6 +134,7 @@ class PromptDecoder:
 
     def __init__(self, model: Decoder, max_position: int, device: torch.device, table: TileTable | None = None) -> None:
         """table: measured tiles; None: those of the package and of the user for this GPU."""
+        fix_cache_keys()
         self._model, dtype = model, model.norm.weight.dtype
         layers, local = model.decoder_layers, model.mesh.shard(model.config).local
         tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype)
