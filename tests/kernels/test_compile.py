@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -20,12 +21,26 @@ KERNELS = {
 }  # fmt: skip
 
 
+def run(module: str, *arguments: str) -> Any:
+    """What the module says, by Triton's compiler instead of its interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", f"tests.kernels.{module}", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.skipif(ON_GPU, reason="there they run, which says more")
 def test_every_launch_of_a_step_compiles_for_hopper() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_launches"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled = json.loads(done.stdout.splitlines()[-1])
-    assert set(compiled) >= KERNELS
+    assert set(run("compile_launches")) >= KERNELS
+
+
+def test_whoever_compiles_ahead_foresees_every_launch() -> None:
+    assert run("unforeseen_launches") == []
+
+
+def test_a_kernel_has_one_cache_key_whatever_was_launched_before_it() -> None:
+    """Triton's own depends on that: with it, this test was seen to fail."""
+    keys = run("cache_keys", "forwards")
+    assert {name.partition(":")[2] for name in keys} >= KERNELS
+    assert run("cache_keys", "backwards") == keys

@@ -1,13 +1,14 @@
 """A process that compiles what an engine's steps on a GPU will launch: `python -m flexmoe.engine.compile_worker`.
 
 Enters, as a line of JSON on stdin: a `Job` and this worker's number. Leaves: kernels in Triton's cache on disk, where
-the engine finds them when a step first needs one. The model here has one layer of each kind and no weights: its tensors
-are memory that nobody touches. Ends when stdin does, so no later than the engine.
+the engine finds them when a step first needs one. The model here has a few layers of each kind and no weights: its
+tensors are memory that nobody touches. Ends when stdin does, so no later than the engine.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -35,6 +36,9 @@ from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, graph_form
 
 _CPU = torch.device("cpu")
 _FEW = 4  # rows of the steps that come first
+_ALIKE = 4  # layers of a kind: in that many every alignment of a layer's part of a shared buffer has come up
+_DIVISOR = 16  # Triton compiles numbers that it divides apart from others
+_GROWTH = 1.04  # between sizes of steps: tiles serve larger ranges
 _NICE = 15  # below everything that somebody waits for
 
 
@@ -66,7 +70,7 @@ class Job:
         return json.dumps(order) + "\n"
 
 
-class _NoProducts(TorchFunctionMode):
+class WithoutProducts(TorchFunctionMode):
     """Torch's products, which need no compiling, leave what nobody computed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,10 +82,10 @@ class _NoProducts(TorchFunctionMode):
 
 def compile_all(job: Job) -> None:
     """Launch all that steps launch, the most usual first."""
-    config = _one_layer_of_each(read_config(job.hf_config))
+    config = _few_layers_of_each(read_config(job.hf_config))
     dtype: torch.dtype = getattr(torch, job.dtype)
     gpu.assume(job.shared, job.capability)
-    with _NoProducts(), torch.inference_mode():
+    with WithoutProducts(), torch.inference_mode():
         model = Decoder(config, ParallelPlan(), "reference", job.max_position, dtype=dtype, device=_CPU).eval()
         for layer in model.decoder_layers:
             if layer.moe is not None:
@@ -99,13 +103,28 @@ def compile_all(job: Job) -> None:
             decodes.step(rows)
         for rows in buckets_up_to(job.rows):
             decodes.variants(rows)
-        for tokens in (job.tokens, job.tokens - 1, job.tokens * 3 // 4 + 1):
-            if tokens > MOST_GRAPHED:
-                prompts.step(tokens, padded=False)
+        for tokens in _not_graphed(job.tokens, config.moe.top_k if config.moe is not None else 1):
+            prompts.step(tokens, padded=False)
 
 
-def _one_layer_of_each(config: ModelConfig) -> ModelConfig:
-    return replace(config, layers=tuple(dict.fromkeys(config.layers)))
+def _few_layers_of_each(config: ModelConfig) -> ModelConfig:
+    """With the first ones of each kind: a layer may find its rows normed by the one before."""
+    layers = config.layers
+    few = tuple(layer for i, layer in enumerate(layers) if layers[:i].count(layer) < _ALIKE)
+    return replace(config, layers=few)
+
+
+def _not_graphed(most: int, top_k: int) -> Iterator[int]:
+    """Tokens of steps with prompts that are no graphs.
+
+    Near each size one that 16 divides, one of which it divides the choices, and one of which it divides neither.
+    """
+    size = MOST_GRAPHED + 1
+    while size < most + _DIVISOR:
+        whole = min(size, most) // _DIVISOR * _DIVISOR
+        near = (whole, whole + _DIVISOR // math.gcd(_DIVISOR, top_k), whole + 1)
+        yield from (tokens for tokens in near if MOST_GRAPHED < tokens <= most)
+        size = int(size * _GROWTH)
 
 
 def _graphed(tokens: int) -> Iterator[int]:

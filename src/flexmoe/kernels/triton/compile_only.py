@@ -1,7 +1,7 @@
 """Launches that only compile: into Triton's cache on disk, for a GPU that need not be there.
 
 Enters: a GPU's capability, and which kernels are wanted. From then on every launch in this process finds out what it
-would run, has it compiled if it is wanted and not in the cache yet, and does no more.
+would run, has it compiled if it is wanted and not in the cache yet, with the C code that launches it, and does no more.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -13,6 +13,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaLauncher, library_dirs
 from triton.runtime.jit import JITFunction
 
 _WARP = 32
@@ -38,6 +39,7 @@ def compile_only(capability: tuple[int, int], wanted: Callable[[str], bool]) -> 
     """For the rest of this process. wanted: asked once for each kernel, as launches specialise it, by its name."""
     triton.runtime.driver.set_active(NamedGPU(capability))
     launch, make, passed = JITFunction.run, JITFunction._do_compile, set[str]()
+    launchers = _can_make_launchers()
 
     def run(self: JITFunction[Any], *args: Any, **options: Any) -> Any:
         return launch(self, *args, **(options | {"warmup": True}))
@@ -47,7 +49,21 @@ def compile_only(capability: tuple[int, int], wanted: Callable[[str], bool]) -> 
         if name in passed:
             return None
         passed.add(name)
-        return make(self, key, *args, **options) if wanted(name) else None
+        if not wanted(name):
+            return None
+        kernel = make(self, key, *args, **options)
+        if launchers:
+            CudaLauncher(kernel.src, kernel.metadata)
+        return kernel
 
     JITFunction.run = run
     JITFunction._do_compile = compile_wanted
+
+
+def _can_make_launchers() -> bool:
+    """Whether the GPU driver's library is there, which they are bound to; that does not start it."""
+    try:
+        library_dirs()
+    except (AssertionError, OSError):
+        return False
+    return True
