@@ -54,7 +54,7 @@ def test_default_tiles_fit_the_shared_memory(
     """As the compiler reports: a stage holds a tile of rows and one of weights; before Hopper there is one less."""
     from flexmoe.kernels.triton import expert_down, expert_gate_up, norm_linear
 
-    monkeypatch.setattr(gpu, "_shared_memory", lambda: memory)
+    monkeypatch.setattr(gpu, "shared_memory", lambda: memory)
     config = PRESETS[preset].config
     moe, hidden = config.moe, config.hidden_size
     assert moe is not None
