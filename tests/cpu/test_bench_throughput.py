@@ -46,7 +46,7 @@ def test_an_engine_that_cannot_be_measured_is_refused() -> None:
 
 
 def test_no_more_requests_run_together_than_the_kernels_take() -> None:
-    assert ThroughputOptions(requests=1000).seats == 256
+    assert ThroughputOptions(requests=1000).seats == 512
     assert ThroughputOptions(requests=10).seats == 10
     assert ThroughputOptions(requests=10, max_num_seqs=4).seats == 4
 
