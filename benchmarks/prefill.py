@@ -21,6 +21,7 @@ import torch
 from prefill_sweep import sweep
 
 from flexmoe.bench.bandwidth import read_bandwidth
+from flexmoe.bench.peak import matrix_peak
 from flexmoe.bench.prompt_operations import PromptLayers
 from flexmoe.bench.record import append, facts
 from flexmoe.config.model import ModelConfig
@@ -74,21 +75,6 @@ def work_of(config: ModelConfig, tokens: int) -> dict[str, Work]:
     }
 
 
-def product_rate() -> float:
-    """FLOP/s of a large product of torch, the best of some."""
-    a, b = (torch.randn(8192, 8192, device=_DEVICE, dtype=_DTYPE) for _ in range(2))
-    best = 0.0
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(3):
-            torch.mm(a, b)
-        end.record()
-        end.synchronize()
-        best = max(best, 3 * 2 * 8192**3 / (start.elapsed_time(end) / 1e3))
-    return best
-
-
 def measure(name: str, prompt: PromptLayers, tokens: int, ceiling: Ceiling, layers: int) -> dict[str, Any]:
     """One step, printed. layers: of the whole model."""
     rows, count = prompt.rows(tokens), prompt.config.num_layers
@@ -126,7 +112,7 @@ def figures(seconds: float, work: Work, ceiling: Ceiling) -> dict[str, float]:
 def main() -> None:
     """All models and numbers of tokens."""
     args = _arguments()
-    ceiling = Ceiling(product_rate(), read_bandwidth(_DEVICE))
+    ceiling = Ceiling(matrix_peak(_DEVICE, _DTYPE), read_bandwidth(_DEVICE))
     print(f"{ceiling.product / 1e12:.0f} TFLOP/s a product, {ceiling.read / 1e9:.0f} GB/s a read")
     counts = [int(part) for part in args.tokens.split(",")]
     limits = {"product_tflop_s": ceiling.product / 1e12, "read_gb_s": ceiling.read / 1e9}

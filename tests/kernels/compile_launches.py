@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from flexmoe.config.plan import ParallelPlan
@@ -28,6 +27,7 @@ from flexmoe.kernels.sample import SampleParams
 from flexmoe.kernels.triton import argmax, embed
 from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.combine import combine
+from flexmoe.kernels.triton.compile_only import NamedGPU
 from flexmoe.kernels.triton.count_choices import count_choices
 from flexmoe.kernels.triton.expert_down import DownTile, expert_down_gemv, expert_down_grouped
 from flexmoe.kernels.triton.expert_gate_up import GateUpTile, expert_gate_up_gemv, expert_gate_up_grouped
@@ -36,7 +36,7 @@ from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.device_rows import DeviceRows, Sampling
+from flexmoe.models.device_rows import PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused import FusedDecoder
 from flexmoe.models.fused_prompts import PromptDecoder
 from flexmoe.models.presets import PRESETS
@@ -48,22 +48,9 @@ _PROMPTS = (("qwen3-30b-a3b", (700,)), ("olmoe-1b-7b", (5, 17)), ("mixtral-8x7b"
 _STEPS = (("qwen3-30b-a3b", 1), ("qwen3-30b-a3b", 32), ("olmoe-1b-7b", 8), ("mixtral-8x7b", 128))
 
 
-class Hopper:
-    """As much of a driver as compiling asks for."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
 def compile_only(compiled: Counter[str]) -> None:
     """From now on launches compile, as dependent launches if they can be, and do no more; counts them by kernel."""
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(NamedGPU(PDL_CAPABILITY))
     launch = JITFunction.run
 
     def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -22,10 +22,9 @@ from flexmoe.bench.latency import HF_DEFAULT, OURS
 from flexmoe.bench.record import facts
 from flexmoe.bench.subject import Subject
 from flexmoe.bench.workload import make_prompts
-from flexmoe.config.engine import CacheConfig
+from flexmoe.config.engine import MAX_ROWS, CacheConfig
 from flexmoe.engine.device import choose_device, set_threads
 from flexmoe.errors import ConfigError
-from flexmoe.models.device_rows import MAX_ROWS
 
 Row = dict[str, Any]
 

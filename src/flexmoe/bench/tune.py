@@ -23,11 +23,12 @@ from flexmoe.bench.kernel_timer import time_launches
 from flexmoe.bench.tune_candidates import nearest_first
 from flexmoe.bench.tune_jobs import JOBS, Job, Setting, jobs
 from flexmoe.bench.tune_step import Inputs, MiniModel, Timer
+from flexmoe.config.engine import MAX_ROWS
 from flexmoe.config.model import ModelConfig
 from flexmoe.engine.device import choose_dtype
 from flexmoe.errors import ConfigError
 from flexmoe.kernels.triton.tiles import Limit, Measured, TileTable, Work, expert_work, grouping_work, tiles_for
-from flexmoe.models.device_rows import MAX_ROWS, why_not_fused
+from flexmoe.models.device_rows import why_not_fused
 from flexmoe.models.fused import FusedDecoder
 from flexmoe.models.fused_tiles import MOST_RANKED
 

@@ -17,6 +17,7 @@ ISAS = ("auto", "portable", "avx2", "avx512", "avx512_bf16", "neon")
 QUANTIZATIONS = ("int8", "int4")
 EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
 LAUNCHERS = ("auto", "spawn", "torchrun", "ray")
+MAX_ROWS = 512  # decodes that one step on a GPU can have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

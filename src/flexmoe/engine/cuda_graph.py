@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmoe.config.engine import MAX_ROWS
 from flexmoe.engine.device import to_device
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
-from flexmoe.models.device_rows import MAX_ROWS, DeviceDecoder, Sampling
+from flexmoe.models.device_rows import DeviceDecoder, Sampling
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.comm import Traffic
 from flexmoe.scheduling.scheduler import ScheduledChunk, Step
@@ -75,6 +76,23 @@ def rows_for(max_num_seqs: int) -> int:
     return bucket_of(min(max_num_seqs, MAX_ROWS))
 
 
+class GraphPool:
+    """Captures graphs that share memory, since one of them runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._memory: Any = None
+
+    def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of what `work` launches. It must have run before: compiling is no part of a graph."""
+        graph = torch.cuda.CUDAGraph()
+        # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        self._memory = self._memory or graph.pool()
+        return graph
+
+
 class GraphFlight:
     """A launched step. Its tokens are on the device in the order of its rows; `wait` brings them to the host."""
 
@@ -119,8 +137,7 @@ class GraphedDecoder:
         self._traffic = traffic or Traffic()
         self._packed: dict[int, PackedRows] = {}
         self._graphs: dict[_Form, _Captured] = {}
-        self._stream = torch.cuda.Stream(device)
-        self._pool: Any = None  # of memory, shared by the graphs: one runs at a time
+        self._pool = GraphPool(device)
         self._tokens = [torch.zeros(self.max_rows, dtype=torch.int64, pin_memory=True) for _ in range(_LANDED)]
         self._turn = 0
 
@@ -216,15 +233,8 @@ class GraphedDecoder:
             self._graphs[form] = self._capture(form, packed, counter)
 
     def _capture(self, form: _Form, packed: PackedRows, counter: ExpertCounter | None) -> _Captured:
-        graph = torch.cuda.CUDAGraph()
-        # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
-        with (
-            self._traffic.aside() as sent,
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            self._step(form, packed, None, counter)
-        self._pool = self._pool or graph.pool()
-        return _Captured(graph, sent)
+        with self._traffic.aside() as sent:
+            return _Captured(self._pool.capture(lambda: self._step(form, packed, None, counter)), sent)
 
     def _step(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
         sampling = Sampling(packed.sampling, form.filtered) if form.draws else None

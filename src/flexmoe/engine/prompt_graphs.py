@@ -8,11 +8,11 @@ launched kernel by kernel: the host is through before the GPU is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexmoe.engine.cuda_graph import GraphPool
 from flexmoe.engine.prompt_rows import PromptForm, pack
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
@@ -41,8 +41,7 @@ class GraphedPrompts:
         self._model, self._cache, self._device, self._graphed = model, cache, device, graphs
         self._inputs = torch.empty(_most_inputs(model.block_rows) * graphs, dtype=torch.int32, device=device)
         self._outputs: Tensor | None = None  # logits, of one graph at a time
-        self._stream = torch.cuda.Stream(device) if graphs else None
-        self._pool: Any = None  # of memory, shared by the graphs for the same reason
+        self._pool = GraphPool(device) if graphs else None
         self._graphs: dict[PromptForm, torch.cuda.CUDAGraph | None] = {}  # None: came once
 
     @torch.inference_mode()
@@ -72,23 +71,20 @@ class GraphedPrompts:
         if form not in self._graphs:
             # The first time without a graph: that compiles kernels, and many a form never comes again.
             self._graphs[form] = None
-            return self._model.logits(rows, self._cache)
-        graph = self._graphs[form] = self._graphs[form] or self._capture(rows)
-        graph.replay()
-        assert self._outputs is not None
-        return self._outputs[: form.samples]
-
-    def _capture(self, rows: PromptRows) -> torch.cuda.CUDAGraph:
-        if self._outputs is None:
-            first = self._model.logits(rows, self._cache)
-            self._outputs = first.new_empty(MOST_CHUNKS, first.shape[1])
-        graph = torch.cuda.CUDAGraph()
-        # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             logits = self._model.logits(rows, self._cache)
-            self._outputs[: len(logits)].copy_(logits)
-        self._pool = self._pool or graph.pool()
-        return graph
+            if self._outputs is None:
+                self._outputs = logits.new_empty(MOST_CHUNKS, logits.shape[1])
+            return logits
+        assert self._outputs is not None
+        assert self._pool is not None
+        outputs = self._outputs[: form.samples]
+        if (graph := self._graphs[form]) is None:
+            graph = self._graphs[form] = self._pool.capture(lambda: self._compute(rows, outputs))
+        graph.replay()
+        return outputs
+
+    def _compute(self, rows: PromptRows, outputs: Tensor) -> None:
+        outputs.copy_(self._model.logits(rows, self._cache))
 
 
 def _most_inputs(block_rows: int) -> int:

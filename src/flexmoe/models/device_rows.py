@@ -19,7 +19,6 @@ from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.moe.load import ExpertCounter
 
-MAX_ROWS = 512  # of one step
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
 _HEAD_DIMS = (16, 256)
 _MOST_TOP_K, _MOST_EXPERTS = 16, 1024

@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexmoe.config.engine import MAX_ROWS
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.swiglu import swiglu
@@ -42,7 +43,7 @@ from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
-from flexmoe.models.device_rows import MAX_ROWS, PDL_CAPABILITY, DeviceRows, Sampling
+from flexmoe.models.device_rows import PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused_buffers import Buffers
 from flexmoe.models.fused_ranks import SharedSums, slots_by_row, sums_of
 from flexmoe.models.fused_tiles import StepTiles

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from flexmoe.config.engine import MAX_ROWS
 from flexmoe.config.layout import RankLayout
 from flexmoe.config.machine import Machine
 from flexmoe.config.model import ModelConfig
@@ -28,7 +29,7 @@ TERMS = (
     "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
     "host", "pipeline",
 )  # fmt: skip
-_FUSED_ROWS = {"cuda": 512, "cpu": 64}  # of decodes that the fused kernels take
+_FUSED_ROWS = {"cuda": MAX_ROWS, "cpu": 64}  # of decodes that the fused kernels take
 _WORTH_TORCH = {"float32": 400e6, "bfloat16": 200e6}  # multiply-adds a layer, see models/native.py
 _LEAST_ROWS = 4
 _MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others in one launch, see models/fused_ranks.py

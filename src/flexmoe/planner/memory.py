@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flexmoe.config.engine import MAX_ROWS
 from flexmoe.config.machine import Machine
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard, even_share
 from flexmoe.models import slices
 from flexmoe.planner.operations import BITS
-
-_MOST_GRAPHED = 512  # rows of a decode step, whose logits have buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,7 @@ def _activations(shard: Shard, dtype: str, tokens: int) -> int:
         pairs = local.moe.top_k * (local.hidden_size + 3 * local.moe.expert_width)
         widest = max(widest, pairs + 3 * local.moe.shared_width)
     widest = max(widest, 3 * local.dense_width if any(not layer.is_moe for layer in local.layers) else 0)
-    logits = 4 * min(tokens, _MOST_GRAPHED) * shard.config.vocab_size if shard.is_last_stage else 0
+    logits = 4 * min(tokens, MAX_ROWS) * shard.config.vocab_size if shard.is_last_stage else 0
     return round(rows * (2 * local.hidden_size + widest) * BITS[dtype] / 8) + logits
 
 

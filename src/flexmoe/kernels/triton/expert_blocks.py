@@ -109,6 +109,17 @@ def find_block(counts_ptr, index, S: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: 
 
 
 @triton.jit
+def own_block(
+    rows_ptr, counts_ptr, capacity,
+    S: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, ONE_EACH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """This program's: (slot, where its rows are listed, first row, rows of the slot, block of columns)."""
+    block, column = in_groups(GROUP)
+    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, TAIL, ONE_EACH)
+    return slot, rows_ptr + slot.to(tl.int64) * capacity, first, count, column
+
+
+@triton.jit
 def has_tail(first, count, BLOCK_M: tl.constexpr, TAIL: tl.constexpr):
     """Whether the block that begins at `first` is its slot's last and has more than BLOCK_M rows: up to TAIL more."""
     left = count - first - BLOCK_M

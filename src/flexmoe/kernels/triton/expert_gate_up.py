@@ -25,10 +25,9 @@ from flexmoe.kernels.gpu import stages_that_fit
 from flexmoe.kernels.triton.expert_blocks import (
     block_rows,
     dot_rows,
-    find_block,
     grid_blocks,
     has_tail,
-    in_groups,
+    own_block,
     tail_of,
 )
 from flexmoe.kernels.triton.topk import select_expert
@@ -313,9 +312,9 @@ def _gate_up_grouped(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    block, column = in_groups(GROUP)
-    slot, first, count = find_block(counts_ptr, block, S, BLOCK_M, TAIL, ONE_EACH)
-    rows_ptr += slot.to(tl.int64) * capacity
+    slot, rows_ptr, first, count, column = own_block(
+        rows_ptr, counts_ptr, capacity, S, BLOCK_M, TAIL, ONE_EACH, GROUP
+    )  # fmt: skip
     tailed = has_tail(first, count, BLOCK_M, TAIL) if TAIL > 0 else False
     if tailed:  # a loop of its own, so that a tail costs nothing where there is none
         _gate_up_block(

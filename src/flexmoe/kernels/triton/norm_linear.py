@@ -17,12 +17,12 @@ import torch
 import triton
 from torch import Tensor
 
+from flexmoe.config.engine import MAX_ROWS
 from flexmoe.kernels.gpu import stages_that_fit
 from flexmoe.kernels.triton.norm_linear_kernels import _direct, _dot, _gemv, _reduce, _reduce_norm
 from flexmoe.kernels.triton.rms_norm import rms_norm
 
 _ALIGNMENT = 256  # bytes, of each part of the scratch memory
-_MAX_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def norm_linear(
     """
     rows, k = x.shape
     n = weight.shape[0]
-    assert rows <= _MAX_ROWS, f"{rows} rows; at most {_MAX_ROWS}"
+    assert rows <= MAX_ROWS, f"{rows} rows; at most {MAX_ROWS}"
     assert weight.is_contiguous()
     assert x.stride(1) == out.stride(1) == 1
     assert x.data_ptr() % 4 == 0, "a row must begin on four bytes"
