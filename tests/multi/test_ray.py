@@ -61,11 +61,11 @@ def cluster(folder: Path) -> Iterator[Any]:
 
 
 class Left:
-    """What a launch leaves behind: this process's ports, folders of ranks, and what Ray holds."""
+    """What a launch leaves behind: this process's ports, temporary files, and what Ray holds."""
 
     def __init__(self, folder: Path) -> None:
         RayCluster()  # whose own ports are none of ours
-        self._folder, self._before = folder, self._ports()
+        self._folder, self._before, self._files = folder, self._ports(), self._names(folder)
 
     def _ports(self) -> set[int]:
         found = psutil.Process().net_connections()
@@ -79,8 +79,13 @@ class Left:
             time.sleep(0.05)
         return all(group["state"] == "REMOVED" for group in ray.util.placement_group_table().values())
 
-    def _held(self) -> tuple[list[Path], list[str], float | None]:
-        return list(self._folder.glob("flexmoe-ranks-*")), keepers(), ray.available_resources().get("CPU")
+    def _held(self) -> tuple[list[str], list[str], float | None]:
+        found = sorted(self._names(self._folder) - self._files)
+        return found, keepers(), ray.available_resources().get("CPU")
+
+    @staticmethod
+    def _names(folder: Path) -> set[str]:
+        return {path.name for path in folder.iterdir()}
 
 
 def keepers() -> list[str]:

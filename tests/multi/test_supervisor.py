@@ -33,13 +33,13 @@ LIMIT = 5.0  # seconds from a death to the error
 
 @pytest.fixture(autouse=True)
 def _own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Folders of ranks go here, where no other test makes any."""
+    """Files of ranks go here, where no other test makes any."""
     tiny("mixtral")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 class Nothing:
-    """What a start leaves behind: the children and open ports of before, folders of ranks."""
+    """What a start leaves behind: the children and open ports of before, temporary files."""
 
     def __init__(self) -> None:
         self._before = self._now()
@@ -48,7 +48,7 @@ class Nothing:
         me = psutil.Process()
         children = {child.pid for child in me.children(recursive=True)}
         ports = {c.laddr.port for c in me.net_connections() if c.status == psutil.CONN_LISTEN}
-        return children, ports, {path.name for path in Path(tempfile.gettempdir()).glob("flexmoe-ranks-*")}
+        return children, ports, {path.name for path in Path(tempfile.gettempdir()).iterdir()}
 
     def is_left(self) -> bool:
         return all(now <= before for now, before in zip(self._now(), self._before, strict=True))

@@ -12,6 +12,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -43,35 +45,42 @@ class Process(Protocol):
         """End it. When this returns it is gone, or its machine is."""
 
     def tail(self) -> bytes:
-        """The end of its log. Raises OSError if it cannot be read."""
+        """The end of its log."""
 
     def close(self) -> None:
         """Let go of what leads to it. May be called twice."""
 
 
 class Child:
-    """A process that runs `run()` of a module, with a log of its own. It ends when the one that made it does."""
+    """A process that runs `run()` of a module, with a log of its own. It ends when the one that made it does.
+
+    The log is a file without a name: nothing of it is left when both processes are gone.
+    """
 
     def __init__(
-        self, module: str, connection: socket.socket, log: Path, environment: Mapping[str, str] | None = None
+        self, module: str, connection: socket.socket, beats: int, environment: Mapping[str, str] | None = None
     ) -> None:
-        """connection: the child's end; the caller's copy may be closed. environment: beside this process's own."""
+        """connection: the child's end. beats: descriptor of the counters' file. The caller's copies may be closed.
+
+        environment: beside this process's own.
+        """
         lifeline, held = os.pipe()
         self._held: int | None = held
         paths = [path or str(Path.cwd()) for path in sys.path]
-        ends = [str(connection.fileno()), str(lifeline)]
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-u", "-X", "faulthandler", "-c", f"from {module} import run; run()", *ends],
-                env={**os.environ, **SAFE_ENVIRONMENT, **(environment or {}), "PYTHONPATH": os.pathsep.join(paths)},
-                pass_fds=(connection.fileno(), lifeline),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                process_group=0,  # a terminal's Ctrl-C is for the driver alone
-            )
+        ends = (connection.fileno(), lifeline, beats)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        weakref.finalize(self, self._log.close)  # not in close(): its end may be asked for later
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-X", "faulthandler", "-c", f"from {module} import run; run()", *map(str, ends)],
+            env={**os.environ, **SAFE_ENVIRONMENT, **(environment or {}), "PYTHONPATH": os.pathsep.join(paths)},
+            pass_fds=ends,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            process_group=0,  # a terminal's Ctrl-C is for the driver alone
+        )
         os.close(lifeline)
-        self.pid, self._log = self._process.pid, log
+        self.pid = self._process.pid
 
     @property
     def code(self) -> int | None:
@@ -89,9 +98,8 @@ class Child:
         self._process.wait()
 
     def tail(self) -> bytes:
-        with self._log.open("rb") as log:
-            log.seek(max(0, log.seek(0, 2) - _TAIL_BYTES))
-            return log.read()
+        file = self._log.fileno()  # its position is the child's, too, so that it must stay
+        return os.pread(file, _TAIL_BYTES, max(0, os.fstat(file).st_size - _TAIL_BYTES))
 
     def close(self) -> None:
         if self._held is not None:

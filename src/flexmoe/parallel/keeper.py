@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
 from typing import NamedTuple
 
 from flexmoe.parallel.beats import LIFE, WORK, Beats
@@ -33,11 +30,10 @@ _CONNECT_SECONDS = 5.0
 
 
 class Place(NamedTuple):
-    """Where a keeper listens, the file of its rank's counters, and the GPUs that it was given."""
+    """Where a keeper listens, and the GPUs that it was given."""
 
     host: str
     port: int
-    beats: str
     gpus: str
 
 
@@ -66,26 +62,18 @@ class Keeper:
     def listen(self, host: str, key: bytes) -> Place:
         """Wait for the driver at an address of this machine, from now on. key: by which both know each other."""
         self._listener = Listener((host, 0), authkey=key)
-        self._folder = Path(tempfile.mkdtemp(prefix="flexmoe-ranks-"))
-        beats = str(self._folder / "beats")
-        return Place(host, self._listener.address[1], beats, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        return Place(host, self._listener.address[1], os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
     def run(self) -> None:
         """Let the driver connect, start the rank, and keep it until either ends."""
-        try:
-            with self._listener:
-                control = self._accept()
-                order: Order = control.recv()
-                connection = self._accept()
-            with control:
-                watch_peer(control)
-                watch_peer(connection)
-                self._keep(order, control, connection)
-        finally:
-            self._tidy_up()
-
-    def _tidy_up(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with self._listener:
+            control = self._accept()
+            order: Order = control.recv()
+            connection = self._accept()
+        with control:
+            watch_peer(control)
+            watch_peer(connection)
+            self._keep(order, control, connection)
 
     def _accept(self) -> Connection:
         """A connection of the driver's. Others that find the port are turned away."""
@@ -94,21 +82,18 @@ class Keeper:
                 return self._listener.accept()
 
     def _keep(self, order: Order, control: Connection, connection: Connection) -> None:
-        beats = Beats(self._folder / "beats", order.size, create=True).of(order.rank)
-        with socket.socket(fileno=os.dup(connection.fileno())) as theirs, connection:
-            child = Child(order.module, theirs, self._folder / "log", order.environment)
+        with Beats.file(order.size) as file, socket.socket(fileno=os.dup(connection.fileno())) as theirs, connection:
+            beats = Beats(file, order.size).of(order.rank)
+            child = Child(order.module, theirs, file, order.environment)
         said, parent = b"", os.getppid()
         with contextlib.suppress(OSError):  # the driver is gone
             while os.getppid() == parent:  # else what placed this keeper is gone, and with it the node for everybody
                 ended, tail = child.ended(), child.tail()
                 code = child.code if ended else None
-                if ended:  # once the driver hears of it nothing is left here, and it may end this process, too
-                    self._tidy_up()
                 control.send(Report(child.pid, (beats[WORK], beats[LIFE]), None if tail == said else tail, code))
                 said = tail
                 if ended or (control.poll(_REPORT_SECONDS) and not self._goes_on(control, child)):
                     break
-        self._tidy_up()  # first: a driver that dies takes its keepers along, and then only the rank could still do it
         child.kill()
         child.close()
 

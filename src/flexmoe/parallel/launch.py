@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Client, Connection, Listener
-from pathlib import Path
 from typing import Any, Protocol
 
 from flexmoe.parallel.beats import Beats
@@ -89,28 +85,26 @@ class Launched:
 
 def spawn(module: str, size: int, timeout: float) -> Launched:
     """Start `size` processes that call `run()` of a module. timeout: seconds that a collective of theirs may take."""
-    folder = Path(tempfile.mkdtemp(prefix="flexmoe-ranks-"))
     # Bound here and not in the first rank: the port is free for sure, and nobody has to tell it.
     store = TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    beats = Beats(folder / "beats", size, create=True)
-    launched = Launched([], beats, store, partial(shutil.rmtree, folder, ignore_errors=True))
+    launched = Launched([], store=store)
     try:
-        for rank in range(size):
-            launched.members.append(_start(module, rank, folder / f"rank{rank}.log"))
+        with Beats.file(size) as file:
+            launched.beats = Beats(file, size)
+            for rank in range(size):
+                launched.members.append(_start(module, rank, file))
         for member in launched.members:
-            place = (member.rank, size, member.rank, size)
-            setup = Setup(*place, _LOOPBACK, store.port, timeout, str(folder / "beats"))
-            member.connection.send(setup)
+            member.connection.send(Setup(member.rank, size, member.rank, size, _LOOPBACK, store.port, timeout))
     except BaseException:
         launched.abandon()
         raise
     return launched
 
 
-def _start(module: str, rank: int, log: Path) -> Member:
+def _start(module: str, rank: int, beats: int) -> Member:
     ours, theirs = socket.socketpair()
     with theirs:
-        process = Child(module, theirs, log)
+        process = Child(module, theirs, beats)
     return Member(rank, Connection(ours.detach()), process)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import pickle
 import select
-import shutil
 import signal
 import sys
 import threading
@@ -25,11 +24,10 @@ from collections import deque
 from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 
 from flexmoe.errors import FlexMoEError
-from flexmoe.parallel.beats import LIFE, WORK, Beats
+from flexmoe.parallel.beats import LIFE, Beats
 
 SILENT = object()  # an answer that is not sent
 _PULSE_SECONDS = 0.5
@@ -49,7 +47,7 @@ class Setup:
     """What a rank is told first. host and port: of the store where the ranks meet.
 
     local_rank, machine_size: which of the ranks on its machine it is, and how many those are.
-    timeout: seconds that a collective may take. beats: the file of its counters, if the driver can read it.
+    timeout: seconds that a collective may take.
     """
 
     rank: int
@@ -59,7 +57,6 @@ class Setup:
     host: str
     port: int
     timeout: float
-    beats: str | None = None
 
 
 class Handler(Protocol):
@@ -73,15 +70,16 @@ class Handler(Protocol):
 
 
 def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list[str]) -> None:
-    """The life of a process that `launch.spawn` started. arguments: its ends of the connection and of the lifeline.
+    """The life of a Child. arguments: descriptors of the connection, the lifeline and the file of all counters.
 
     make: from the setup and the rank's counters to its handler. Does not return.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    connection, lifeline = Connection(int(arguments[0])), int(arguments[1])
+    control, lifeline, beats = map(int, arguments)
+    connection = Connection(control)
     setup: Setup = connection.recv()
-    counters = _counters(setup)
-    threading.Thread(target=_pulse, args=(lifeline, counters, setup), daemon=True).start()
+    counters: Any = Beats(beats, setup.size).of(setup.rank)
+    threading.Thread(target=_pulse, args=(lifeline, counters), daemon=True).start()
     code = serve(connection, setup, lambda: make(setup, counters))
     # Threads of torch or NCCL that wait for dead peers must not keep the process.
     sys.stdout.flush()
@@ -92,7 +90,7 @@ def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list
 def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> int:
     """Carry out commands until "exit", or until the driver is gone. Returns the exit code."""
     try:
-        handler, answers = make(), _Answers(connection, setup)
+        handler, answers = make(), _Answers(connection)
         while (message := answers.next_command()) is not None:
             number, command, payload = message
             answers.give(number, *_carry_out(handler.handle, command, payload))
@@ -108,8 +106,8 @@ def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> 
 class _Answers:
     """Sends answers, and those that come later when they are there."""
 
-    def __init__(self, connection: Connection, setup: Setup) -> None:
-        self._connection, self._setup = connection, setup
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._late: deque[tuple[int, Later]] = deque()
 
     def next_command(self) -> tuple[int, str, Any] | None:
@@ -122,7 +120,6 @@ class _Answers:
                     time.sleep(_GLANCE_SECONDS)
             message: tuple[int, str, Any] = self._connection.recv()
         except (EOFError, OSError):
-            _tidy_up(self._setup)
             return None
         return None if message[1] == "exit" else message
 
@@ -160,25 +157,9 @@ def put(connection: Connection, message: Any) -> None:
     connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
 
 
-def _counters(setup: Setup) -> MutableSequence[int]:
-    """This rank's counters: shared with the driver if it is on the same machine."""
-    if setup.beats is None or not Path(setup.beats).exists():
-        return [0, 0]
-    cells: Any = Beats(Path(setup.beats), setup.size).of(setup.rank)
-    assert cells[WORK] == 0
-    return cells  # type: ignore[no-any-return]
-
-
-def _pulse(lifeline: int, counters: MutableSequence[int], setup: Setup) -> None:
+def _pulse(lifeline: int, counters: MutableSequence[int]) -> None:
     """Show that the process runs; end it when the lifeline's other end closes, even if its holder died unawares."""
     while True:
         counters[LIFE] += 1
         if select.select([lifeline], [], [], _PULSE_SECONDS)[0]:
-            _tidy_up(setup)
             os._exit(1)
-
-
-def _tidy_up(setup: Setup) -> None:
-    """Remove the folder that was made for this process by one who died since."""
-    if setup.beats is not None:
-        shutil.rmtree(Path(setup.beats).parent, ignore_errors=True)

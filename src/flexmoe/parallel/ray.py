@@ -222,9 +222,7 @@ class RayCluster:
             processes.append(process)
             launched.members.append(Member(rank, process.connection, process, seat.node.address))
             local, size = machines[:rank].count(seat.node.id), machines.count(seat.node.id)
-            process.connection.send(
-                Setup(rank, len(places), local, size, self.address, store.port, timeout, place.beats)
-            )
+            process.connection.send(Setup(rank, len(places), local, size, self.address, store.port, timeout))
         launched.beats = KeptBeats(processes)
 
     def _keepers(self, taken: _Taken, places: Sequence[Seat], key: bytes) -> list[Place]:

@@ -257,10 +257,7 @@ class Supervisor:
 def _last_words(member: Member) -> str:
     if member.process is None:
         return "its log is where it was started."
-    try:
-        lines = [line.strip() for line in member.process.tail().decode(errors="replace").splitlines()]
-    except OSError:
-        return "its log cannot be read."
+    lines = [line.strip() for line in member.process.tail().decode(errors="replace").splitlines()]
     # A fatal signal's stack is of little use in one line; what was said before it is.
     fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
     last = [line for line in lines[: fatal + 1] if line][-_LAST_LINES:]
