@@ -12,7 +12,7 @@ and shape of each:
     router      T rows; (E, H, K): norm, router, choice of K experts, and rows by expert; in prompts and torch all
                 that a layer has beside the others
 
-In torch attention and prompt have a fifth size where queries and keys are normed: the heads of both.
+In torch attention and prompt have a fifth size: how many heads of queries and keys are normed; left out, none.
 """
 
 from __future__ import annotations
