@@ -145,7 +145,7 @@ def main() -> None:
     args = _arguments()
     machine = Machine.load(args.machine)
     rows = list(measured_rows()) if args.measure else read_rows(args.rows, args.since)
-    steps = groups(machine, rows) if rows else ()
+    steps = () if args.served and not rows else groups(machine, rows)
     for group, checks in chain(steps, served_groups(machine, args.served, args.trace, cold=args.cold)):
         if not checks:
             continue

@@ -252,7 +252,7 @@ class CostModel:
         cost = StepCost()
         for stage in self._stages:
             a = stage.config.attention
-            sizes = a.num_heads, a.num_kv_heads, a.head_dim
+            sizes = a.num_heads, a.num_kv_heads, a.head_dim, a.normed_heads
             for window, count in stage.windows.items():
                 seen = each.context if window is None else min(each.context, window)
                 operations = [Operation("attention", each.decodes, (seen, *sizes))] if each.decodes else []

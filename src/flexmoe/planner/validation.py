@@ -93,7 +93,7 @@ def _is_of(sample: Sample, model: ModelConfig) -> bool:
             shapes = (model.qkv_size, hidden), (hidden, a.num_heads * a.head_dim), (model.vocab_size, hidden)
             return sample.shape in shapes
         case "attention" | "prompt":
-            return sample.shape[1:] == heads
+            return sample.shape[1:4] == heads
         case "experts":
             return moe is not None and sample.shape[1:] == (hidden, moe.expert_width)
         case _:
