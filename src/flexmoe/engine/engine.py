@@ -45,7 +45,8 @@ from flexmoe.errors import ConfigError, EngineError, FlexMoEError, RequestError
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks
-from flexmoe.scheduling.scheduler import Scheduler, Step
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import Step
 
 _log = logging.getLogger(__name__)
 

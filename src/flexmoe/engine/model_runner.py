@@ -28,7 +28,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import PROMPT_ROWS, NativeDecoder
 from flexmoe.moe.load import ExpertCounter
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 
 class Flight(Protocol):

@@ -18,7 +18,7 @@ from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
 from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, MOST_GRAPHED, graph_form
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 
 _MOST_TABLES = 2**18  # blocks of all chunks
 

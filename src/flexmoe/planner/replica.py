@@ -19,7 +19,8 @@ from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.roofline import StepTokens
-from flexmoe.scheduling.scheduler import Scheduler, Step
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import Step
 
 StepSeconds = Callable[[Step], float]
 

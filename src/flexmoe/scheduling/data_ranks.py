@@ -14,7 +14,8 @@ from flexmoe.config.engine import SchedulerConfig
 from flexmoe.scheduling.block_manager import BlockManager, PrefixStats
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
 from flexmoe.scheduling.roofline import StepTokens
-from flexmoe.scheduling.scheduler import Scheduler, Step
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import Step
 
 
 @dataclass(slots=True)
