@@ -144,6 +144,15 @@ def test_prompts_wait_for_blocks_as_for_seats(tokens: int, joins: bool) -> None:
     assert names == (["a", "b"] if joins else ["a"]), "one of 16 blocks is free, or three"
 
 
+def test_nobody_waits_where_decodes_and_prompts_are_one_pass() -> None:
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=8)
+    serving = Scheduler(config, BlockManager(64, SIZE, False), one_pass=True)
+    add(serving, "a", 3)
+    advance(serving)
+    add(serving, "b", 12)
+    assert shape(advance(serving)) == [("a", 3, 1, True), ("b", 0, 7, False)]
+
+
 def test_nobody_waits_while_somebody_watches() -> None:
     serving = scheduler(budget=8)
     add(serving, "a", 3)

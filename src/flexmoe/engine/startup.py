@@ -105,7 +105,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     decode_kernels = f"torch ({native_reason})" if native_reason else f"C ({library.choose(isa).name})"
     graphed, prompts = None, None
     if device.type == "cuda":
-        rows = rows_for(options.scheduler.max_num_seqs)
+        rows = rows_for(options.scheduler.on(device.type).seats)
         graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend, rows)
     if graphed is not None:
         from flexmoe.models.fused_prompts import PromptDecoder  # as for FusedDecoder
@@ -243,7 +243,7 @@ def _num_blocks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
+    """Blocks of the KV cache: as given, else for some full contexts, within a share of the free memory."""
     free = _free_beside_weights(mesh, config, dtype, device, options)
     if device.type == "cuda":
         tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).most
@@ -260,7 +260,7 @@ def _num_blocks(
             )
         return blocks
     share = _CPU_CACHE_SHARE if device.type == "cpu" else _GPU_CACHE_SHARE
-    blocks = min(options.scheduler.max_num_seqs * per_context, int(free * share) // size)
+    blocks = min(options.scheduler.seats * per_context, int(free * share) // size)
     if blocks < per_context:
         raise ConfigError(
             f"a context of max_model_len={max_model_len} tokens needs {_gib(per_context * size)} of KV cache, but only "
@@ -301,7 +301,7 @@ def _free_beside_weights(
     if device.type == "cpu":
         free = _available_memory() // mesh.machine_size
     else:
-        free = _free_on_gpu(mesh, config, device, rows_for(options.scheduler.max_num_seqs))
+        free = _free_on_gpu(mesh, config, device, rows_for(options.scheduler.on(device.type).seats))
     weights = weight_bytes(mesh.shard(config), dtype.itemsize, options.device.quantization)
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""

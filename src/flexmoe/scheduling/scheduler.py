@@ -54,9 +54,15 @@ _RUNNING = RequestStatus.RUNNING  # looked up once a token: an Enum member costs
 class Scheduler:
     """Decides which tokens of which requests are computed together."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, tokens: StepTokens | None = None) -> None:
-        """tokens: what pays on the device; None: a small model's on a CPU. A budget that the config has comes first."""
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, tokens: StepTokens | None = None, *, one_pass: bool = False
+    ) -> None:
+        """tokens: what pays on the device; None: a small model's on a CPU. A budget that the config has comes first.
+
+        one_pass: decodes and prompts of a step read the weights once.
+        """
         self.config = config
+        self._one_pass = one_pass
         self.blocks = blocks
         tokens = tokens or StepTokens()
         self._budget = tokens.most
@@ -89,7 +95,7 @@ class Scheduler:
     @property
     def _seats(self) -> int:
         """Requests that may run: a step must have a token for each."""
-        return min(self.config.max_num_seqs, self.max_tokens)
+        return min(self.config.seats, self.max_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -260,7 +266,7 @@ class Scheduler:
         left = self.max_tokens - len(decodes)
         if any(chunk.request.watched for chunk in decodes):
             return min(left, self._pace.limit(len(decodes)))
-        if not decodes or self._num_watched:
+        if not decodes or self._num_watched or self._one_pass:
             return left
         ready, more = self._ready(begun)
         if ready >= self.max_tokens:
