@@ -144,7 +144,7 @@ def served_checks(
     told = EngineLimits(
         scheduler=limits, num_blocks=engine["kv_cache_blocks"], block_size=engine["block_size"],
         data_ranks=plan.data_parallel_size, prefix_caching=engine["prefix_caching"], tokens=setting.step_tokens,
-        ahead=engine["prompts_ahead"], one_pass=engine["one_pass"],
+        ahead=engine["prompts_ahead"], one_pass=engine.get("one_pass", False),
     )  # fmt: skip
     fit = [request for request in requests if request.input_len < told.longest]  # the server refuses the others
     if (len(requests), len(fit)) != (result["requests"], result["succeeded"]):
