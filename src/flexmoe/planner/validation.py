@@ -108,7 +108,8 @@ def step_checks(machine: Machine, model: ModelConfig, rows: Iterable[Mapping[str
         params, result = row["params"], row["result"]
         plan = ParallelPlan.from_json(row["config"].get("plan", {}))
         cost = CostModel(machine, model, plan, dtype=params["dtype"])
-        shape = StepShape(params["batch"], params["prompt_len"] + params["output_len"] / 2)
+        rows_each = -(-params["batch"] // plan.data_parallel_size)
+        shape = StepShape(rows_each, params["prompt_len"] + params["output_len"] / 2)
         measured = result["ms"] if "ms" in result else result["step_ms"]["median"]
         yield Check(_name(row), cost.step(shape).seconds, measured * 1e-3)
 
