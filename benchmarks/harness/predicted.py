@@ -1,7 +1,12 @@
-"""What the planner expects of a plan, in the terms of benchmarks/strategies.py. Enters: a machine. Leaves: figures."""
+"""What the planner expects of a plan, in the terms of benchmarks/strategies.py. Enters: a machine. Leaves: figures.
+
+And how far that was off, once it has been measured.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +20,7 @@ from flexmoe.planner.replica import EngineLimits
 from flexmoe.planner.simulator import Fleet, simulate
 from flexmoe.planner.steps import Terms
 from flexmoe.planner.trace import TraceRequest
+from flexmoe.planner.validation import Check
 
 Row = dict[str, Any]
 
@@ -67,3 +73,35 @@ class Expected:
 def _figures(name: str, terms: Terms) -> Row:
     by_term = {term: round(1e3 * seconds, 4) for term, seconds in terms.items() if seconds}
     return {name: round(1e3 * sum(terms.values()), 4), "terms_ms": by_term}
+
+
+def foretold(predicted: Sequence[Row], measured: Sequence[Row]) -> Iterator[tuple[str, list[Check]]]:
+    """Rows of --predict beside those of a run that they were made for: steps, first tokens, many requests; and choices.
+
+    A choice is what the strategy that was expected to be the fastest took, beside what the fastest took.
+    """
+    expected = {_key(row): row["result"] for row in predicted if "error" not in row["result"]}
+    checks: dict[str, list[Check]] = defaultdict(list)
+    rivals: dict[Hashable, list[tuple[float, float]]] = defaultdict(list)
+    for row in measured:
+        ours, theirs = expected.get(_key(row)), row["result"]
+        if row["engine"] != "flexmoe" or ours is None or "error" in theirs:
+            continue
+        name = next(name for name in ("step_ms", "first_token_ms", "seconds") if name in ours)
+        took = theirs[name]["median"] if isinstance(theirs[name], dict) else theirs[name]
+        unit = 1.0 if name == "seconds" else 1e-3
+        checks[name].append(Check(" ".join(map(str, _key(row))), unit * ours[name], unit * took))
+        if row["config"].get("ranks", 1) > 1:
+            model, _, *asked = _key(row)
+            rivals[model, *asked].append((ours[name], took))
+    yield from checks.items()
+    yield "choices", [
+        Check(" ".join(map(str, asked)), min(pairs)[1], min(took for _, took in pairs))  # type: ignore[arg-type]
+        for asked, pairs in rivals.items() if len(pairs) > 1
+    ]  # fmt: skip
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    model, config, params = row["model"], row["config"], row["params"]
+    asked = config.get("ranks", 1), params.get("batch"), params.get("prompt_len")
+    return (model["label"], config["strategy"], model["layers"], *asked)

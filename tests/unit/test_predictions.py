@@ -205,6 +205,29 @@ def test_a_served_row_is_held_against_a_simulation_of_its_load() -> None:
         served_checks(H200, config, [TraceRequest(0.5, 9, 10), TraceRequest(0.6, 5000, 10)], row)
 
 
+def test_what_was_foretold_of_four_gpus_is_held_against_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    foretold = importlib.import_module("harness.predicted").foretold
+    rows = [json.loads(line) for line in (RESULTS / "h200_strategies_predicted.jsonl").read_text().splitlines()]
+    asked = ("mixtral-8x7b", 4, 1, 128)
+    ours = [row for row in rows if (row["model"]["name"], row["config"]["ranks"]) == asked[:2]]
+    steps = [row for row in ours if row["params"].get("batch") == 1 and "step_ms" in row["result"]]
+    assert len(steps) == 6
+    measured = []
+    for row in steps:
+        slow = 1.2 if row["config"]["strategy"] == "tensor" else 0.5
+        first = {"first_token_ms": {"median": 9.0}}
+        measured.append(row | {"result": {"step_ms": {"median": slow * row["result"]["step_ms"]}} | first})
+    found = dict(foretold(rows, [*measured, ours[0] | {"engine": "hf-default"}]))
+    assert {group: len(checks) for group, checks in found.items()} == {"step_ms": 6, "choices": 1}
+    errors = sorted(check.error for check in found["step_ms"])
+    assert errors == pytest.approx([1 / 1.2 - 1] + [1.0] * 5)
+    (choice,) = found["choices"]
+    taken = {row["config"]["strategy"]: row["result"]["step_ms"] for row in steps}
+    assert min(taken, key=taken.__getitem__) == "tensor"
+    assert choice.error == pytest.approx(1.2 * taken["tensor"] / (0.5 * taken["hybrid, all-reduce"]) - 1)
+
+
 def test_served_rows_are_read_with_their_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(RESULTS.parent))
     script = importlib.import_module("validate_planner")
