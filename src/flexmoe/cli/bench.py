@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _ENGINES = ("flexmoe", "hf-best", "hf-default")
 
 
-@click.group()
+@click.group(short_help="Measure speed, beside memory's limit and other engines.")
 def bench() -> None:
     """Measure speed, beside what memory allows and beside other engines."""
 

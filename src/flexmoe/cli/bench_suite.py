@@ -24,7 +24,7 @@ def _words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     return tuple(dict.fromkeys(word.strip() for word in value.split(",")))
 
 
-@click.command()
+@click.command(short_help="Measure all that a poster needs.")
 @click.argument("model", required=False)
 @click.option(
     "--engine",

@@ -14,7 +14,7 @@ from flexmoe.cli.terminal import note
 _ENGINES = ("flexmoe", "hf-default")
 
 
-@click.command()
+@click.command(short_help="Serve many requests together, and count tokens a second.")
 @click.argument("model", required=False)
 @click.option("--requests", type=positive, default=512, show_default=True, help="How many.")
 @click.option("--prompt-len", type=positive, default=512, show_default=True, help="Tokens of each prompt.")

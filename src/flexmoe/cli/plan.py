@@ -59,9 +59,9 @@ def plan(model: str | None, **options: Any) -> None:
 
     \b
     Examples:
-      flexmoe plan mixtral-8x7b --machine h100-nvlink --gpus 4
+      flexmoe plan mixtral-8x7b --machine h100x8 --gpus 4
       flexmoe plan qwen3-30b-a3b --machine machine.json --rate 8 --slo-tpot-ms 30 --explain
-      flexmoe plan olmoe-1b-7b --machine h100-nvlink --trace trace.csv --out plan.json
+      flexmoe plan olmoe-1b-7b --machine h100x8 --trace trace.csv --out plan.json
     """
     from flexmoe.planner.estimate import Promise
     from flexmoe.planner.search import Question

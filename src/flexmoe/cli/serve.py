@@ -23,7 +23,7 @@ _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
 
 
-@click.command()
+@click.command(short_help="Serve MODEL over HTTP: OpenAI's API and a web page.")
 @click.argument("name", metavar="[MODEL]", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")

@@ -47,7 +47,7 @@ def _rates(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
     return tuple(map(float, words))
 
 
-@click.command()
+@click.command(short_help="Serve a workload on a machine that need not be there.")
 @click.argument("model", required=False)
 @setting_options
 @click.option(
@@ -84,8 +84,8 @@ def simulate(model: str | None, **options: Any) -> None:
 
     \b
     Examples:
-      flexmoe simulate mixtral-8x7b --machine h100-nvlink --gpus 4 --rates 1,2,4,8
-      flexmoe simulate olmoe-1b-7b --machine h100-nvlink --gpus 1,8,64,1024 --trace trace.csv --plot curves.png
+      flexmoe simulate mixtral-8x7b --machine h100x8 --gpus 4 --rates 1,2,4,8
+      flexmoe simulate olmoe-1b-7b --machine h100x8 --gpus 1,8,64,1024 --trace trace.csv --plot curves.png
     """
     began = time.perf_counter()
     setting = setting_of(model, options)
