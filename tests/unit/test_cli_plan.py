@@ -30,6 +30,10 @@ def test_a_table_with_reasons_and_the_plan_s_file(machine_file: str, tmp_path: P
     assert done.exit_code == 0, done.output
     assert "mixtral-8x7b on 4 x a GPU" in done.output
     assert "why it lost" in done.output
+    legend = " ".join(done.output.split())
+    assert "Why it lost: what it loses most by, in time for a token, all GPUs together." in legend
+    assert " do not fit in memory" in legend
+    assert " 0 of them not shown" not in legend
     assert "The best: " in done.output
     assert "one rank: rank 0 needs" in done.output
     assert ParallelPlan.read(out).num_ranks in (1, 2, 4)

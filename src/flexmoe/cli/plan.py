@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from flexmoe.planner.search import Found, Question, Ranked
 
 _OBJECTIVES = ("throughput", "tpot", "ttft")
+# What a term of each objective is a time of, in the order of _OBJECTIVES.
+_LOST_IN = dict(zip(_OBJECTIVES, ("a token, all GPUs together", "an output token", "the first token"), strict=True))
 _positive = click.IntRange(min=1)
 
 
@@ -100,6 +102,20 @@ def _as_json(found: Found) -> dict[str, Any]:
     }
 
 
+def _legend(found: Found, able: list[Ranked], top: int) -> str:
+    """What the table leaves out, and what its last column and its stars mean."""
+    told = {
+        "plans costed": len(able),
+        "of them not shown": max(0, len(able) - top),
+        "do not fit in memory": len(found.ranking) - len(able),
+        "beyond the search budget": found.skipped,
+    }
+    words = ", ".join(f"{number} {what}" for what, number in told.items() if number)
+    return f"{words}. Why it lost: what it loses most by, in time for {_LOST_IN[found.objective]}." + (
+        " * past what was measured: extrapolated." if any(r.estimate.extrapolated for r in able[:top]) else ""
+    )
+
+
 def _row_json(ranked: Ranked) -> dict[str, Any]:
     estimate = ranked.estimate
     about = {"name": estimate.candidate.name, "engines": estimate.candidate.replicas}
@@ -125,15 +141,7 @@ def _print(found: Found, question: Question, setting: Setting, top: int, *, expl
     console.print(_heading(question, setting), markup=False)
     able = [ranked for ranked in found.ranking if not ranked.estimate.refused]
     console.print(_table(able[:top]))
-    refused = len(found.ranking) - len(able)
-    hidden = max(0, len(able) - top)
-    console.print(
-        f"{len(able)} plans costed, {hidden} of them not shown; {refused} do not fit in memory"
-        + (f"; {found.skipped} beyond the search budget" if found.skipped else "")
-        + (". * past what was measured: extrapolated" if any(r.estimate.extrapolated for r in able[:top]) else ""),
-        style="dim",
-        markup=False,
-    )
+    console.print(_legend(found, able, top), style="dim", markup=False)
     if explain:
         _explain(console, found)
 

@@ -152,6 +152,12 @@ def _print(points: Sequence[Point], setting: Setting, seconds: float) -> None:
     console = wide_console()
     console.print(f"{setting.name} on {setting.machine.device.name} ({setting.machine.name})", markup=False)
     console.print(_table(points))
+    console.print(
+        "req/s: as they came. TTFT, TPOT: ms that half of all requests (p50), or 99 of 100 (p99), do not exceed. KV %: "
+        "of the cache in use, at most. imb.: load of the busiest rank's experts over the mean. busy %: of the time.",
+        style="dim",
+        markup=False,
+    )
     for gpus, plan in dict.fromkeys((point.gpus, point.plan) for point in points if point.plan):
         note(f"{gpus} GPUs: {plan}")
     for point in points:
@@ -167,7 +173,7 @@ def _table(points: Sequence[Point]) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    heads = ("GPUs", "req/s", "TTFT p50", "p99", "TPOT p50", "p99 ms", "tok/s", "KV %", "imb.", "busy %", "")
+    heads = ("GPUs", "req/s", "TTFT p50", "p99", "TPOT p50", "p99", "tok/s", "KV %", "imb.", "busy %", "")
     for name in heads:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for point in points:
