@@ -59,8 +59,10 @@ def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], lo
     rows = []
     with open_subject(model, load_format) as subject:
         for engine in engines:
-            note(f"{subject.label}: {engine}")
-            rows.append(measure(subject, ThroughputOptions(engine=engine, **options)))
+            asked = ThroughputOptions(engine=engine, **options)
+            lengths = f"{asked.prompt_len} + {asked.output_len} tokens"
+            note(f"{subject.label}: {engine}, {asked.requests} requests of {lengths}")
+            rows.append(measure(subject, asked))
             if out is not None:
                 append(out, rows[-1])
     _print(rows)
@@ -89,3 +91,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
         known = [str(result[name]) if name in result else "-" for name in ("steps", "device_busy_percent")]
         table.add_row(row["engine"], f"{result['seconds']:.2f}", *rates, *known, f"{result['percent_of_floor']:.0f}")
     console.print(table)
+    console.print(
+        "seconds: until the last answer was complete. % busy: of the time that the device worked, once all was in full "
+        "swing. % floor: of the time that reading memory for the decode steps takes at least.",
+        style="dim",
+    )

@@ -85,7 +85,7 @@ def simulate(model: str | None, **options: Any) -> None:
     \b
     Examples:
       flexmoe simulate mixtral-8x7b --machine h100x8 --gpus 4 --rates 1,2,4,8
-      flexmoe simulate olmoe-1b-7b --machine h100x8 --gpus 1,8,64,1024 --trace trace.csv --plot curves.png
+      flexmoe simulate olmoe-1b-7b --machine h200x64 --gpus 1,8,64,1024 --trace trace.csv --plot curves.png
     """
     began = time.perf_counter()
     setting = setting_of(model, options)
@@ -114,6 +114,7 @@ def _simulated(setting: Setting, workload: Workload, options: dict[str, Any]) ->
         rates: Sequence[float | None] = options["rates"] or ((own * gpus) if own else workload.rate,)
         for rate in rates:
             asked = replace(workload, rate=rate)
+            note(f"{gpus} GPUs{f', {rate:g} requests/s' if rate else ''}: simulating")
             candidate = sized.candidate(options["plan_file"], asked, limits_of(options, setting.model.max_position))
             points.append(
                 sized.simulate(
