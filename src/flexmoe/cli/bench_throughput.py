@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from flexmoe.cli.bench_options import positive, some_of, subject_options
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
 
@@ -37,7 +38,7 @@ _ENGINES = ("flexmoe", "hf-default")
     "--prompts-ahead/--no-prompts-ahead", default=True, show_default=True, help="Launch steps with prompts ahead, too."
 )
 @subject_options
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to append a JSON row an engine to.")
+@click.option("--out", type=OUTPUT, help="File to append a JSON row an engine to.")
 @debug_option
 def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], load_format: str, **options: Any) -> None:
     """Serve many requests of MODEL together, and count tokens a second.

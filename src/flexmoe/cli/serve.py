@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from flexmoe import __version__
+from flexmoe.cli.files import text_of
 from flexmoe.cli.options import byte_size, model_options
 from flexmoe.cli.terminal import note, summary
 from flexmoe.config.server import ServerConfig
@@ -121,7 +121,7 @@ def serve(
 
 
 def _keys_in(file: str) -> list[str]:
-    lines = [line.partition("#")[0].strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    lines = [line.partition("#")[0].strip() for line in text_of(file).splitlines()]
     keys = [line for line in lines if line]
     if not keys:
         raise ConfigError(f"the file {file!r} holds no key; write one a line.")

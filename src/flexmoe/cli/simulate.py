@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.files import OUTPUT, text_of
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.planning import (
     limits_of,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from flexmoe.planner.workload import Workload
 
 _MINUTES_DRAWN = 600.0  # seconds of requests where nothing says how many
-_output = click.Path(dir_okay=False, path_type=Path)
 _positive, _above_zero = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
 
@@ -72,8 +72,8 @@ def _rates(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
     help="Rows of `flexmoe bench serve --out`, to be shown beside.",
 )
 @click.option("--measured-gpus", type=_positive, default=1, show_default=True, help="Devices of that server.")
-@click.option("--plot", type=_output, help="Draw curves into a PNG or SVG (needs the extra [report]).")
-@click.option("--out", type=_output, help="File to append a JSON row a point to.")
+@click.option("--plot", type=OUTPUT, help="Draw curves into a PNG or SVG (needs the extra [report]).")
+@click.option("--out", type=OUTPUT, help="File to append a JSON row a point to.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @debug_option
 def simulate(model: str | None, **options: Any) -> None:
@@ -133,7 +133,7 @@ def _measured(options: dict[str, Any]) -> list[Point]:
         return []
     from flexmoe.planner.figures import measured_points
 
-    lines = options["measured"].read_text(encoding="utf-8").splitlines()
+    lines = text_of(options["measured"]).splitlines()
     try:
         rows = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
