@@ -64,6 +64,7 @@ def test_a_workload_comes_from_a_file_and_options_go_before_it(machine_file: str
         (("mixtral-8x7b", "--machine", "none.json"), "Error: the machine 'none.json' is neither a file"),
         (("no/such/model", "--machine", "h200x8"), "Error: the folder no/such/model does not exist"),
         (("mixtral-8x7b", "--machine", "h200x8", "--gpus", "64"), "are 8 nodes, but its links reach 8"),
+        (("builtin", "--machine", "cpu2", "--input-len", "900"), "900 + 128 tokens do not fit a context of 1024"),
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_line(words: tuple[str, ...], said: str) -> None:

@@ -18,6 +18,7 @@ from flexmoe.cli.planning import (
     workload_options,
 )  # fmt: skip
 from flexmoe.cli.terminal import note
+from flexmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +79,7 @@ def plan(model: str | None, **options: Any) -> None:
         limits=limits_of(options, setting.model.max_position),
         budget=options["search_budget"],
     )
+    _check_lengths(question)
     found = setting.search(question)
     if options["out"] is not None:
         found.best.candidate.plan.write(options["out"])
@@ -87,6 +89,16 @@ def plan(model: str | None, **options: Any) -> None:
         _print(found, question, setting, options["top"], explain=options["explain"])
     if options["out"] is not None:
         note(f"The plan is in {options['out']}: use it by --plan.{_engines(found.best)}")
+
+
+def _check_lengths(question: Question) -> None:
+    """A plan for requests that no engine would take answers nothing."""
+    demand, most = question.demand, question.limits.max_model_len
+    if most is not None and demand.mean_input + demand.mean_output > most:
+        raise ConfigError(
+            f"requests of {demand.mean_input:.0f} + {demand.mean_output:.0f} tokens do not fit a context of {most}; "
+            "use shorter ones (--input-len, --output-len, --length-scale), or a longer --max-model-len if there is one."
+        )
 
 
 def _engines(best: Estimate) -> str:
