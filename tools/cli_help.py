@@ -23,7 +23,8 @@ HEADER = """# The command line
 
 def commands(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[click.Context]:
     """A context for `command` and for all commands below it, in the order of its help; hidden ones left out."""
-    context = click.Context(command, parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
+    context = command.context_class(command, parent, info_name=name, **settings)
     yield context
     if not isinstance(command, click.Group):
         return

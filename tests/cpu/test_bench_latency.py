@@ -74,6 +74,16 @@ def test_the_builtin_model(tmp_path: Path) -> None:
     assert "(time for 5 tokens - time for 1) / 4" in table
 
 
+def test_a_time_that_ran_backwards_is_no_figure_but_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a busy machine the prompts alone can take longer than prompts and steps."""
+    monkeypatch.setattr(latency, "_timed", lambda _engine, _prompts, count: (2.0 / count, [[1] * count]))
+    done = bench("--batch", "1", "--out", str(tmp_path / "rows.jsonl"))
+    assert done.exit_code == 0, done.output
+    (row,) = rows_in(tmp_path / "rows.jsonl")
+    assert "too busy to measure" in row["result"]["error"]
+    assert "failed: the machine was too busy" in " ".join(done.stdout.split())
+
+
 @NEEDS_COMPILER
 def test_beside_transformers(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"

@@ -35,6 +35,8 @@ def test_the_command_appends_a_row_for_each_engine_and_prints_a_table(tmp_path: 
     assert "device_busy_percent" not in theirs["result"]
     assert ours["config"]["max_num_seqs"] == 3
     assert "5 requests, 8 tokens in, 4 out" in done.output
+    assert "builtin: flexmoe, 5 requests of 8 + 4 tokens" in done.stderr
+    assert "% busy: of the time that the device worked" in " ".join(done.stdout.split())
 
 
 def test_an_engine_that_cannot_be_measured_is_refused() -> None:

@@ -315,7 +315,17 @@ def test_no_builtin_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="lacks its built-in model"):
         open_model(LoadConfig())
     copy_of(tiny("llama"), tmp_path)
-    assert open_model(LoadConfig()).name == hub.BUILTIN_NAME
+    assert open_model(LoadConfig()).name == "builtin"
+
+
+def test_builtin_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The name that a server and `flexmoe models` call it; a folder of that name comes before it."""
+    monkeypatch.chdir(tmp_path)
+    assert LoadConfig(model="builtin") == LoadConfig()
+    assert open_model(LoadConfig(model="builtin")).folder == hub._BUILTIN
+    (tmp_path / "builtin").mkdir()
+    copy_of(tiny("llama"), tmp_path / "builtin")
+    assert open_model(LoadConfig(model="builtin")).config.architecture == "LlamaForCausalLM"
 
 
 @pytest.fixture

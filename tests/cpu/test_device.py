@@ -183,6 +183,16 @@ def test_only_what_torch_will_compute_is_measured(
     assert probes.asked == [(getattr(torch, checkpoint), rows), (FULL, rows)]
 
 
+def test_where_all_rows_go_through_c_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine must not change the number format, and with it the answers, from one start to the next."""
+    probes = Probes(own=1.0, wide=1e-9)
+    monkeypatch.setattr(module, "_probe", probes)
+    for checkpoint, chosen in (("bfloat16", HALF), ("float16", FULL), ("float32", FULL)):
+        own = config(checkpoint_dtype=checkpoint)
+        assert choose_dtype("auto", own, CPU, few_rows_in_c=True, prompts_in_c=True) is chosen
+    assert probes.asked == []
+
+
 @pytest.mark.parametrize("checkpoint", ["bfloat16", "float16"])
 def test_a_real_measurement(checkpoint: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):

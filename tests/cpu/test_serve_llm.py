@@ -219,7 +219,7 @@ def test_cache_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert checkpoints.cache_folder("") == tmp_path / "env/hub"
     assert ff.LLM("builtin").cache_path == str(tmp_path / "env")
     found = checkpoints.find("builtin", "", refresh=True)
-    assert found.options == {"download_dir": str(tmp_path / "env/hub"), "force_download": True}
+    assert found.options == {"model": "builtin", "download_dir": str(tmp_path / "env/hub"), "force_download": True}
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong use

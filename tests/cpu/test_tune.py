@@ -191,6 +191,6 @@ def test_results_are_printed_and_added_to_the_file(tmp_path: Path, monkeypatch: 
     assert len(table) == 3
     (tmp_path / "file").touch()
     result = CliRunner().invoke(main, ["tune", "olmoe-1b-7b", "--out", str(tmp_path / "file" / "x.json")])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert table.tile(ROUTE, 1) is not None

@@ -103,6 +103,27 @@ def test_a_wrong_conversation_is_refused(server: Running, body: dict[str, Any]) 
     error_of(server.post(CHAT, body), 400)
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "prompt is required."),
+        ({"prompt": []}, "prompt is too short: 0 items; give at least 1."),
+        ({"prompt": "x", "max_tokens": "5"}, 'max_tokens="5" should be a valid integer.'),
+        ({"prompt": "x", "logprobs": 200}, "logprobs=200 should be less than or equal to 20."),
+        ({"prompt": "x", "stream": "y" * 99}, f'stream="{"y" * 60}..." should be a valid boolean.'),
+        ({"prompt": "x", "temperature": [[1]]}, "temperature=[...] should be a valid number."),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_told_with_what_it_should_be(server: Running, body: dict[str, Any], message: str) -> None:
+    assert error_of(server.post(COMPLETIONS, body), 400)["message"] == message
+
+
+@pytest.mark.parametrize(("content", "found"), [(b"", "empty"), (b"[]", "no JSON object"), (b"7", "no JSON object")])
+def test_a_body_that_is_no_object_is_told_so(server: Running, content: bytes, found: str) -> None:
+    assert error_of(send(server, content), 400)["message"] == f"the body is {found}; send a JSON object."
+
+
 def test_the_nearest_name_is_offered(server: Running) -> None:
     error = error_of(server.post(COMPLETIONS, {"promt": "x"}), 400)
     assert error["code"] == "unknown_parameter"
@@ -157,7 +178,7 @@ def test_a_body_may_not_be_huge(server: Running) -> None:
 
 def test_unknown_paths_and_methods(server: Running) -> None:
     error_of(server.get("/v1/nothing"), 404)
-    error_of(server.get(COMPLETIONS), 405)
+    assert error_of(server.get(COMPLETIONS), 405)["message"] == f"{COMPLETIONS} does not take GET; it takes POST."
     error_of(server.get("/v1/models/other"), 404)
     error_of(server.get("/v1/flexmoe/events?interval=0"), 400)
     for path in ("/../../etc/passwd", "/v1/models/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd"):

@@ -30,6 +30,10 @@ def test_a_table_with_reasons_and_the_plan_s_file(machine_file: str, tmp_path: P
     assert done.exit_code == 0, done.output
     assert "mixtral-8x7b on 4 x a GPU" in done.output
     assert "why it lost" in done.output
+    legend = " ".join(done.output.split())
+    assert "Why it lost: what it loses most by, in time for a token, all GPUs together." in legend
+    assert " do not fit in memory" in legend
+    assert " 0 of them not shown" not in legend
     assert "The best: " in done.output
     assert "one rank: rank 0 needs" in done.output
     assert ParallelPlan.read(out).num_ranks in (1, 2, 4)
@@ -60,6 +64,7 @@ def test_a_workload_comes_from_a_file_and_options_go_before_it(machine_file: str
         (("mixtral-8x7b", "--machine", "none.json"), "Error: the machine 'none.json' is neither a file"),
         (("no/such/model", "--machine", "h200x8"), "Error: the folder no/such/model does not exist"),
         (("mixtral-8x7b", "--machine", "h200x8", "--gpus", "64"), "are 8 nodes, but its links reach 8"),
+        (("builtin", "--machine", "cpu2", "--input-len", "900"), "900 + 128 tokens do not fit a context of 1024"),
     ],
 )
 def test_what_cannot_be_planned_is_one_clear_line(words: tuple[str, ...], said: str) -> None:

@@ -42,5 +42,5 @@ def test_a_preset_opens_without_files() -> None:
 
 
 def test_a_preset_has_no_weights_to_load() -> None:
-    with pytest.raises(CheckpointError, match="load_format='dummy' for random weights, or model='allenai/OLMoE"):
+    with pytest.raises(CheckpointError, match=r"\(--load-format dummy\), or the model 'allenai/OLMoE"):
         open_model(LoadConfig(model="olmoe-1b-7b"))

@@ -55,7 +55,7 @@ def test_the_clock_counts_microseconds() -> None:
         (None, {**REQUIRED, "tensor_parallelism_degree": -1}, ValueError, "not positive"),
         (None, {**REQUIRED, "tensor_paralelism_degree": 2}, TypeError, "did you mean 'tensor_parallelism_degree'"),
         (None, {**REQUIRED, "moe_strategy": "both"}, ValueError, "auto, tensor, expert, hybrid"),
-        ({**REQUIRED, "use_8bit_quantization": True}, {}, NotImplementedError, "does not quantize"),
+        ({**REQUIRED, "use_8bit_quantization": True, "use_4bit_quantization": True}, {}, ValueError, "set one of them"),
         ({**REQUIRED, "enable_peft": True}, {}, NotImplementedError, "merge_and_unload"),
         ({**REQUIRED, "peft_support_mode": "PEFT_ENABLED_INFERENCE_ONLY"}, {}, NotImplementedError, "PEFT_DISABLED"),
     ],

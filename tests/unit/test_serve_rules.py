@@ -14,6 +14,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.errors import ConfigError, RequestError
 from flexmoe.models.presets import PRESETS
 from flexmoe.serve import lengths, translate
+from flexmoe.serve.errors import NotServedError
 from flexmoe.serve.requests import GenerationConfig, GenerationResult
 from flexmoe.serve.text import OutputText
 from flexmoe.serve.translate import Limits
@@ -176,6 +177,14 @@ def test_slots_and_dummy_weights(mixtral: ModelConfig) -> None:
     limits = Limits(num_kv_cache_slots=1000)
     found = translate.engine_options(limits, mixtral, {"benchmarking": True}, dtype="float32", cuda=False)
     assert (found["num_blocks"], found["load_format"]) == (63, "dummy")
+
+
+@pytest.mark.parametrize(("bits", "name"), [(4, "int4"), (8, "int8")])
+def test_quantization_is_that_of_a_cpu(mixtral: ModelConfig, bits: int, name: str) -> None:
+    asked = {f"use_{bits}bit_quantization": True}
+    assert options(mixtral, **asked)["quantization"] == name
+    with pytest.raises(NotServedError, match=f"use_{bits}bit_quantization=True: weights are quantized on a CPU only"):
+        options(mixtral, cuda=True, **asked)
 
 
 def test_a_context_longer_than_the_models_is_cut_with_a_warning(

@@ -30,6 +30,18 @@ def test_a_chat(page: Page, server: Running) -> None:
     wait_for(lambda: not server.engine.has_unfinished)
 
 
+def test_who_answers_is_told_until_something_is_asked(page: Page) -> None:
+    welcome = page.locator("#welcome")
+    expect(welcome).to_have_text(
+        "“builtin” answers here. Tick “Experts of each token” to see which experts were behind each word."
+    )
+    say(page, "What is the capital of Norway?")
+    expect(welcome).to_be_hidden()
+    wait_for_answer(page)
+    page.get_by_role("button", name="New conversation").click()
+    expect(welcome).to_be_visible()
+
+
 def test_stop_ends_the_answer_here_and_in_the_engine(page: Page, server: Running) -> None:
     set_sampling(page, temperature=1.5, max_tokens=900)
     page.route("**/chat/completions", _endless)

@@ -68,4 +68,5 @@ def test_without_another_engine_it_says_how_to_get_one(page: Page, server: Runni
     about = server.get("/v1/flexmoe/about").json() | {"compare": None}
     page.route("**/v1/flexmoe/about", lambda route: route.fulfill(json=about))
     page.goto(f"{server.url}#{view}")
+    page.reload()  # what the server runs with was asked at Chat already
     expect(page.locator("#view-compare")).to_contain_text("flexmoe serve --compare hf")

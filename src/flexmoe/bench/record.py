@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flexmoe.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -44,10 +46,13 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to the file, which is made if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Add one line to the file, which is made if it is not there. Raises ConfigError if that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"the rows {path} cannot be written: {error.strerror}.") from error
 
 
 def _git(*arguments: str) -> str | None:

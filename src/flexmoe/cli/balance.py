@@ -39,7 +39,7 @@ class Row:
     replicas: int
 
 
-@click.command()
+@click.command(short_help="Place experts evenly on ranks, by a RECORDING of routing.")
 @click.argument("recording", type=click.Path(exists=True, dir_okay=False))
 @click.option("--ranks", type=click.IntRange(min=2), required=True, help="Processes to spread whole experts over.")
 @click.option(

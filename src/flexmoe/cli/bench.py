@@ -15,6 +15,7 @@ from flexmoe.cli.bench_options import positive, some_of, subject_options
 from flexmoe.cli.bench_serve import serve
 from flexmoe.cli.bench_suite import suite
 from flexmoe.cli.bench_throughput import throughput
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import count, note
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _ENGINES = ("flexmoe", "hf-best", "hf-default")
 
 
-@click.group()
+@click.group(short_help="Measure speed, beside memory's limit and other engines.")
 def bench() -> None:
     """Measure speed, beside what memory allows and beside other engines."""
 
@@ -62,9 +63,7 @@ bench.add_command(throughput)
     show_default=True,
     help="hf-best: start no other configuration after so long, for each batch size. One is always tried.",
 )
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="File to append a JSON row a measurement to."
-)
+@click.option("--out", type=OUTPUT, help="File to append a JSON row a measurement to.")
 @debug_option
 def latency(model: str | None, out: Path | None, **options: Any) -> None:
     """Time the decode steps of MODEL.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
 
@@ -19,7 +20,7 @@ _SECONDS = {"cuda": 540, "cpu": 100}
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), default="machine.json", show_default=True,
+    "--out", type=OUTPUT, default="machine.json", show_default=True,
     help="File to write.",
 )  # fmt: skip
 @click.option("--name", help="What to call the machine.  [default: its host name]")

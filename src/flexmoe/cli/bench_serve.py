@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _positive, _above_zero = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 _input = click.Path(exists=True, dir_okay=False, path_type=Path)
-_output = click.Path(dir_okay=False, path_type=Path)
 _TIMES = {"ttft_ms": "TTFT", "itl_ms": "ITL", "tpot_ms": "TPOT", "e2e_ms": "end to end", "queued_ms": "queued"}
 _CACHED = 0.05  # part of random prompts that a server may know by chance
 _LATE_MS = 10  # p99 of this program's own delays above which its figures are doubtful
@@ -94,8 +94,8 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 @click.option("--timeout", type=_above_zero, default=600, show_default=True, help="Seconds for an answer.")
 @click.option("--slo-ttft-ms", type=_above_zero, help="A good answer's first token comes within so many milliseconds.")
 @click.option("--slo-tpot-ms", type=_above_zero, help="Its other tokens take so many each on average, or less.")
-@click.option("--out", type=_output, help="File to append a JSON row to.")
-@click.option("--requests", "requests_out", type=_output, help="File to append a JSON line for each request to.")
+@click.option("--out", type=OUTPUT, help="File to append a JSON row to.")
+@click.option("--requests", "requests_out", type=OUTPUT, help="File to append a JSON line for each request to.")
 @debug_option
 def serve(out: Path | None, requests_out: Path | None, **options: Any) -> None:
     """Put load on an OpenAI server and measure.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexmoe.cli.bench_options import positive, subject_options
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import note
 
@@ -24,7 +25,7 @@ def _words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     return tuple(dict.fromkeys(word.strip() for word in value.split(",")))
 
 
-@click.command()
+@click.command(short_help="Measure all that a poster needs.")
 @click.argument("model", required=False)
 @click.option(
     "--engine",
@@ -45,7 +46,7 @@ def _words(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
 @subject_options
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT,
     default=Path("suite.jsonl"),
     show_default=True,
     help="File to append rows to. What is in it already is not measured again.",

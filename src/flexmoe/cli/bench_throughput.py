@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from flexmoe.cli.bench_options import positive, some_of, subject_options
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
 
 _ENGINES = ("flexmoe", "hf-default")
 
 
-@click.command()
+@click.command(short_help="Serve many requests together, and count tokens a second.")
 @click.argument("model", required=False)
 @click.option("--requests", type=positive, default=512, show_default=True, help="How many.")
 @click.option("--prompt-len", type=positive, default=512, show_default=True, help="Tokens of each prompt.")
@@ -37,7 +38,7 @@ _ENGINES = ("flexmoe", "hf-default")
     "--prompts-ahead/--no-prompts-ahead", default=True, show_default=True, help="Launch steps with prompts ahead, too."
 )
 @subject_options
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to append a JSON row an engine to.")
+@click.option("--out", type=OUTPUT, help="File to append a JSON row an engine to.")
 @debug_option
 def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], load_format: str, **options: Any) -> None:
     """Serve many requests of MODEL together, and count tokens a second.
@@ -59,8 +60,10 @@ def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], lo
     rows = []
     with open_subject(model, load_format) as subject:
         for engine in engines:
-            note(f"{subject.label}: {engine}")
-            rows.append(measure(subject, ThroughputOptions(engine=engine, **options)))
+            asked = ThroughputOptions(engine=engine, **options)
+            lengths = f"{asked.prompt_len} + {asked.output_len} tokens"
+            note(f"{subject.label}: {engine}, {asked.requests} requests of {lengths}")
+            rows.append(measure(subject, asked))
             if out is not None:
                 append(out, rows[-1])
     _print(rows)
@@ -89,3 +92,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
         known = [str(result[name]) if name in result else "-" for name in ("steps", "device_busy_percent")]
         table.add_row(row["engine"], f"{result['seconds']:.2f}", *rates, *known, f"{result['percent_of_floor']:.0f}")
     console.print(table)
+    console.print(
+        "seconds: until the last answer was complete. % busy: of the time that the device worked, once all was in full "
+        "swing. % floor: of the time that reading memory for the decode steps takes at least.",
+        style="dim",
+    )

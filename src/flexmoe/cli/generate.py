@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import click
 
+from flexmoe.cli.files import text_of
 from flexmoe.cli.options import model_options, sampling_options
 from flexmoe.cli.terminal import note, open_llm, speed, total_speed, write
 from flexmoe.config.sampling import SamplingParams
@@ -76,7 +77,7 @@ def generate(
 
 
 def _from_file(file: IO[str]) -> list[Prompt]:
-    text = file.read()
+    text = text_of(file)
     prompts = _json_array(text)
     if prompts is None:
         raise RequestError(f'{file.name} is not a JSON array of prompts; it should look like ["One", "Two"].')

@@ -9,7 +9,10 @@ from flexmoe.cli.terminal import note, write
 
 
 # No -h: click would find it inside every flag with one dash and an h, such as -cache-folder.
-@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@click.command(
+    short_help="Complete prompts with FlexFlow's flags and files.",
+    context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]},
+)
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 @debug_option
 def incr_decoding(flags: tuple[str, ...]) -> None:

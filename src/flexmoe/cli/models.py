@@ -83,7 +83,7 @@ def _tables(catalogue: dict[str, Any]) -> Iterator[Table]:
     from rich.table import Table
 
     builtin = catalogue["builtin"]
-    rows = [("no --model", {"hub_id": "in the package", **builtin})] if builtin else []
+    rows = [("builtin", {"hub_id": "in the package", **builtin})] if builtin else []
     rows += [(preset["name"], preset) for preset in catalogue["presets"]]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="Models", title_justify="left")
     for column in ("--model", "size", "active", "experts", "weights"):

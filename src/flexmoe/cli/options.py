@@ -81,7 +81,7 @@ _positive = click.IntRange(min=1)
 
 # Shown defaults are the engine's own; an option that is not given is not passed on.
 _MODEL_OPTIONS = (
-    click.option("-m", "--model", help="A model's folder or its name on the Hugging Face Hub.  [default: built-in]"),
+    click.option("-m", "--model", help="A model's folder or its name on the Hugging Face Hub.  [default: builtin]"),
     click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
     click.option(
         "--load-format",

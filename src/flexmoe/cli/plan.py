@@ -18,6 +18,7 @@ from flexmoe.cli.planning import (
     workload_options,
 )  # fmt: skip
 from flexmoe.cli.terminal import note
+from flexmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from flexmoe.planner.search import Found, Question, Ranked
 
 _OBJECTIVES = ("throughput", "tpot", "ttft")
+# What a term of each objective is a time of, in the order of _OBJECTIVES.
+_LOST_IN = dict(zip(_OBJECTIVES, ("a token, all GPUs together", "an output token", "the first token"), strict=True))
 _positive = click.IntRange(min=1)
 
 
@@ -59,9 +62,9 @@ def plan(model: str | None, **options: Any) -> None:
 
     \b
     Examples:
-      flexmoe plan mixtral-8x7b --machine h100-nvlink --gpus 4
+      flexmoe plan mixtral-8x7b --machine h100x8 --gpus 4
       flexmoe plan qwen3-30b-a3b --machine machine.json --rate 8 --slo-tpot-ms 30 --explain
-      flexmoe plan olmoe-1b-7b --machine h100-nvlink --trace trace.csv --out plan.json
+      flexmoe plan olmoe-1b-7b --machine h100x8 --trace trace.csv --out plan.json
     """
     from flexmoe.planner.estimate import Promise
     from flexmoe.planner.search import Question
@@ -76,6 +79,7 @@ def plan(model: str | None, **options: Any) -> None:
         limits=limits_of(options, setting.model.max_position),
         budget=options["search_budget"],
     )
+    _check_lengths(question)
     found = setting.search(question)
     if options["out"] is not None:
         found.best.candidate.plan.write(options["out"])
@@ -85,6 +89,16 @@ def plan(model: str | None, **options: Any) -> None:
         _print(found, question, setting, options["top"], explain=options["explain"])
     if options["out"] is not None:
         note(f"The plan is in {options['out']}: use it by --plan.{_engines(found.best)}")
+
+
+def _check_lengths(question: Question) -> None:
+    """A plan for requests that no engine would take answers nothing."""
+    demand, most = question.demand, question.limits.max_model_len
+    if most is not None and demand.mean_input + demand.mean_output > most:
+        raise ConfigError(
+            f"requests of {demand.mean_input:.0f} + {demand.mean_output:.0f} tokens do not fit a context of {most}; "
+            "use shorter ones (--input-len, --output-len, --length-scale), or a longer --max-model-len if there is one."
+        )
 
 
 def _engines(best: Estimate) -> str:
@@ -98,6 +112,20 @@ def _as_json(found: Found) -> dict[str, Any]:
         "skipped": found.skipped,
         "plans": [_row_json(ranked) for ranked in found.ranking],
     }
+
+
+def _legend(found: Found, able: list[Ranked], top: int) -> str:
+    """What the table leaves out, and what its last column and its stars mean."""
+    told = {
+        "plans costed": len(able),
+        "of them not shown": max(0, len(able) - top),
+        "do not fit in memory": len(found.ranking) - len(able),
+        "beyond the search budget": found.skipped,
+    }
+    words = ", ".join(f"{number} {what}" for what, number in told.items() if number)
+    return f"{words}. Why it lost: what it loses most by, in time for {_LOST_IN[found.objective]}." + (
+        " * past what was measured: extrapolated." if any(r.estimate.extrapolated for r in able[:top]) else ""
+    )
 
 
 def _row_json(ranked: Ranked) -> dict[str, Any]:
@@ -125,15 +153,7 @@ def _print(found: Found, question: Question, setting: Setting, top: int, *, expl
     console.print(_heading(question, setting), markup=False)
     able = [ranked for ranked in found.ranking if not ranked.estimate.refused]
     console.print(_table(able[:top]))
-    refused = len(found.ranking) - len(able)
-    hidden = max(0, len(able) - top)
-    console.print(
-        f"{len(able)} plans costed, {hidden} of them not shown; {refused} do not fit in memory"
-        + (f"; {found.skipped} beyond the search budget" if found.skipped else "")
-        + (". * past what was measured: extrapolated" if any(r.estimate.extrapolated for r in able[:top]) else ""),
-        style="dim",
-        markup=False,
-    )
+    console.print(_legend(found, able, top), style="dim", markup=False)
     if explain:
         _explain(console, found)
 

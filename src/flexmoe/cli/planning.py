@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexmoe.config.engine import DTYPES, QUANTIZATIONS, SchedulerConfig
+from flexmoe.config.machine import shipped_machines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,14 @@ def _length(_: click.Context, __: click.Parameter, value: str | None) -> tuple[i
     if not 1 <= low <= high:
         raise click.BadParameter(f"{value!r} is neither a positive integer nor a range of them; use 128 or 64:256.")
     return low, high
+
+
+def _machine(_: click.Context, __: click.Parameter, value: str | None) -> str:
+    """Required, and told what there is if it is left out."""
+    if value is None:
+        known = ", ".join(shipped_machines())
+        raise click.UsageError(f"Missing option '--machine'; use one of {known}, or a file of `flexmoe bench machine`.")
+    return value
 
 
 _WORKLOAD = (
@@ -59,7 +68,10 @@ _WORKLOAD_NAMES = (
 
 _SETTING = (
     click.option(
-        "--machine", required=True, metavar="NAME|FILE", help="What it runs on: a shipped machine, or a machine file."
+        "--machine",
+        metavar="NAME|FILE",
+        callback=_machine,
+        help=f"What it runs on: {', '.join(shipped_machines())}, or a file of `flexmoe bench machine`.  [required]",
     ),
     click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Number format."),
     click.option("--quantization", type=click.Choice(QUANTIZATIONS), help="Weights in few bits.  [default: none]"),

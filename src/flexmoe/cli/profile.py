@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from flexmoe.cli.bench_options import positive, subject_options
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
-
-_file = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -27,8 +26,8 @@ _file = click.Path(dir_okay=False, path_type=Path)
     is_flag=True,
     help="On a CPU: decode in PyTorch, where router, dispatch, experts and combine are told apart. In C they are one.",
 )
-@click.option("--trace", type=_file, help="File for a trace that chrome://tracing and ui.perfetto.dev open.")
-@click.option("--out", type=_file, help="File to append a JSON row to.")
+@click.option("--trace", type=OUTPUT, help="File for a trace that chrome://tracing and ui.perfetto.dev open.")
+@click.option("--out", type=OUTPUT, help="File to append a JSON row to.")
 @debug_option
 def profile(trace: Path | None, out: Path | None, **options: Any) -> None:
     """Show where the time of a decode step of MODEL goes.

@@ -36,13 +36,12 @@ def quantize(model: str, out: Path, to: str, group: int, revision: str | None) -
     """
     from flexmoe.config.engine import LoadConfig
     from flexmoe.config.packing import Packing
-    from flexmoe.models.hub import BUILTIN_NAME, open_model
+    from flexmoe.models.hub import open_model
     from flexmoe.models.quantized import BITS
     from flexmoe.models.save_quantized import save_quantized
 
     packing, show = Packing(BITS[to], group), sys.stderr.isatty()
-    name = None if model == BUILTIN_NAME and not Path(model).is_dir() else model
-    source = open_model(LoadConfig(model=name, revision=revision, progress=show))
+    source = open_model(LoadConfig(model=model, revision=revision, progress=show))
     report = save_quantized(source, packing, out, show)
     files = "1 file" if report.num_files == 1 else f"{report.num_files} files"
     click.echo(

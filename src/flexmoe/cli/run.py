@@ -18,7 +18,10 @@ from flexmoe.cli.terminal import note
 from flexmoe.errors import FlexMoEError
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(
+    short_help="Run a FlexFlow Serve SCRIPT as it is.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
 @click.option("-m", "as_module", is_flag=True, help="SCRIPT is a module to run, as in `python -m` (uvicorn, say).")
 @click.option("-q", "--quiet", is_flag=True, help="Do not say which FlexFlow is used if a real one is installed.")
 @debug_option

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from flexmoe import __version__
+from flexmoe.cli.files import text_of
 from flexmoe.cli.options import byte_size, model_options
 from flexmoe.cli.terminal import note, summary
 from flexmoe.config.server import ServerConfig
@@ -23,7 +23,7 @@ _PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
 _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
 
 
-@click.command()
+@click.command(short_help="Serve MODEL over HTTP: OpenAI's API and a web page.")
 @click.argument("name", metavar="[MODEL]", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
@@ -121,7 +121,7 @@ def serve(
 
 
 def _keys_in(file: str) -> list[str]:
-    lines = [line.partition("#")[0].strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    lines = [line.partition("#")[0].strip() for line in text_of(file).splitlines()]
     keys = [line for line in lines if line]
     if not keys:
         raise ConfigError(f"the file {file!r} holds no key; write one a line.")

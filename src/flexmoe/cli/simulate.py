@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flexmoe.cli.files import OUTPUT, text_of
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.planning import (
     limits_of,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from flexmoe.planner.workload import Workload
 
 _MINUTES_DRAWN = 600.0  # seconds of requests where nothing says how many
-_output = click.Path(dir_okay=False, path_type=Path)
 _positive, _above_zero = click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 
 
@@ -47,7 +47,7 @@ def _rates(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
     return tuple(map(float, words))
 
 
-@click.command()
+@click.command(short_help="Serve a workload on a machine that need not be there.")
 @click.argument("model", required=False)
 @setting_options
 @click.option(
@@ -72,8 +72,8 @@ def _rates(_: click.Context, __: click.Parameter, value: str | None) -> tuple[fl
     help="Rows of `flexmoe bench serve --out`, to be shown beside.",
 )
 @click.option("--measured-gpus", type=_positive, default=1, show_default=True, help="Devices of that server.")
-@click.option("--plot", type=_output, help="Draw curves into a PNG or SVG (needs the extra [report]).")
-@click.option("--out", type=_output, help="File to append a JSON row a point to.")
+@click.option("--plot", type=OUTPUT, help="Draw curves into a PNG or SVG (needs the extra [report]).")
+@click.option("--out", type=OUTPUT, help="File to append a JSON row a point to.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @debug_option
 def simulate(model: str | None, **options: Any) -> None:
@@ -84,8 +84,8 @@ def simulate(model: str | None, **options: Any) -> None:
 
     \b
     Examples:
-      flexmoe simulate mixtral-8x7b --machine h100-nvlink --gpus 4 --rates 1,2,4,8
-      flexmoe simulate olmoe-1b-7b --machine h100-nvlink --gpus 1,8,64,1024 --trace trace.csv --plot curves.png
+      flexmoe simulate mixtral-8x7b --machine h100x8 --gpus 4 --rates 1,2,4,8
+      flexmoe simulate olmoe-1b-7b --machine h200x64 --gpus 1,8,64,1024 --trace trace.csv --plot curves.png
     """
     began = time.perf_counter()
     setting = setting_of(model, options)
@@ -114,6 +114,7 @@ def _simulated(setting: Setting, workload: Workload, options: dict[str, Any]) ->
         rates: Sequence[float | None] = options["rates"] or ((own * gpus) if own else workload.rate,)
         for rate in rates:
             asked = replace(workload, rate=rate)
+            note(f"{gpus} GPUs{f', {rate:g} requests/s' if rate else ''}: simulating")
             candidate = sized.candidate(options["plan_file"], asked, limits_of(options, setting.model.max_position))
             points.append(
                 sized.simulate(
@@ -132,7 +133,7 @@ def _measured(options: dict[str, Any]) -> list[Point]:
         return []
     from flexmoe.planner.figures import measured_points
 
-    lines = options["measured"].read_text(encoding="utf-8").splitlines()
+    lines = text_of(options["measured"]).splitlines()
     try:
         rows = [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
@@ -152,6 +153,12 @@ def _print(points: Sequence[Point], setting: Setting, seconds: float) -> None:
     console = wide_console()
     console.print(f"{setting.name} on {setting.machine.device.name} ({setting.machine.name})", markup=False)
     console.print(_table(points))
+    console.print(
+        "req/s: as they came. TTFT, TPOT: ms that half of all requests (p50), or 99 of 100 (p99), do not exceed. KV %: "
+        "of the cache in use, at most. imb.: load of the busiest rank's experts over the mean. busy %: of the time.",
+        style="dim",
+        markup=False,
+    )
     for gpus, plan in dict.fromkeys((point.gpus, point.plan) for point in points if point.plan):
         note(f"{gpus} GPUs: {plan}")
     for point in points:
@@ -167,7 +174,7 @@ def _table(points: Sequence[Point]) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    heads = ("GPUs", "req/s", "TTFT p50", "p99", "TPOT p50", "p99 ms", "tok/s", "KV %", "imb.", "busy %", "")
+    heads = ("GPUs", "req/s", "TTFT p50", "p99", "TPOT p50", "p99", "tok/s", "KV %", "imb.", "busy %", "")
     for name in heads:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for point in points:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexmoe.cli.bench_options import some_of
+from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option, numbers
 from flexmoe.cli.terminal import note
 from flexmoe.config.engine import DTYPES, LoadConfig
@@ -51,7 +52,7 @@ OPS = (
 @click.option("--device", default="auto", show_default=True, help="cuda or cuda:N.")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT,
     help="File to write, or to add to.  [default: the table in your cache folder, which engines read]",
 )
 @debug_option

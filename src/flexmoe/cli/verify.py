@@ -20,7 +20,7 @@ _COLOURS = {"pass": "green", "tie": "yellow", "fail": "bold red", "info": "dim",
 _positive = click.IntRange(min=1)
 
 
-@click.command()
+@click.command(short_help="Compare MODEL with Hugging Face transformers.")
 @click.argument("model", required=False)
 @click.option("-p", "--prompt", "prompts", multiple=True, help="Compare on this text; may be given several times.")
 @click.option("--max-tokens", type=_positive, default=64, show_default=True, help="New tokens for each prompt.")

@@ -11,6 +11,7 @@ from typing import Any
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.errors import ConfigError, UnknownOptionError
 
+BUILTIN_NAME = "builtin"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ISAS = ("auto", "portable", "avx2", "avx512", "avx512_bf16", "neon")
@@ -86,6 +87,7 @@ class DeviceConfig:
 class LoadConfig:
     """Which model, and from where. load_format "dummy" makes seeded random weights from config.json alone.
 
+    model: None for the built-in one, which "builtin" becomes unless a folder of that name is here.
     download_dir: the hub's cache to use instead of HF_HOME's. force_download: fetch again what that cache holds.
     """
 
@@ -100,6 +102,8 @@ class LoadConfig:
         model: object = self.model
         if isinstance(model, PathLike):
             object.__setattr__(self, "model", str(model))
+        elif model == BUILTIN_NAME and not Path(BUILTIN_NAME).is_dir():
+            object.__setattr__(self, "model", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,12 +114,15 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def choose_dtype(name: str, config: ModelConfig, device: torch.device, *, few_rows_in_c: bool) -> torch.dtype:
+def choose_dtype(
+    name: str, config: ModelConfig, device: torch.device, *, few_rows_in_c: bool, prompts_in_c: bool = False
+) -> torch.dtype:
     """The named dtype; "auto" is the checkpoint's own, or fp32 on a CPU that is clearly faster in it.
 
     Widening keeps every weight exact, narrowing would not: so bf16 and fp16 may become fp32, never the reverse.
     few_rows_in_c: steps of few rows do not go through torch, but through the C kernels, which read half the bytes in
-    a 16-bit dtype; only products of many rows need measuring then.
+    a 16-bit dtype; only products of many rows need measuring then. prompts_in_c: neither do those, so nothing is
+    measured, and the format is the same at every start, however busy the machine is.
     """
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
@@ -128,6 +131,8 @@ def choose_dtype(name: str, config: ModelConfig, device: torch.device, *, few_ro
         return native
     if few_rows_in_c and native is torch.float16:
         return torch.float32  # the C kernels, in fp32 or bf16 only, decode more than twice as fast as torch
+    if prompts_in_c:
+        return native
     rows = (_MANY_ROWS,) if few_rows_in_c else (1, _MANY_ROWS)
     own, wide = (_probe(config, dtype, rows) for dtype in (native, torch.float32))
     chosen = torch.float32 if wide * _CLEARLY < own else native

@@ -27,7 +27,7 @@ from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import why_not_fused
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
-from flexmoe.models.native import why_not_native
+from flexmoe.models.native import takes_prompts, why_not_native
 from flexmoe.models.quantized import weight_bytes
 from flexmoe.moe.experts import BACKENDS, default_backend
 from flexmoe.parallel.mesh import Mesh
@@ -92,7 +92,8 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     alone = mesh.world.size == 1
     isa = options.device.isa
     in_c = alone and not why_not_native(config, torch.bfloat16, device, backend, isa)
-    dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c)
+    prompts_in_c = in_c and takes_prompts(torch.bfloat16, isa)
+    dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c, prompts_in_c=prompts_in_c)
     # The KV cache is checked before the weights are read: a refusal should not cost minutes.
     num_blocks = mesh.world.minimum(_num_blocks(options, mesh, config, max_model_len, dtype, device), device)
     tokenizer = load_tokenizer(options, source) if alone else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flexmoe.config.engine import LoadConfig
+from flexmoe.config.engine import BUILTIN_NAME, LoadConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.packing import KEY, Packing
 from flexmoe.errors import CheckpointError, ConfigError
@@ -20,7 +20,6 @@ from flexmoe.models import checkpoint, families
 from flexmoe.models.checkpoint import Match
 from flexmoe.models.presets import PRESETS
 
-BUILTIN_NAME = "builtin"
 _BUILTIN = Path(__file__).parents[1] / "assets" / "builtin"
 # Everything but weights: configuration, tokenizer, chat template.
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -57,8 +56,8 @@ def open_model(load: LoadConfig) -> ModelSource:
     if preset is not None and not Path(name).is_dir():
         if load.load_format != "dummy":
             raise CheckpointError(
-                f"{name!r} is a preset: a configuration without weights. Give load_format='dummy' for random weights, "
-                f"or model={preset.hub_id!r} for the published ones."
+                f"{name!r} is a preset: a configuration without weights. Give load_format='dummy' for random weights "
+                f"(--load-format dummy), or the model {preset.hub_id!r} for the published ones."
             )
         return ModelSource(name, None, preset.hf_config, preset.config)
     folder = resolve(load)
@@ -88,7 +87,7 @@ def resolve(load: LoadConfig) -> Path:
             )
         return _BUILTIN
     if not load.model.strip():
-        raise CheckpointError("model is an empty name; give a folder or a hub id, or None for the built-in model.")
+        raise CheckpointError("model is an empty name; give a folder, a hub id, or builtin.")
     path = Path(load.model).expanduser()
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the folder that holds config.json and *.safetensors.")
@@ -174,6 +173,6 @@ def _why(model: str, load: LoadConfig, error: Exception) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         return (
             "the hub cannot be reached and the cache does not hold all of the model. Download it where there is a "
-            f"network (`hf download {model}`) and give that folder, or use the built-in model (no name at all)."
+            f"network (`hf download {model}`) and give that folder, or use the built-in model (`builtin`)."
         )
     return f"the download failed: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"

@@ -100,6 +100,8 @@ def cell_number(cell: Cell, root: Path) -> float:
 def _read(file: Path, root: Path) -> Iterator[Row]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"rows={file} is not text in UTF-8; give a file of JSON lines.") from error
     except OSError as error:
         raise ConfigError(f"rows={file} cannot be read ({error.strerror}); give a file of JSON lines.") from error
     name = _name(file, root)

@@ -48,7 +48,7 @@ def find(model_name: str, cache_path: str, refresh: bool) -> Checkpoint:
     if not isinstance(model_name, str | os.PathLike):
         raise WrongTypeError(f"model_name={model_name!r} is not a string; give a folder or a Hugging Face hub id.")
     name = str(model_name)
-    options: dict[str, Any] = {} if name == hub.BUILTIN_NAME and not Path(name).is_dir() else {"model": name}
+    options: dict[str, Any] = {"model": name}
     folder = cache_folder(cache_path)
     if folder is not None:
         options["download_dir"] = str(folder)

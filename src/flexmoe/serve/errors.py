@@ -2,7 +2,7 @@
 
 WrongTypeError(ConfigError, TypeError)                   a value of `init`, `LLM` or `compile` has the wrong type
 UnknownArgumentError(UnknownOptionError, TypeError)      a keyword that does not exist
-NotServedError(ConfigError, NotImplementedError)         speculation, adapters, finetuning, quantization
+NotServedError(ConfigError, NotImplementedError)         speculation, adapters, finetuning, quantization on a GPU
 NotCompiledError(EngineError, AttributeError)            `generate` before `compile`
 MissingModelError(CheckpointError, OSError)             there is no such model, or its files are damaged
 WrongPromptError(RequestError, TypeError, AssertionError)  `generate` got something that is no prompt

@@ -117,7 +117,7 @@ def init(configs_dict: dict[str, Any] | None = None, **options: Any) -> None:
 
     num_gpus, memory_per_gpu and zero_copy_memory_per_node (both in MB) are required. A dict is filled with the
     defaults of the keys it lacks, and keys that are not ours (`llm_model`, `prompt` ...) are left alone and logged
-    once. Raises ValueError and TypeError where FlexFlow does, NotServedError for adapters and quantization.
+    once. Raises ValueError and TypeError where FlexFlow does, NotServedError for adapters.
     """
     given = {name: value for name, value in options.items() if value is not None}
     for name in options:
@@ -162,9 +162,8 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _check_served(config: Mapping[str, Any]) -> None:
-    for name in ("use_4bit_quantization", "use_8bit_quantization"):
-        if config.get(name):
-            raise NotServedError(f"{name}=True: FlexMoE does not quantize weights; leave it out and use DT_HALF.")
+    if config.get("use_4bit_quantization") and config.get("use_8bit_quantization"):
+        raise ConfigError("use_4bit_quantization and use_8bit_quantization are both True; set one of them.")
     mode = config.get("peft_support_mode")
     mode_name = mode.name if isinstance(mode, PeftSupportMode) else mode
     if config.get("enable_peft"):

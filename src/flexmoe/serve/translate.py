@@ -15,7 +15,7 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import Shard, check
 from flexmoe.errors import ConfigError, RequestError
 from flexmoe.models.slices import num_parameters
-from flexmoe.serve.errors import WrongTypeError
+from flexmoe.serve.errors import NotServedError, WrongTypeError
 from flexmoe.serve.settings import DEGREES
 from flexmoe.serve.strategy import plan_in_force
 from flexmoe.serve.types import DataType
@@ -119,6 +119,7 @@ def engine_options(
         "block_size": _BLOCK,
         **(sizes if plan == ParallelPlan.from_json(sizes) else {"plan": plan}),
     }
+    options |= _quantization(settings, cuda=cuda)
     if settings.get("benchmarking"):
         options["load_format"] = "dummy"
     if limits.num_kv_cache_slots != -1:
@@ -126,6 +127,16 @@ def engine_options(
     if cuda and settings.get("memory_per_gpu"):
         options |= _within_memory(limits, length, config, plan, settings["memory_per_gpu"], _BYTES[dtype])
     return options
+
+
+def _quantization(settings: Mapping[str, Any], *, cuda: bool) -> dict[str, str]:
+    """Weights in few bits, where the engine has them. Raises NotServedError on a GPU."""
+    for name, bits in (("use_4bit_quantization", "int4"), ("use_8bit_quantization", "int8")):
+        if settings.get(name):
+            if cuda:
+                raise NotServedError(f"{name}=True: weights are quantized on a CPU only; leave it out and use DT_HALF.")
+            return {"quantization": bits}
+    return {}
 
 
 def parallel_sizes(settings: Mapping[str, Any]) -> dict[str, int]:

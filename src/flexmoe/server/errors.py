@@ -20,6 +20,7 @@ from flexmoe.errors import EngineDeadError, FlexMoEError, MissingDependencyError
 _log = logging.getLogger("flexmoe.server")
 
 _TRIED = re.compile(r"(str|int|float|bool)$|(list|dict|constrained-\w+|function-\w+)\[")
+_SHOWN = 60  # characters of a wrong value
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -96,13 +97,14 @@ def from_validation(error: RequestValidationError, fields: Sequence[str]) -> API
         return APIError(400, f"the body is not JSON: {first['ctx']['error']}.", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return APIError(400, _unknown(place, fields), param=".".join(place), code="unknown_parameter")
-    # A field of several types has a complaint of each.
-    message = ", or ".join(dict.fromkeys(one["msg"] for one in complaints if _place(one) == place))
-    if first["type"] == "unsupported":
-        return APIError(400, f"{'.'.join(place)} {message}", param=".".join(place), code="unsupported_parameter")
     if not place:
-        return APIError(400, f"the body: {message}.", code="invalid_body")
-    return APIError(400, f"{'.'.join(place)}: {message}.", param=".".join(place), code="invalid_value")
+        found = "empty" if first["type"] == "missing" else "no JSON object"
+        return APIError(400, f"the body is {found}; send a JSON object.", code="invalid_body")
+    name = ".".join(place)
+    if first["type"] == "unsupported":
+        return APIError(400, f"{name} {first['msg']}", param=name, code="unsupported_parameter")
+    message = _complaint(name, [one for one in complaints if _place(one) == place])
+    return APIError(400, f"{message}.", param=name, code="invalid_value")
 
 
 async def on_validation(request: Request, error: Exception) -> Response:
@@ -116,9 +118,11 @@ async def on_validation(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Handler of what routing refuses: no such path, no such method, a body that cannot be parsed."""
     assert isinstance(error, HTTPException)
+    allowed = [value for name, value in (error.headers or {}).items() if name.lower() == "allow"]
+    takes = f"it takes {allowed[0]}" if allowed else "/docs lists what there is"
     messages = {
         404: f"there is nothing at {request.url.path}; /docs lists what there is.",
-        405: f"{request.url.path} does not take {request.method}; it takes {(error.headers or {}).get('allow')}.",
+        405: f"{request.url.path} does not take {request.method}; {takes}.",
     }
     message = messages.get(error.status_code, str(error.detail))
     return APIError(error.status_code, message, headers=error.headers).response()
@@ -133,6 +137,30 @@ def _place(complaint: Mapping[str, Any]) -> list[str]:
     """The names and numbers that lead to a field, without pydantic's names of the types it tried."""
     parts = map(str, complaint["loc"])
     return [part for part in parts if part not in ("body", "query", "path") and not _TRIED.match(part)]
+
+
+def _complaint(name: str, complaints: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with a field's value. One of several types has a complaint of each, of which a type that fits and
+    a limit that does not say more than types that do not fit.
+    """
+    limits = [one for one in complaints if not one["type"].endswith("_type")]
+    words = []
+    for one in limits or complaints:
+        if one["type"] == "missing":
+            return f"{name} is required"
+        if one["type"] == "too_short":
+            return f"{name} is too short: {one['ctx']['actual_length']} items; give at least {one['ctx']['min_length']}"
+        words.append(one["msg"].removeprefix("Input "))
+    return f"{name}={_shown(complaints[0]['input'])} {', or '.join(dict.fromkeys(words))}"
+
+
+def _shown(value: Any) -> str:
+    """A value as the client wrote it, without what is in it if it is long or nested."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value) if not value else "[...]" if isinstance(value, list) else "{...}"
+    if isinstance(value, str) and len(value) > _SHOWN:
+        value = f"{value[:_SHOWN]}..."
+    return json.dumps(value)
 
 
 def _unknown(place: Sequence[str], fields: Sequence[str]) -> str:

@@ -4,12 +4,13 @@ import { element } from "./dom.js";
 import uPlot from "./vendor/uplot.js";
 
 const HEIGHT = 170;
+const WHOLE = [1, 2, 5].flatMap((step) => [step, 10 * step, 100 * step, 1000 * step]).sort((a, b) => a - b);
 const COLOURS = ["--accent", "--warm", "--muted"];
 
 export class Chart {
-  /** names: one a line. words: how a value is written. */
-  constructor(title, names, words) {
-    Object.assign(this, { title, names, words });
+  /** names: one a line. words: how a value is written. whole: values are counts, so the axis has no fractions. */
+  constructor(title, names, words, whole = false) {
+    Object.assign(this, { title, names, words, whole });
     this._data = [[], ...names.map(() => [])];
     this._box = element("div", {});
     this.root = element("figure", { className: "chart" }, element("figcaption", {}, title), this._box);
@@ -50,9 +51,9 @@ export class Chart {
       cursor: { y: false },
       axes: [
         { ...grid, size: 30, space: 90, values: clock },
-        { ...grid, size: 70, values: words },
+        { ...grid, size: 70, values: words, ...(this.whole ? { incrs: WHOLE } : {}) },
       ],
-      scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 1e-4)] } },
+      scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, this.whole ? 2 : 1e-4)] } },
       series: [
         { label: "at", value: (_, time) => (time === null ? "–" : clock(_, [time])[0]) },
         ...this.names.map((label, place) => this._line(label, place, style)),

@@ -1,5 +1,6 @@
 /** The Chat view: conversations, and answers as they come. */
 
+import { about } from "./about.js";
 import { ask, STREAMED } from "./answer.js";
 import { Conversations } from "./conversations.js";
 import { announce, byId } from "./dom.js";
@@ -46,6 +47,19 @@ function connect() {
   byId("new-chat").addEventListener("click", () => open(store.fresh(current.settings)));
 }
 
+/** Before the first message: who answers, and what there is to see. */
+function welcome() {
+  const note = byId("welcome");
+  note.hidden = true;
+  if (current.messages.length > 0) return;
+  const show = ({ model, experts }) => {
+    const more = experts ? " Tick “Experts of each token” to see which experts were behind each word." : "";
+    note.textContent = `“${model}” answers here.${more}`;
+    note.hidden = current.messages.length > 0;
+  };
+  about().then(show, () => {}); // where the server is away, the bar at the top says so
+}
+
 /** Show a conversation. */
 function open(conversation) {
   running?.abort();
@@ -65,6 +79,7 @@ function draw() {
   byId("log").replaceChildren(
     ...current.messages.map((message, place) => turn(message, place).complete().root),
   );
+  welcome();
   follow(true);
 }
 
@@ -90,6 +105,7 @@ function say(text) {
   current.messages.push(message);
   byId("chat-title").textContent = current.title;
   byId("prompt").value = "";
+  welcome();
   byId("log").append(turn(message, current.messages.length - 1).complete().root);
   answer();
 }

@@ -29,7 +29,7 @@ function build(root, told) {
   const cards = element("dl", { className: "cards" });
   const charts = {
     speed: new Chart("Tokens a second", ["generated", "of prompts"], rate),
-    requests: new Chart("Samples", ["running", "waiting"], (value) => String(Math.round(value))),
+    requests: new Chart("Samples", ["running", "waiting"], (value) => String(Math.round(value)), true),
     ttft: new Chart(`Time to first token, last ${WINDOW} s`, NAMES, seconds),
     itl: new Chart(`Time between tokens, last ${WINDOW} s`, NAMES, seconds),
   };
