@@ -142,6 +142,17 @@ def test_an_error_in_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing.is_left()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_purpose_in_a_step_ends_the_ranks(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """The other one waits for this one's part of a sum, and would take its first part of the next step for it."""
+    nothing = Nothing()
+    llm = make(monkeypatch, f"decode {rank} refuse")
+    with soon(), pytest.raises(RankError, match=rf"rank {rank} of 2 .* failed with RuntimeError: the memory of device"):
+        llm.generate(PROMPTS, PARAMS)
+    assert nothing.is_left()
+    llm.close()
+
+
 @pytest.mark.parametrize(("how", "words"), [("kill", "last words"), ("raise", "MemoryError: no more")])
 def test_a_death_while_loading(monkeypatch: pytest.MonkeyPatch, how: str, words: str) -> None:
     nothing = Nothing()

@@ -62,6 +62,7 @@ class Supervisor:
         self._numbers, self._doing, self._patient = 0, "starting", True
         self._wanted: dict[int, frozenset[int]] = {}  # by command, the main thread's: who answers
         self._answers: dict[int, dict[int, Any]] = {}
+        self._refusals: dict[int, FlexMoEError] = {}
         self._owed: dict[int, set[int]] = {}  # by command, under the lock: who has not answered yet
         self._lock, self._kill_lock = threading.Lock(), threading.Lock()
         self._outbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
@@ -96,25 +97,37 @@ class Supervisor:
         self._outbox.put(_Command(self._numbers, frozenset(owed), message))
         return self._numbers
 
-    def wait(self, number: int) -> dict[int, Any]:
-        """The answers to a command by rank, once all are there. Answers to earlier commands are forgotten.
+    def wait(self, number: int, *, forget: bool = True) -> dict[int, Any]:
+        """The answers to a command by rank, once all are there.
 
-        Raises RankError if a rank died or hangs, and the first error on purpose that a rank answered with.
+        forget: nobody will wait for earlier commands any more. Raises RankError if a rank died or hangs, and the first
+        error on purpose that a rank answered with.
         """
-        for old in [n for n in self._wanted if n < number]:
-            del self._wanted[old]
-            self._answers.pop(old, None)
+        if forget:
+            self._forget_before(number)
         answers = self._answers.setdefault(number, {})
-        while self._wanted[number] - answers.keys():
+        while number not in self._refusals and self._wanted[number] - answers.keys():
             self.check()
             message = self._inbox.get()
             if message is not None and message[0] in self._wanted:
-                found, rank, verdict, answer = message
-                self._answers.setdefault(found, {})[rank] = answer
-                if verdict == "refused" and found == number:
-                    raise _rebuilt(*answer)
+                self._take(*message)
+        if number in self._refusals:
+            raise self._refusals.pop(number)
         del self._wanted[number]
         return self._answers.pop(number)
+
+    def _take(self, number: int, rank: int, verdict: str, answer: Any) -> None:
+        """Keep an answer that somebody waits for, or will."""
+        if verdict == "refused":
+            self._refusals.setdefault(number, _rebuilt(*answer))
+        else:
+            self._answers.setdefault(number, {})[rank] = answer
+
+    def _forget_before(self, number: int) -> None:
+        for old in [n for n in self._wanted if n < number]:
+            del self._wanted[old]
+            self._answers.pop(old, None)
+            self._refusals.pop(old, None)
 
     def close(self) -> None:
         """End all ranks in order. Raises RankError if one of them dies or hangs over it."""
