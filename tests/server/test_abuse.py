@@ -13,6 +13,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from flexmoe.server.connection import Patient
 from tests.server.serving import PATIENCE, Running, running, wait_for
 
 COMPLETIONS = "/v1/completions"
@@ -213,6 +214,38 @@ def test_who_dawdles_is_shown_the_door(server: Running, head: bytes, status: byt
         assert status in closed_within(connection, 20)
 
 
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Type: text/plain\r\nContent-Length: 900\r\n\r\n", b"a"),
+        (b"GET /health HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
+        (b"GET /health HTTP/1.1\r\n\r\n", b"\r\n"),
+        (b"GET /v1/flexmoe/events HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
+    ],
+    ids=["a refused body", "a body that nobody reads", "blank lines", "a body beside an endless answer"],
+)
+def test_who_has_his_answer_may_not_stay(server: Running, head: bytes, more: bytes) -> None:
+    """Each byte that comes ends uvicorn's own waiting for the next request."""
+    with server.connect() as connection:
+        connection.sendall(head)
+        time.sleep(0.2)
+        connection.sendall(more)
+        assert b"HTTP/1.1 " in closed_within(connection, 6)
+
+
+def test_several_requests_may_wait_for_their_answers(server: Running) -> None:
+    """Those that come behind another are not read, so that they cannot be late."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 1}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with server.connect() as connection:
+        connection.sendall(b"GET /v1/flexmoe/events?interval=2.5&count=3 HTTP/1.1\r\n\r\n" + head + body[:5])
+        time.sleep(1.0)
+        connection.sendall(body[5:] + b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        said = closed_within(connection, 20)
+    assert said.count(b"HTTP/1.1 200 OK") == 3
+    assert said.count(b"event: figures") == 3
+
+
 def test_endless_headers_are_cut_off(server: Running) -> None:
     with server.connect() as connection:
         with contextlib.suppress(OSError):
@@ -268,6 +301,17 @@ def test_a_reader_who_stops_reading_holds_up_nobody(server: Running) -> None:
         )
         assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 4}).status_code == 200
         server.assert_idle()
+
+
+def test_who_never_reads_is_cut_off(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps a connection full for good keeps a place of the server's."""
+    monkeypatch.setattr(Patient, "unread_seconds", 1.0)
+    asked = b"GET /openapi.json HTTP/1.1\r\n\r\n" * (2**24 // len(server.get("/openapi.json").content))
+    files = psutil.Process().num_fds()
+    with server.connect() as connection:
+        connection.sendall(asked)
+        wait_for(lambda: psutil.Process().num_fds() == files + 2)
+        wait_for(lambda: psutil.Process().num_fds() == files + 1, 10)  # this end's
 
 
 # ------------------------------------------------------------------------------------------------------ limits and keys
