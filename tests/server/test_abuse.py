@@ -60,6 +60,8 @@ def send(server: Running, content: bytes, kind: str = "application/json", path: 
         ({"prompt": ["x"] * 33}, "n"),
         ({"prompt": "x", "stop": ["s"] * 17}, "stop"),
         ({"prompt": "x", "stop": ""}, None),
+        ({"prompt": "x", "stop": "s" * 1001}, "stop"),
+        ({"prompt": "x", "stop": ["s" * 1001]}, "stop"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, None),
         ({"prompt": "x", "logit_bias": {"99999": 1}}, None),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
@@ -70,7 +72,7 @@ def send(server: Running, content: bytes, kind: str = "application/json", path: 
         ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format.type"),
         ({"prompt": "x", "guided_regex": "a*"}, "guided_regex"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_wrong_field_is_named(server: Running, body: dict[str, Any], param: str | None) -> None:
     error = error_of(server.post(COMPLETIONS, body), 400)
@@ -92,6 +94,7 @@ def test_a_wrong_field_is_named(server: Running, body: dict[str, Any], param: st
         {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "max_completion_tokens": 4},
         {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 7 * 7 }}"},
         {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": []}},
+        {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"self": 1}},
         {
             "messages": [{"role": "user", "content": "x"}],
             "response_format": {"type": "json_object"},

@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from flexmoe.config.sampling import SamplingParams
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000  # characters; a search is prepared for each, once a sample
 MAX_LOGPROBS = 20
 MAX_ROUTED_TOKENS = 1024  # of a choice: tokens whose experts are told, the first ones
 
@@ -34,7 +35,7 @@ NeutralOff = Annotated[Any, AfterValidator(_neutral(False)), Field(description="
 NeutralNone = Annotated[
     Any, AfterValidator(_neutral("none", "auto")), Field(description="Not supported: null, none or auto only.")
 ]
-Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_STOPS)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 
 
 class Strict(BaseModel):
@@ -82,7 +83,7 @@ class Common(Strict):
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    stop: str | Stop | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None

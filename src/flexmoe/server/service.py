@@ -113,7 +113,9 @@ class Service:
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Prompt:
         """A conversation as a prompt. variables: further names that the model's own template reads."""
-        taken = sorted({"messages", "tools", "template", "documents", "add_generation_prompt"} & variables.keys())
+        taken = sorted(
+            {"self", "messages", "tools", "template", "documents", "add_generation_prompt"} & variables.keys()
+        )
         if taken:
             raise RequestError(f"chat_template_kwargs may not set {', '.join(taken)}; leave it out.")
         template = self.engine.engine.chat_template
