@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -58,6 +59,10 @@ def make(monkeypatch: pytest.MonkeyPatch, fate: str, **options: Any) -> LLM:
     monkeypatch.setattr(ranks, "_MODULE", "tests.multi.dying")
     monkeypatch.setenv("FLEXMOE_TEST_FATE", fate)
     return LLM(tiny("mixtral"), **{**OPTIONS, **options})
+
+
+def interrupted(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -187,6 +192,47 @@ def test_a_death_or_a_hang_while_closing(monkeypatch: pytest.MonkeyPatch, how: s
     llm.close()
 
 
+def test_ctrl_c_while_ranks_close_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Nothing()
+    llm = make(monkeypatch, "close 1 stop")
+    llm.generate(PROMPTS, PARAMS)
+    timer = threading.Timer(1.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    llm.close()
+    assert nothing.is_left()
+
+
+def test_ctrl_c_while_ranks_are_killed_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses it twice meets this: the first one closes the engine."""
+    nothing = Nothing()
+    llm = LLM(tiny("mixtral"), **OPTIONS)
+    runner = llm.engine.runner
+    assert isinstance(runner, ranks.RankedRunner)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runner.ranks.members[0]), "kill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.ranks.kill()
+    llm.close()
+    assert nothing.is_left()
+
+
+def test_a_rank_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is dead before it is watched, or told anything; what is refused outright leaves no file open either."""
+    nothing = Nothing()
+    for _ in range(3):
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(RankError, match=r"rank [01] of 2 .* died with exit code 1 while loading the model"):
+            LLM(tiny("mixtral"), **OPTIONS)
+        files = psutil.Process().num_fds()
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(FileNotFoundError):
+            LLM(tiny("mixtral"), **OPTIONS)
+        assert psutil.Process().num_fds() <= files
+    assert nothing.is_left()
+
+
 @pytest.mark.parametrize("fate", ["prefill 0 stop", "decode 1 stop", "load 1 stop"])
 def test_a_hang(monkeypatch: pytest.MonkeyPatch, fate: str) -> None:
     nothing = Nothing()
@@ -288,9 +334,6 @@ def test_ctrl_c_ends_the_request_and_not_the_engine() -> None:
 
 
 def test_ctrl_c_while_a_step_is_sent_leaves_no_rank_that_owes_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> bytes:
-        raise KeyboardInterrupt
-
     with LLM(tiny("mixtral"), **{**OPTIONS, "worker_timeout": 2.0}) as llm:
         first = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
         with monkeypatch.context() as patch:

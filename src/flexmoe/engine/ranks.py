@@ -135,11 +135,11 @@ class RankedRunner:
 
     def close(self) -> None:
         """Unload the model and end the processes. Raises RankError if one dies or hangs over it."""
-        self._end.detach()
-        if not self._keep:
+        if self._keep:
+            self._ask("stop", None, "closing")
+        else:
             self.ranks.close()
-            return
-        self._ask("stop", None, "closing")
+        self._end.detach()  # not before: Ctrl-C may have come between
 
     def _ask(self, command: str, payload: Any, doing: str) -> dict[int, Any]:
         """What every rank answers. A step that was sent before is still to be waited for."""

@@ -7,6 +7,7 @@ that Ray places on other machines come from ray.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -94,7 +95,8 @@ def spawn(module: str, size: int, timeout: float) -> Launched:
             for rank in range(size):
                 launched.members.append(_start(module, rank, file))
         for member in launched.members:
-            member.connection.send(Setup(member.rank, size, member.rank, size, _LOOPBACK, store.port, timeout))
+            with contextlib.suppress(OSError):  # it is dead already, which its supervisor tells better
+                member.connection.send(Setup(member.rank, size, member.rank, size, _LOOPBACK, store.port, timeout))
     except BaseException:
         launched.abandon()
         raise
@@ -103,9 +105,9 @@ def spawn(module: str, size: int, timeout: float) -> Launched:
 
 def _start(module: str, rank: int, beats: int) -> Member:
     ours, theirs = socket.socketpair()
-    with theirs:
+    with ours, theirs:
         process = Child(module, theirs, beats)
-    return Member(rank, Connection(ours.detach()), process)
+        return Member(rank, Connection(ours.detach()), process)
 
 
 def joined_by_torchrun() -> bool:

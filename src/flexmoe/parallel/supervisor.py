@@ -68,11 +68,11 @@ class Supervisor:
         self._outbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[tuple[int, int, str, Any] | None] = queue.SimpleQueue()
         self._failure: RankError | None = None
-        self._closing = self._killed = False
+        self._closing = self._killed = self._gone = False
         self._moved = time.monotonic()
         self._seen: tuple[list[int], list[int], list[float]] = ([], [], [])
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._send)]
-        for thread in self._threads:
+        for thread in reversed(self._threads):  # a rank may be dead already: who hears of it waits for the other thread
             thread.start()
 
     def check(self) -> None:
@@ -132,6 +132,7 @@ class Supervisor:
     def close(self) -> None:
         """End all ranks in order. Raises RankError if one of them dies or hangs over it."""
         if self._killed:
+            self.kill()
             return
         self._doing, self._closing = "closing", True
         self._outbox.put(_Command(0, frozenset(), pickle.dumps((0, "exit", None))))
@@ -146,7 +147,7 @@ class Supervisor:
     def kill(self) -> None:
         """End all ranks now. May be called twice, from any thread; when it returns they are gone."""
         with self._kill_lock:
-            if self._killed:
+            if self._gone:
                 return
             self._killed = True
             for member in self.members:
@@ -156,6 +157,7 @@ class Supervisor:
                 if thread is not threading.current_thread():
                     thread.join(1.0)
             self._launched.release()
+            self._gone = True  # only now: what Ctrl-C cuts short is done once more
         self._inbox.put(None)
 
     def _send(self) -> None:
