@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from flexmoe.parallel.beats import Beats
 from flexmoe.parallel.child import SAFE_ENVIRONMENT, Child, Process
 from flexmoe.parallel.mesh import TCPStore
-from flexmoe.parallel.network import is_loopback, own_address
+from flexmoe.parallel.network import accept, is_loopback, own_address
 from flexmoe.parallel.rank import Handler, Setup, serve
 
 _LOOPBACK = "127.0.0.1"
@@ -146,7 +146,7 @@ def report(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler])
 
 
 def _accept(listener: Listener) -> tuple[int, Connection]:
-    connection = listener.accept()
+    connection = accept(listener)
     return connection.recv(), connection
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
 import struct
-from multiprocessing.connection import Connection
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
 
 # A machine that is lost closes no connection: after so many seconds without its acknowledgements one counts as broken.
 _IDLE_SECONDS, _PROBES = 2, 2
@@ -34,6 +36,13 @@ def interface_to(host: str, port: int) -> str | None:
     if is_loopback(address) and not is_loopback(host):
         return None
     return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), None)
+
+
+def accept(listener: Listener) -> Connection:
+    """A connection of whoever knows the listener's key. Others that find the port are turned away."""
+    while True:
+        with contextlib.suppress(AuthenticationError, EOFError, ConnectionError):
+            return listener.accept()
 
 
 def watch_peer(connection: Connection) -> None:
