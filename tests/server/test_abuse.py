@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
 import psutil
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from flexmoe.server.connection import Patient
+from flexmoe.server.logs import Logged
 from tests.server.serving import PATIENCE, Running, running, wait_for
 
 COMPLETIONS = "/v1/completions"
@@ -177,6 +182,22 @@ def test_a_failure_of_our_own_shows_no_trace(server: Running, monkeypatch: pytes
     assert error_of(response, 500)["code"] == "internal_error"
     assert "secret" not in response.text
     assert response.headers["x-request-id"]
+
+
+def test_an_answer_that_breaks_off_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client has a status already, so that the log alone can say why there is no more."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("the disk is gone")
+
+    async def nothing(*_: Any) -> Any:
+        return None
+
+    monkeypatch.setattr(logging.getLogger("flexmoe"), "propagate", True)
+    scope: Scope = {"type": "http", "headers": [], "method": "GET", "path": "/static/x"}
+    asyncio.run(Logged(app, Counter())(scope, nothing, nothing))
+    assert "the disk is gone" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------- slow and gone clients
