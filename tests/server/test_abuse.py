@@ -142,6 +142,34 @@ def test_what_is_no_request_is_refused(server: Running, content: bytes) -> None:
     error_of(send(server, content), 400)
 
 
+MANY = 400_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": [1] * MANY + [""]}),
+        (COMPLETIONS, {"prompt": [[""] * MANY, [1]]}),
+        (COMPLETIONS, {"prompt": "x", "stop": [1] * MANY}),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [""] * MANY}),
+        (COMPLETIONS, {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(MANY // 2)), "")}),
+        (COMPLETIONS, {"prompt": "x", **dict.fromkeys(map(str, range(MANY // 2)), 0)}),
+        (CHAT, {"messages": [{}] * MANY}),
+        (CHAT, {"messages": [{"role": "user", "content": [1] * MANY}]}),
+        ("/v1/responses", {"input": [{}] * MANY}),
+        ("/v1/responses", {"input": "x", "metadata": dict.fromkeys(map(str, range(MANY // 2)), 0)}),
+        ("/detokenize", {"tokens": [""] * MANY}),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_is_wrong_many_times_is_refused_once(server: Running, path: str, body: dict[str, Any]) -> None:
+    """A complaint about each entry took a minute for some megabytes, in which nobody else was served."""
+    start = time.monotonic()
+    error = error_of(send(server, json.dumps(body, separators=(",", ":")).encode(), path=path), 400)
+    assert time.monotonic() - start < 2.0
+    assert len(error["message"]) < 500
+
+
 def test_other_types_than_json_are_refused(server: Running) -> None:
     """A page of another origin may send these without being asked for; JSON it may not."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):

@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from flexmoe.server.errors import APIError
-from flexmoe.server.openai import Message, Strict
+from flexmoe.server.openai import Messages, Strict
 from flexmoe.server.replies import errors
 from flexmoe.server.rival import Question, Rival
 from flexmoe.server.service import Service
@@ -28,7 +28,7 @@ _DOCUMENTED: dict[int | str, dict[str, Any]] = {
 class CompareRequest(Strict):
     """A conversation to go on with, greedily. ignore_eos: write on after the end."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] = 128
     ignore_eos: bool = False
 

@@ -81,8 +81,9 @@ class Patient(HttpToolsProtocol):
         """Close the door after so many seconds from now, or wait for nothing."""
         if self._deadline is not None:
             self._deadline.cancel()
-        closing = seconds is None or self.transport.is_closing()
-        self._deadline = None if closing else self.loop.call_later(seconds, self._expire)
+        self._deadline = None
+        if seconds is not None and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(seconds, self._expire)
 
     def _expire(self) -> None:
         self._deadline = None
