@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import resource
 import socket
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ import psutil
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from flexmoe.server.connection import Patient
+from flexmoe.server.connection import Patient, room_for_connections
 from flexmoe.server.logs import Logged
 from tests.server.serving import PATIENCE, Running, running, wait_for
 
@@ -381,6 +382,30 @@ def test_more_than_can_wait_is_too_many() -> None:
                 assert int(third.headers["retry-after"]) >= 1
         server.assert_idle()
         assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_files_are_left_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is raised as far as it may be, and connections get half of it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    changed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: changed.append(limits))
+    assert room_for_connections() == 2048
+    assert changed == [(4096, 4096)]
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+    with monkeypatch.context() as patch:
+        patch.setattr("flexmoe.server.run.room_for_connections", lambda: 4)
+        with running() as server:
+            seated = [server.connect() for _ in range(4)]
+            wait_for(lambda: server.connections == 4)
+            for _ in range(3):
+                with server.connect() as late:
+                    assert closed_within(late, 1.5) == b""
+            for connection in seated:
+                connection.close()
+            wait_for(lambda: server.connections == 0)
+            assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
 def test_keys_and_origins() -> None:

@@ -4,15 +4,21 @@ uvicorn waits without end for a client that sends a request byte by byte, or doe
 of any length. Here a client is always due something, within some seconds: headers, a body even if nobody wants it, or
 room for the answer; only while an answer is being made it may be idle. Who sends a body too slowly to be answered is
 told so before the door closes, in limits.py, where bodies have a limit of bytes as well.
+
+However many connect, half of the files that the process may open are left for the engine, which dies where it cannot
+open one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import resource
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _MAX_HEAD = 2**16  # bytes
+_FILES = 2**16  # that a process should be allowed to have open
 
 
 class Patient(HttpToolsProtocol):
@@ -21,6 +27,7 @@ class Patient(HttpToolsProtocol):
     seconds = 20.0  # for request line and headers
     body_seconds = 40.0
     unread_seconds = 120.0  # without reading some tens of kilobytes of what waits for the client
+    most = 2**15  # connections at a time; more are turned away without a word
     _deadline: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
     _in_head = False
@@ -28,6 +35,8 @@ class Patient(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.abort()
         self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -93,6 +102,17 @@ class Patient(HttpToolsProtocol):
             self.transport.close()
 
 
-def patient_protocol(seconds: float) -> type[Patient]:
-    """The protocol class for connections that have so many seconds to say what they want."""
-    return type("Patient", (Patient,), {"seconds": seconds, "body_seconds": 2 * seconds})
+def patient_protocol(seconds: float, most: int) -> type[Patient]:
+    """The protocol class for so many connections, which have so many seconds to say what they want."""
+    return type("Patient", (Patient,), {"seconds": seconds, "body_seconds": 2 * seconds, "most": most})
+
+
+def room_for_connections() -> int:
+    """How many connections this process can have; raises its limit of open files, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if wanted > soft != resource.RLIM_INFINITY:
+        with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit that they do not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return _FILES // 2 if soft == resource.RLIM_INFINITY else max(1, soft // 2)

@@ -24,7 +24,7 @@ from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError, EngineError
 from flexmoe.planned import make_engine
 from flexmoe.server.app import build_app
-from flexmoe.server.connection import patient_protocol
+from flexmoe.server.connection import patient_protocol, room_for_connections
 from flexmoe.server.logs import JSONFormatter
 from flexmoe.server.rivals import rival_of
 from flexmoe.server.service import Service
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build_app(self.service),
-                http=patient_protocol(config.receive_seconds),
+                http=patient_protocol(config.receive_seconds, room_for_connections()),
                 lifespan="off",
                 ws="none",
                 log_config=None,
