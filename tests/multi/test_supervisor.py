@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -215,6 +216,29 @@ def test_ctrl_c_while_ranks_are_killed_leaves_none(monkeypatch: pytest.MonkeyPat
         with pytest.raises(KeyboardInterrupt):
             runner.ranks.kill()
     llm.close()
+    assert nothing.is_left()
+
+
+def test_a_death_is_told_though_what_was_taken_cannot_be_given_back(caplog: pytest.LogCaptureFixture) -> None:
+    """As where the cluster that placed the ranks is gone with one of them."""
+
+    def fail() -> NoReturn:
+        raise ConnectionError("the cluster is gone")
+
+    nothing = Nothing()
+    llm = LLM(tiny("mixtral"), **OPTIONS)
+    runner = llm.engine.runner
+    assert isinstance(runner, ranks.RankedRunner)
+    runner.ranks._launched.after = fail
+    process = runner.ranks.members[1].process
+    assert process is not None
+    process.kill()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(llm.generate, PROMPTS, PARAMS)
+        with pytest.raises(RankError, match="rank 1 of 2"):
+            answer.result(LIMIT)
+    llm.close()
+    assert "the cluster is gone" in caplog.text
     assert nothing.is_left()
 
 

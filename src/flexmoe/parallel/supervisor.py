@@ -13,6 +13,7 @@ began the fewest is named. Then all are killed.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import signal
@@ -27,6 +28,8 @@ from flexmoe import errors
 from flexmoe.errors import EngineError, FlexMoEError, RankError
 from flexmoe.parallel.beats import LIFE, WORK
 from flexmoe.parallel.launch import Launched, Member
+
+_log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
 # When one rank dies its peers report broken connections: wait so long for the one that died without a word.
@@ -156,9 +159,16 @@ class Supervisor:
             for thread in self._threads:  # they end now: a connection is not closed under their hands
                 if thread is not threading.current_thread():
                     thread.join(1.0)
-            self._launched.release()
+            self._release()
             self._gone = True  # only now: what Ctrl-C cuts short is done once more
         self._inbox.put(None)
+
+    def _release(self) -> None:
+        """A cluster that is gone with a rank takes nothing back: whoever waits must hear of the rank all the same."""
+        try:
+            self._launched.release()
+        except Exception:  # noqa: BLE001 - logged
+            _log.exception("not all that was taken for the ranks could be given back")
 
     def _send(self) -> None:
         while (command := self._outbox.get()) is not None:
