@@ -30,7 +30,7 @@ from flexmoe.engine.model_runner import rows_before
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 _CPU = torch.device("cpu")
 _BLOCK = 16

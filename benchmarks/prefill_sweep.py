@@ -28,7 +28,7 @@ from flexmoe.kernels.triton.expert_gate_up import GateUpTile
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.prefill_attention import PrefillAttentionTile
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 
 _DTYPE, _DEVICE, _BLOCK = torch.bfloat16, torch.device("cuda"), 16
 # block_m, block_n, block_k, warps, stages

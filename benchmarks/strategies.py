@@ -1,6 +1,8 @@
 """The strategies of spreading a model over ranks, side by side on one machine: speed, bytes sent, imbalance.
 
     python benchmarks/strategies.py [MODEL] [--ranks 2,4] [--batch 1,8] [--device cuda] [--hf] [--out rows.jsonl]
+    python benchmarks/strategies.py MODEL --ranks 4 --prompts 2048,8192 --requests 512 [--out rows.jsonl]
+    python benchmarks/strategies.py MODEL --ranks 4 --predict h200x8 [--out rows.jsonl]
 
 On a CPU one process decodes in torch, as ranks do there, and as it comes; on GPUs as it comes, which is how ranks do
 it, if one GPU holds the model. Then each strategy on each number of ranks. All get the same prompts, greedily, exactly
@@ -8,6 +10,10 @@ so many tokens; in fp32 their answers must be the same. A sample is (time for N 
 those that all ranks together send for a token of a decode step, beside what the formulas of docs/parallel.md give for
 the experts that one process was seen to choose. The floor is the time to read the weights, keys and values of a step at
 the speed measured at the start. A row is one JSON line.
+
+--prompts: also the time to the first token of one prompt of each such length. --requests: also so many at once, of 512
+tokens and 128 more, which on one GPU is what `flexmoe bench throughput` does. --predict: nothing is measured; the
+planner says what each would take on that machine, to be held against a run later.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.predicted import Expected
 from harness.traffic import Bytes, Choices, formula, imbalance
 
 from flexmoe import LLM, SamplingParams
@@ -33,6 +40,8 @@ from flexmoe.bench.latency import first_difference
 from flexmoe.bench.record import append, facts, summary
 from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.workload import make_prompts
+from flexmoe.config.engine import MAX_ROWS, SchedulerConfig
+from flexmoe.config.machine import Machine
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.engine import startup
 from flexmoe.engine.ranks import RankedRunner
@@ -41,6 +50,7 @@ from flexmoe.errors import ConfigError
 Row = dict[str, Any]
 
 _REPEATS = 3
+_MANY = (512, 128)  # tokens of each of many requests, and of their answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +72,7 @@ def setups(ranks: int) -> list[Setup]:
         Setup("expert, all-reduce", ParallelPlan(ranks, ranks)),
         Setup("expert, all-to-all", ParallelPlan(ranks, ranks, moe_dispatch="all_to_all")),
     ]
+    found.append(Setup("data, experts spread", ParallelPlan(data_parallel_size=ranks, expert_parallel_size=ranks)))
     if ranks >= 4 and ranks % 2 == 0:
         found.append(Setup("hybrid, all-reduce", ParallelPlan(ranks, ranks // 2)))
         found.append(Setup("hybrid, all-to-all", ParallelPlan(ranks, ranks // 2, moe_dispatch="all_to_all")))
@@ -152,9 +163,7 @@ class Bench:
     def rows(self) -> Iterator[Row]:
         """Of one process first: the others are compared with it."""
         first = AS_IT_COMES if self.args.device == "cuda" else TORCH
-        others = (AS_IT_COMES, *(setup for ranks in self.args.ranks for setup in setups(ranks)))
-        chosen = [setup for setup in others if any(only in setup.name for only in self.args.only.split(","))]
-        for setup in (first, *(setup for setup in chosen if setup != first)):
+        for setup in (first, *(setup for setup in chosen(self.args) if setup != first)):
             _release_memory(self.args.device)
             try:
                 engine = Ours(self.subject, setup, self._options())
@@ -167,10 +176,11 @@ class Bench:
     def _options(self) -> Row:
         args, most = self.args, max(self.args.batch)
         # All prompts in one step, so that all rows decode together.
-        length = args.prompt_len + args.output_len + 1
+        step = max(most * args.prompt_len, *args.prompts, 0)
+        longest = max(args.prompt_len + args.output_len, *args.prompts, sum(_MANY) if args.requests else 0)
         return {
-            "dtype": args.dtype, "device": args.device, "max_num_seqs": most, "max_model_len": length,
-            "max_num_batched_tokens": most * args.prompt_len,
+            "dtype": args.dtype, "device": args.device, "max_num_seqs": max(most, min(args.requests, MAX_ROWS)),
+            "max_model_len": longest + 1, "max_num_batched_tokens": step,
         } | ({} if args.device == "cuda" else {"kv_cache_memory": args.kv_cache_memory})  # fmt: skip
 
     def _measure(self, engine: Ours, setup: Setup) -> Iterator[Row]:
@@ -185,8 +195,28 @@ class Bench:
                 self.choices[batch] = engine.choices(prompts, count)
             result |= self._floor(plan, batch, result["step_ms"]["median"])
             yield self._row("flexmoe", config, {"batch": batch}, result)
+        for length in self.args.prompts:
+            yield self._row("flexmoe", config, {"batch": 1, "prompt_len": length}, self._first_token(engine, length))
+        if self.args.requests:
+            asked = {"batch": self.args.requests, "prompt_len": _MANY[0], "output_len": _MANY[1]}
+            yield self._row("flexmoe", config, asked, self._many(engine))
         if setup == AS_IT_COMES and self.args.hf:
             yield from self._hugging_face(engine)
+
+    def _first_token(self, engine: Ours, length: int) -> Row:
+        (prompt,) = make_prompts(self.subject.config.vocab_size, 1, length, self.args.seed)
+        for _ in range(2):  # a GPU computes a length first as it comes, then records it
+            engine.generate([prompt], 1)
+        seconds = [_clock(engine, [prompt], 1)[0] for _ in range(_REPEATS)]
+        return {"first_token_ms": summary([1e3 * each for each in seconds]), "samples": _REPEATS}
+
+    def _many(self, engine: Ours) -> Row:
+        """Once after a run of the same."""
+        prompt_len, count = _MANY
+        prompts = make_prompts(self.subject.config.vocab_size, self.args.requests, prompt_len, self.args.seed)
+        engine.generate(prompts, count)
+        seconds, tokens = _clock(engine, prompts, count)
+        return {"seconds": round(seconds, 4), "output_tokens_per_s": round(sum(map(len, tokens)) / seconds, 2)}
 
     def _floor(self, plan: ParallelPlan, batch: int, step_ms: float) -> Row:
         """The time to read what a step must, each GPU its even share, all ranks on a CPU from the same memory."""
@@ -205,15 +235,13 @@ class Bench:
         config, choices = self.subject.config, self.choices.get(batch)
         sent = engine.sent(self.prompts[batch], self.args.output_len + 1)
         found: Row = {"sent_bytes_per_token": _rounded(sent), "sent_in_all": round(sum(sent.values()), 1)}
-        if choices is not None:
+        if choices is not None and plan.data_parallel_size == 1:
             itemsize = getattr(torch, self.args.dtype).itemsize
             expected = formula(
                 config, plan, batch, itemsize, choices, fused=engine.fused, one_shot=engine.one_shot
             )  # fmt: skip
-            found |= {
-                "formula_bytes_per_token": _rounded(expected), "imbalance": imbalance(config, plan, choices),
-            }  # fmt: skip
-        return found
+            found["formula_bytes_per_token"] = _rounded(expected)
+        return found if choices is None else found | {"imbalance": imbalance(config, plan, choices)}
 
     def _hugging_face(self, ours: Ours) -> Iterator[Row]:
         """As it comes, on the weights of one process."""
@@ -247,9 +275,43 @@ class Bench:
     def _row(self, engine: str, config: Row, params: Row, result: Row) -> Row:
         args = self.args
         asked = {"prompt_len": args.prompt_len, "output_len": args.output_len, "dtype": args.dtype, "seed": args.seed}
-        row = {"benchmark": "strategies", "engine": engine, "model": self.subject.facts(), "params": params | asked}
+        kind = "strategies" if "step_ms" in result or "error" in result else "strategies_prompts"
+        row = {"benchmark": kind, "engine": engine, "model": self.subject.facts(), "params": asked | params}
         note = {"note": args.note} if args.note else {}
         return row | {"config": config, "result": result} | note | self.facts
+
+
+def chosen(args: argparse.Namespace) -> list[Setup]:
+    """One process as it comes, and the strategies on ranks, of those that were asked for."""
+    found = (AS_IT_COMES, *(setup for ranks in args.ranks for setup in setups(ranks)))
+    return [setup for setup in found if any(only in setup.name for only in args.only.split(","))]
+
+
+def predictions(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
+    """Rows of what the planner expects where a run would measure."""
+    machine = Machine.load(args.predict)
+    asked = {"output_len": args.output_len, "dtype": args.dtype, "seed": args.seed}
+    for setup in chosen(args):
+        config = {"strategy": setup.name, "ranks": setup.plan.num_ranks, "plan": setup.plan.to_json()}
+        row = {"benchmark": "strategies_predicted", "engine": "flexmoe", "model": subject.facts()}
+        row |= {"config": config, "machine": machine.name} | facts()
+        limits = SchedulerConfig(max_num_seqs=max(*args.batch, args.requests))
+        try:
+            expected = Expected(subject.name, subject.config, machine, setup.plan, args.dtype, limits)
+        except ConfigError as error:
+            yield row | {"params": asked, "result": {"error": str(error)}}
+            continue
+        context = args.prompt_len + (args.output_len + 1) // 2
+        steps = [
+            ({"batch": batch, "prompt_len": args.prompt_len}, expected.decode(batch, context)) for batch in args.batch
+        ]
+        figures: list[tuple[Row, Row]] = steps
+        figures += [({"batch": 1, "prompt_len": length}, expected.first_token(length)) for length in args.prompts]
+        if args.requests:
+            many = {"batch": args.requests, "prompt_len": _MANY[0], "output_len": _MANY[1]}
+            figures.append((many, expected.many(args.requests, *_MANY)))
+        for params, result in figures:
+            yield row | {"params": asked | params, "result": result}
 
 
 def _clock(engine: TimedEngine, prompts: Sequence[list[int]], count: int) -> tuple[float, list[list[int]]]:
@@ -267,6 +329,14 @@ def _line(row: Row) -> str:
     name = f"{row['engine']}, {config['strategy']}, {config.get('ranks', 1)} ranks"
     if "error" in result:
         return f"{name}: {result['error']}"
+    if "first_token_ms" in result and "step_ms" not in result:
+        first = result["first_token_ms"]
+        milliseconds = first["median"] if isinstance(first, dict) else first
+        return f"{name}, a prompt of {row['params']['prompt_len']}: {milliseconds:.2f} ms"
+    if "seconds" in result:
+        return f"{name}, {row['params']['batch']} requests: {result['output_tokens_per_s']} tokens/s"
+    if "terms_ms" in result:
+        return f"{name}, batch {row['params']['batch']}: {result['step_ms']:.2f} ms a step, predicted"
     same = result.get("formula_bytes_per_token") in (None, result.get("sent_bytes_per_token"))
     sent = f", {result['sent_in_all']:.0f} bytes a token" if "sent_in_all" in result else ""
     return (
@@ -291,6 +361,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=_numbers, default=[1, 8])
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=32)
+    parser.add_argument("--prompts", type=_numbers, default=[], help="lengths of single prompts, e.g. 2048,8192")
+    parser.add_argument("--requests", type=int, default=0, help="so many at once, of 512 tokens and 128 more")
+    parser.add_argument("--predict", metavar="MACHINE", help="measure nothing; say what the planner expects there")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--kv-cache-memory", type=int, default=2**26, help="bytes of each process on a CPU")
     parser.add_argument("--seed", type=int, default=0)
@@ -304,7 +377,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, print, and append rows."""
     args = arguments(words)
     with open_subject(args.model, changes=Changes(layers=args.layers)) as subject:
-        for row in Bench(subject, args).rows():
+        for row in predictions(subject, args) if args.predict else Bench(subject, args).rows():
             print(_line(row), flush=True)
             if args.out:
                 append(args.out, row)

@@ -4,12 +4,15 @@
     python benchmarks/validate_planner.py --machine h200x2 --rows benchmarks/results/h200_strategies.jsonl
     python benchmarks/validate_planner.py --machine machine.json --measure [--out rows.jsonl]
     python benchmarks/validate_planner.py --machine h200x1 --served rows.jsonl [--trace trace.csv]
+    python benchmarks/validate_planner.py --machine h200x8 --foretold predicted.jsonl --rows measured.jsonl
 
 Operations of the machine's table are each predicted without their own sample. Steps are those of rows of `flexmoe bench
 latency` and benchmarks/strategies.py, or with --measure of models that are measured now, which the table has no shapes
 of. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs ranks count
 whose sums are one launch, as today's are. Served are rows of `flexmoe bench serve` against FlexMoE's server: their
-requests are simulated on the engine that each tells of. A row for each group of predictions.
+requests are simulated on the engine that each tells of. Foretold is what `benchmarks/strategies.py --predict` wrote
+down before a run, and by how much the strategy that it would have chosen was slower than the best. A row for each group
+of predictions.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from harness.predicted import foretold
 
 from flexmoe.bench.load import LoadOptions, lengths
 from flexmoe.bench.machine_shapes import builtin_shape
@@ -62,9 +67,13 @@ def model_of(row: dict[str, Any]) -> ModelConfig | None:
     return replace(config, layers=config.layers[: about["layers"]], moe=fewer)
 
 
+def _read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
 def read_rows(paths: Sequence[Path], since: str) -> list[dict[str, Any]]:
     """Rows of our engine's steps, not older than a date."""
-    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    rows = _read(paths)
     steps = (row for row in rows if row.get("engine") == "flexmoe" and row["benchmark"] in ("latency", "strategies"))
     return [row for row in steps if row["time"] >= since and _is_current(row)]
 
@@ -130,7 +139,7 @@ def served_groups(
     machine: Machine, paths: Sequence[Path], trace: Path | None, *, cold: bool = False
 ) -> Iterator[tuple[str, list[Check]]]:
     """Predictions of rows of presets that FlexMoE served: times to first tokens, and between tokens."""
-    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    rows = _read(paths)
     pairs = [
         served_checks(machine, PRESETS[row["model"]["name"]].config, lengths(load_of(row, trace)), row, cold=cold)
         for row in rows
@@ -144,9 +153,14 @@ def main() -> None:
     """Print, and append rows."""
     args = _arguments()
     machine = Machine.load(args.machine)
-    rows = list(measured_rows()) if args.measure else read_rows(args.rows, args.since)
-    steps = groups(machine, rows) if rows else ()
-    for group, checks in chain(steps, served_groups(machine, args.served, args.trace, cold=args.cold)):
+    read = _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
+    rows = list(measured_rows()) if args.measure else read
+    kinds = [served_groups(machine, args.served, args.trace, cold=args.cold)]
+    if args.foretold:
+        kinds.append(foretold(_read(args.foretold), rows))
+    elif rows or not args.served:
+        kinds.append(groups(machine, rows))
+    for group, checks in chain.from_iterable(kinds):
         if not checks:
             continue
         errors = Errors.of(checks)
@@ -167,6 +181,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--machine", required=True, help="a file, or the name of a machine that comes along")
     parser.add_argument("--rows", type=Path, nargs="*", default=[])
+    parser.add_argument("--foretold", type=Path, nargs="*", default=[], help="rows of `strategies.py --predict`")
     parser.add_argument("--served", type=Path, nargs="*", default=[], help="rows of `flexmoe bench serve`")
     parser.add_argument("--trace", type=Path, help="the trace of the served rows, if it is not where they say")
     parser.add_argument("--cold", action="store_true", help="each served row was its server's first load")

@@ -99,7 +99,7 @@ def _search(setting: Setting, config: EngineConfig, own: Mapping[str, Any]) -> P
             demand=workload.demand(),
             promise=Promise.from_ms(workload.slo_ttft_ms, workload.slo_tpot_ms),
             objective=objective,
-            limits=config.scheduler,
+            limits=config.scheduler.on(setting.machine.device.kind),
             budget=own.get("search_budget"),
         )
     )

@@ -20,7 +20,7 @@ from flexmoe.engine.model_runner import Flight, ModelRunner
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.paging import request
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
 
 def request(tokens: Sequence[int], blocks: Sequence[int], name: str = "r") -> Request:

@@ -13,7 +13,7 @@ from flexmoe import LLM, RequestOutput, SamplingParams
 from flexmoe.engine import startup
 from flexmoe.engine.engine import Engine
 from flexmoe.kernels.cpu import library
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 from tests.cpu.late_device import LateRunner, MixedLateRunner, late_device
 from tests.cpu.tiny_models import tiny
 

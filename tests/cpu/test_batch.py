@@ -17,7 +17,7 @@ from flexmoe.engine.batch import build_batch, build_paged_rows
 from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan, paged_attention
 from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.nearness import assert_near
 from tests.cpu.paging import decode_step, decodes, naive_attention, request, scattered, seen, slot
 

@@ -67,7 +67,7 @@ def test_a_prompt_behind_others_sees_them() -> None:
     layers = TorchLayers(BUILTIN, torch.float32, CPU)
     shape = next(s.shape for s in prompt_samples(layers, 64, 512) if s.op == "torch.prompt")
     a = BUILTIN.attention
-    assert shape == (512, a.num_heads, a.num_kv_heads, a.head_dim)
+    assert shape == (512, a.num_heads, a.num_kv_heads, a.head_dim, 0)
 
 
 def test_parts_of_a_step_in_c() -> None:

@@ -18,7 +18,7 @@ from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import NativeDecoder, most_rows
 from flexmoe.models.presets import PRESETS
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.nearness import assert_near
 from tests.cpu.paging import decodes, scattered, slot
 from tests.cpu.tiny_decoders import CPU, NEEDS_COMPILER, config, copy_cache, decoder, filled_cache, in_fp32

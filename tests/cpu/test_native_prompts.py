@@ -16,7 +16,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import takes_prompts
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.nearness import error
 from tests.cpu.paging import decode_step, scattered, slot
 from tests.cpu.test_native_invariance import CONFIGS, with_threads

@@ -14,7 +14,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampling_state import SamplingState, uniforms
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import decodes, request
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from flexmoe.engine.prompt_graphs import form_of
 from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack
 from flexmoe.scheduling.prompt_forms import MOST_GRAPHED
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered
 
 BLOCK, ROWS = 4, 16

@@ -96,7 +96,7 @@ def test_prompts_are_launched_ahead_and_answers_stay_the_same() -> None:
         assert tokens(llm.generate(PROMPTS * 2, SEEDED)) == expected
         runner = llm.engine.runner
         assert isinstance(runner, LateRunner)
-        assert runner.num_mixed_ahead > 10
+        assert runner.num_mixed_ahead > 5
         assert_idle(llm)
 
 

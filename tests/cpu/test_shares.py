@@ -21,7 +21,7 @@ from flexmoe.models.hub import open_model
 from flexmoe.models.loader import load_weights
 from flexmoe.models.slices import num_parameters
 from flexmoe.parallel.mesh import Mesh
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.paging import decodes, scattered
 from tests.cpu.tiny_models import tiny
 

@@ -31,6 +31,8 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
 EXPERT: dict[str, Any] = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
+DATA: dict[str, Any] = {"data_parallel_size": 2, "expert_parallel_size": 2}
+TO_ALL: dict[str, Any] = {"moe_dispatch": "all_to_all"}
 CASES = [
     ("mixtral", "tensor"), ("mixtral", "expert"), ("mixtral", "replicas"), ("olmoe", "tensor"),
     ("qwen2_moe", "expert"), ("qwen2_moe", "replicas"), ("qwen3_moe", "tensor"),
@@ -128,12 +130,15 @@ def test_running_ahead_changes_no_token(pool: Pool, monkeypatch: pytest.MonkeyPa
         assert ahead == 0
 
 
-def test_a_dispatch_that_waits_decodes_without_graphs_and_says_so(pool: Pool) -> None:
-    with LLM(tiny("mixtral"), **OPTIONS) as one:
-        expected = answers(one, GREEDY)
-    with pool.llm(tiny("mixtral"), **OPTIONS, **EXPERT, moe_dispatch="all_to_all") as llm:
-        assert "all_to_all waits for the host" in llm.describe()["decode_kernels"]
-        assert answers(llm, GREEDY) == expected
+@pytest.mark.parametrize("plan", [EXPERT | TO_ALL, DATA, DATA | TO_ALL], ids=["to-all", "data", "data-to-all"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_tokens_that_travel_take_no_graphs_and_change_nothing(pool: Pool, name: str, plan: dict[str, Any]) -> None:
+    with LLM(tiny(name), **OPTIONS) as one:
+        expected = all_answers(one)
+    with pool.llm(tiny(name), **OPTIONS, **plan) as llm:
+        assert "without graphs" in llm.describe()["decode_kernels"]
+        assert all_answers(llm) == expected
+        assert answers(llm, GREEDY, PROMPTS[:1]) == expected[0][:1]  # of two data ranks one has nothing to do
 
 
 @pytest.mark.parametrize("plan", ["tensor", "expert", "replicas"])

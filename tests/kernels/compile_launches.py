@@ -40,7 +40,7 @@ from flexmoe.models.device_rows import PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused import FusedDecoder
 from flexmoe.models.fused_prompts import PromptDecoder
 from flexmoe.models.presets import PRESETS
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16

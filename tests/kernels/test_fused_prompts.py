@@ -15,7 +15,7 @@ from flexmoe.engine.prompt_rows import lay_out, pack
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.fused_prompts import PromptDecoder
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.paging import scattered, slot
 from tests.cpu.tiny_decoders import CPU, Recording, config, copy_cache, decoder
 from tests.cpu.tiny_models import CASES

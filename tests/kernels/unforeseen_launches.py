@@ -32,7 +32,7 @@ from flexmoe.models.fused import FusedDecoder
 from flexmoe.models.fused_prompts import PromptDecoder
 from flexmoe.models.presets import PRESETS
 from flexmoe.moe.load import ExpertCounter
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import decodes, scattered
 from tests.cpu.tiny_decoders import config
 

@@ -22,7 +22,7 @@ from flexmoe.engine.worker import RankReport, Worker
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.rank import main
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
 MAX_ROWS = 8
 _LOOKS = 30

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from flexmoe.config.model import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig
 from flexmoe.config.plan import ExpertPlacement, ParallelPlan
 from flexmoe.config.shard import Shard
-from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts import reference
 from tests.multi.pool import Pool
@@ -100,8 +99,7 @@ def layer(
         return chosen
 
     permute, reference.permute = reference.permute, watched  # type: ignore[assignment]
-    nothing = torch.empty(0)
-    out = block(x, ForwardBatch(nothing, nothing, nothing, {}, most_rows=max(rows, default=None)))
+    out = block(x, most_rows=max(rows, default=None))
     reference.permute = permute
     return {"out": out, "sent": mesh.traffic.take(), "products": sum(products)}
 

@@ -32,7 +32,7 @@ from flexmoe.models.fused import FusedDecoder
 from flexmoe.models.loader import fill_dummy
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.mesh import Mesh
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered
 from tests.cpu.tiny_decoders import CPU, config
 from tests.multi.pool import Pool

@@ -31,10 +31,11 @@ def chosen(strategies: Any, *rows: list[int]) -> Any:
 
 
 def test_every_strategy_is_there(strategies: Any) -> None:
-    assert [s.name for s in strategies.setups(2)] == ["tensor", "expert, all-reduce", "expert, all-to-all"]
+    names = ["tensor", "expert, all-reduce", "expert, all-to-all", "data, experts spread"]
+    assert [s.name for s in strategies.setups(2)] == names
     four = [(s.plan.expert_parallel_size, s.plan.expert_tensor_size) for s in strategies.setups(4)]
-    assert four == [(1, 4), (4, 1), (4, 1), (2, 2), (2, 2)]
-    assert len(strategies.setups(3)) == 3
+    assert four == [(1, 4), (4, 1), (4, 1), (4, 1), (2, 2), (2, 2)]
+    assert len(strategies.setups(3)) == 4
 
 
 def test_an_all_reduce_does_not_depend_on_choices(strategies: Any) -> None:
@@ -69,9 +70,11 @@ def test_a_run(strategies: Any, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for row in rows:
         result = row["result"]
         assert result["equal_answers"] == row["params"]["batch"]
-        assert result.get("sent_bytes_per_token") == result.get("formula_bytes_per_token")
+        if not row["config"]["strategy"].startswith("data"):
+            assert result.get("sent_bytes_per_token") == result.get("formula_bytes_per_token")
         assert row["note"] == "a test"
-    assert {"dispatch", "combine", "rows"} <= rows[-1]["result"]["sent_bytes_per_token"].keys()
+    assert {"dispatch", "combine", "rows"} <= rows[-3]["result"]["sent_bytes_per_token"].keys()
+    assert {"dispatch", "combine", "routing"} <= rows[-1]["result"]["sent_bytes_per_token"].keys()
     assert "NOT" not in capsys.readouterr().out
 
 
@@ -80,4 +83,33 @@ def test_what_does_not_fit_becomes_a_row(strategies: Any, tmp_path: Path) -> Non
     words = [str(tiny("mixtral")), "--ranks", "3", "--batch", "1", "--prompt-len", "8", "--output-len", "2"]
     strategies.main([*words, "--out", str(out)])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert ["error" in row["result"] for row in rows] == [False, False, True, True, True]
+    assert ["error" in row["result"] for row in rows] == [False, False, True, True, True, False]
+
+
+def test_prompts_and_many_requests(strategies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategies, "_MANY", (6, 3))
+    out = tmp_path / "rows.jsonl"
+    words = [str(tiny("mixtral")), "--batch", "1", "--prompt-len", "8", "--output-len", "2", "--only", "tensor"]
+    strategies.main([*words, "--prompts", "5,20", "--requests", "4", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines() if '"tensor"' in line]
+    asked = [(row["benchmark"], row["params"]["batch"], row["params"]["prompt_len"]) for row in rows]
+    prompts = "strategies_prompts"
+    assert asked == [("strategies", 1, 8), (prompts, 1, 5), (prompts, 1, 20), (prompts, 4, 6)]
+    assert rows[1]["result"]["first_token_ms"]["median"] > 0
+    assert rows[3]["result"]["output_tokens_per_s"] == pytest.approx(12 / rows[3]["result"]["seconds"], rel=0.01)
+
+
+def test_predictions_stand_where_a_run_would_measure(strategies: Any, tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = ["olmoe-1b-7b", "--ranks", "4", "--batch", "1,8", "--dtype", "bfloat16", "--prompts", "512"]
+    strategies.main([*words, "--requests", "8", "--predict", "h200x8", "--out", str(out)])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    names = ["one process, as it comes", *(setup.name for setup in strategies.setups(4))]
+    assert [row["config"]["strategy"] for row in rows] == [name for name in names for _ in range(4)]
+    assert {row["benchmark"] for row in rows} == {"strategies_predicted"}
+    one, tensor = rows[:4], rows[4:8]
+    for kind in ("step_ms", "step_ms", "first_token_ms", "seconds"):
+        here, there = one.pop(0)["result"], tensor.pop(0)["result"]
+        assert there[kind] < here[kind]
+        if kind != "seconds":
+            assert here[kind] == pytest.approx(sum(here["terms_ms"].values()), abs=0.01)

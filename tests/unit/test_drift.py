@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from flexmoe.engine.drift import Drift
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 STEP = Step([], 0, [])
 

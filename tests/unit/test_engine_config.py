@@ -50,8 +50,15 @@ PARTS: dict[str, tuple[type, dict[str, Any]]] = {
     "parallel": (ParallelPlan, {}),  # some of its defaults only, and degrees that go together: tested below
     "launch": (LaunchConfig, {"launcher": "spawn", "worker_timeout": 5.0}),
 }
-COUNTS = ["block_size", "max_num_seqs"]
-OPTIONAL_COUNTS = ["max_num_batched_tokens", "kv_cache_memory", "num_blocks", "max_model_len", "threads"]
+COUNTS = ["block_size"]
+OPTIONAL_COUNTS = [
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_memory",
+    "num_blocks",
+    "max_model_len",
+    "threads",
+]
 DEGREES = ["tensor_parallel_size", "expert_parallel_size", "pipeline_parallel_size", "data_parallel_size"]
 FLAGS = ["enable_prefix_caching", "one_pass", "prompts_ahead", "compile_ahead", "force_download", "progress"]
 TEXTS = ["device", "download_dir", "model", "revision"]
@@ -66,6 +73,11 @@ def refusal(**options: Any) -> str:
 @pytest.mark.parametrize("value", [1, 0.5, -2.0, True, "2", None])
 def test_a_slowdown_that_is_none_is_refused(value: object) -> None:
     assert f"max_decode_slowdown={value!r} is not a number above 1" in refusal(max_decode_slowdown=value)
+
+
+def test_seats_are_what_the_device_takes_unless_somebody_says() -> None:
+    assert [SchedulerConfig().on(kind).seats for kind in ("cuda", "cpu")] == [512, 64]
+    assert SchedulerConfig(max_num_seqs=3).on("cuda") == SchedulerConfig(max_num_seqs=3)
 
 
 def test_no_options_give_the_defaults() -> None:

@@ -11,7 +11,7 @@ import pytest
 from flexmoe.config.machine import Exchange, Link, Machine, Sample
 from flexmoe.planner.collectives import exchange_seconds
 from flexmoe.planner.lookup import Lookup
-from flexmoe.planner.operations import Operation, roofline
+from flexmoe.planner.operations import Beside, Operation, outlay, roofline
 
 _SHIPPED = Machine.load("h200x64")
 MACHINE = replace(_SHIPPED, links=tuple(replace(link, measured=()) for link in _SHIPPED.links))
@@ -24,7 +24,7 @@ def measured(ratio: Callable[[Operation], float], *operations: Operation, ranks:
 
 
 def least(operation: Operation) -> float:
-    return roofline(operation, MACHINE.device, "bfloat16")
+    return outlay("fused", operation, MACHINE.device, "bfloat16")
 
 
 def test_roofline_of_each_operation_by_hand() -> None:
@@ -43,6 +43,39 @@ def test_roofline_of_each_operation_by_hand() -> None:
     assert roofline(few, device, "bfloat16", "int8") / roofline(few, device, "bfloat16") == pytest.approx(
         8.5 / 16, 0.01
     )
+
+
+def test_what_times_are_compared_to_by_hand() -> None:
+    device = replace(MACHINE.device, launch_s=1e-6)
+    even = Operation("linear", 300, (4096, 4096))
+    reading = (4096**2 + 300 * 2 * 4096) * 2 / device.read_bandwidth
+    computing = 2 * 300 * 4096**2 / device.flops("bfloat16")
+    expected = 1e-6 + math.sqrt(reading**2 + computing**2)
+    assert outlay("fused", even, device, "bfloat16") == pytest.approx(expected)
+    assert 1 < expected / roofline(even, device, "bfloat16") < math.sqrt(2)
+
+
+def test_paths_launch_and_move_more_than_the_operation() -> None:
+    plain, normed = (Operation("prompt", 512, (0, 32, 8, 128, heads)) for heads in (0, 40))
+    beside = plain.beside("torch")
+    assert beside.launches == 6  # three rotate, two write to the cache, one copies what was attended
+    assert beside.numbers == 512 * 128 * (7 * 40 + 4 * 8 + 2 * 32)
+    assert normed.beside("torch").launches - beside.launches == 17
+    assert normed.beside("torch").numbers - beside.numbers == 512 * 128 * 40 * 20
+    assert normed.beside("prompts") == plain.beside("prompts") == Beside()
+    long, short = (Operation("attention", 32, (keys, 32, 8, 128)).beside("torch").launches for keys in (256, 255))
+    assert long - short == 31 * 3  # a row each, or all gathered
+    assert Operation("router", 512, (64, 2048, 8)).beside("prompts").numbers == 512 * 2048 * 23
+
+
+def test_a_model_without_norms_is_priced_by_one_that_has_them() -> None:
+    """In torch, where each is launches of its own."""
+    normed, plain = (Operation("prompt", 512, (0, 32, 4, 128, heads)) for heads in (36, 0))
+    costs = [outlay("torch", operation, MACHINE.device, "bfloat16") for operation in (normed, plain)]
+    sample = Sample("torch.prompt", "bfloat16", 512, normed.shape, 3 * costs[0])
+    lookup = Lookup(replace(MACHINE, samples=(sample,)), "bfloat16")
+    assert lookup.estimate("torch", plain).seconds == pytest.approx(3 * costs[1])
+    assert costs[1] < 0.6 * costs[0]
 
 
 def test_what_was_measured_comes_back() -> None:

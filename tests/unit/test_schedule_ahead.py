@@ -92,7 +92,7 @@ def test_nothing_runs() -> None:
 def test_an_incomplete_prompt_comes_first() -> None:
     serving = scheduler(budget=4)
     add(serving, "a", 2)
-    add(serving, "b", 6)
+    add(serving, "b", 6, watched=True)
     steps = [serving.schedule()]
     while not steps[-1].num_samples == len(steps[-1].chunks) == 2:
         assert serving.schedule_ahead(steps[-1]) is None
@@ -105,7 +105,7 @@ def test_an_incomplete_prompt_comes_first() -> None:
 def test_an_incomplete_prompt_that_the_step_has_no_room_for() -> None:
     serving = scheduler(budget=4)
     add(serving, "a", 2)
-    add(serving, "b", 6)
+    add(serving, "b", 6, watched=True)
     advance(serving)
     serving.config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=1)
     step = serving.schedule()
@@ -417,22 +417,34 @@ class MixedAheadEngine(AheadEngine):
         sampled = {request for request, chunk in came.items() if chunk.samples}
         chunks = {chunk.request: chunk for chunk in step.chunks}
         assert len(chunks) == len(step.chunks)
-        # Decodes: all that are sure to go on. Prompts: in order of arrival, the first without fail if a token is left.
-        assert {r for r in sampled if r in chunks} == {
-            r for r in self.running() if r in sampled and r.num_tokens + 1 < r.token_limit
+        # Decodes: all that are sure to go on, or they wait for prompts that leave them no room.
+        goes_on = {r for r in self.running() if r in sampled and r.num_tokens + 1 < r.token_limit}
+        ends = {r: came[r].start + came[r].num_tokens if r in came else r.num_computed_tokens for r in self.running()}
+        goes_on |= {
+            request for request, end in ends.items() if end == request.num_tokens - 1 and request not in sampled
         }
+        patient = not any(request.watched for request in self.running() + self.waiting())
+        wait = goes_on - set(chunks)
+        if wait:
+            assert patient
+            assert wait == goes_on
+            assert step.num_tokens + len(wait) > self.setup.budget
+            self.counts["decodes wait"] += 1
         for request, chunk in chunks.items():
-            end = came[request].start + came[request].num_tokens if request in came else request.num_computed_tokens
+            end = ends[request]
             assert chunk.start == end
             assert chunk.samples == (end + chunk.num_tokens == request.num_tokens + (request in sampled))
             for position in range(chunk.start, chunk.start + chunk.num_tokens):
                 block = request.blocks[position // self.setup.block_size]
                 assert [block in other.blocks for other in self.running()].count(True) == 1, "a shared block is written"
-        partial = [request for request in self.running() if request not in sampled]
+        # Prompts: in order of arrival, the first without fail if a token is left, or they wait until there are more.
+        partial = [request for request in self.running() if request not in sampled | goes_on]
         served = [request for request in partial if request in chunks]
         assert served == partial[: len(served)]
-        if len(served) < len(partial):
-            assert step.num_tokens + len(sampled) >= self.setup.budget
+        if len(served) < len(partial) and step.num_tokens + len(sampled) < self.setup.budget:
+            assert patient
+            assert set(chunks) == goes_on != set()
+            self.counts["prompts wait"] += 1
 
 
 class ServingAhead(properties.Serving):
@@ -477,7 +489,7 @@ def test_prompts_are_computed_ahead_where_the_device_can() -> None:
     serving = scheduler(budget=8)
     add(serving, "a", 3, max_tokens=2)
     add(serving, "b", 12)
-    add(serving, "c", 2)
+    add(serving, "c", 2, watched=True)
     step = serving.schedule()
     assert shape(step) == [("a", 0, 3, True), ("b", 0, 5, False)]
     ahead = serving.schedule_ahead(step, prompts=True)
@@ -491,6 +503,25 @@ def test_prompts_are_computed_ahead_where_the_device_can() -> None:
         serving.update(computed, tokens)
         serving.check_integrity()
     assert shape(serving.schedule()) == [("b", 13, 1, True), ("c", 2, 1, True)]
+
+
+def test_decodes_wait_for_prompts_ahead_too() -> None:
+    serving = scheduler(budget=8)
+    first = add(serving, "a", 7)
+    add(serving, "b", 9)
+    step = serving.schedule()
+    assert shape(step) == [("a", 0, 7, True), ("b", 0, 1, False)]
+    ahead = serving.schedule_ahead(step, prompts=True)
+    assert ahead is not None
+    assert shape(ahead) == [("b", 1, 8, True)]
+    assert len(first.blocks) == 2, "its next token has its place all the same"
+    serving.update(step, [7])
+    further = serving.schedule_ahead(ahead, prompts=True)
+    assert further is not None
+    assert shape(further) == [("b", 9, 1, True), ("a", 7, 1, True)]
+    for computed, tokens in ((ahead, [8]), (further, [9, 10])):
+        serving.update(computed, tokens)
+        serving.check_integrity()
 
 
 def test_a_prompt_that_lacks_one_token_is_a_decode_ahead_too() -> None:
@@ -562,5 +593,7 @@ def test_a_long_history_ahead(setup: properties.Setup, kind: type[AheadEngine]) 
         assert counts[event] > least, (event, counts)
     if kind is MixedAheadEngine:
         assert min(counts["prompts ahead"], counts["behind prompts"]) > 15
+        if setup.num_blocks == 20:
+            assert min(counts["decodes wait"], counts["prompts wait"]) > 15
     if setup.caching and setup.block_size > 1:
         assert counts["shared blocks"] > 100

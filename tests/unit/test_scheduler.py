@@ -21,11 +21,12 @@ def scheduler(num_blocks: int = 64, *, seqs: int = 8, budget: int = 100, caching
     return Scheduler(config, BlockManager(num_blocks, SIZE, caching))
 
 
-def add(to: Scheduler, name: str, tokens: int | Iterable[int], **sampling: Any) -> Request:
+def add(to: Scheduler, name: str, tokens: int | Iterable[int], *, watched: bool = False, **sampling: Any) -> Request:
     """Queue a request; a number stands for so many tokens that no other request shares."""
     unshared = range(1000 * ord(name[0]), 1000 * ord(name[0]) + tokens) if isinstance(tokens, int) else tokens
     params = SamplingParams(**{"max_tokens": 8, **sampling})
     request = Request(name, list(unshared), params, eos_token_ids=(EOS,), max_total_tokens=1000)
+    request.watched = watched
     to.add(request)
     return request
 
@@ -88,12 +89,80 @@ def test_decodes_come_first_then_running_prefills_then_arrivals() -> None:
     add(serving, "a", 3)
     advance(serving)
     add(serving, "b", 12)
-    add(serving, "c", 3)
+    add(serving, "c", 3, watched=True)
     assert shape(advance(serving)) == [("a", 3, 1, True), ("b", 0, 7, False)]
     step = advance(serving)
     assert shape(step) == [("a", 4, 1, True), ("b", 7, 5, True), ("c", 0, 2, False)]
     assert (step.num_decodes, step.num_tokens, step.num_samples) == (1, 8, 2)
     assert shape(advance(serving)) == [("a", 5, 1, True), ("b", 12, 1, True), ("c", 2, 1, True)]
+
+
+def test_decodes_that_nobody_watches_wait_while_prompts_fill_steps() -> None:
+    serving = scheduler(budget=8)
+    add(serving, "a", 3)
+    advance(serving)
+    add(serving, "b", 12)
+    add(serving, "c", 6)
+    assert shape(advance(serving)) == [("b", 0, 8, False)]
+    assert shape(advance(serving)) == [("b", 8, 4, True), ("c", 0, 4, False)]
+    assert shape(advance(serving)) == [("a", 3, 1, True), ("b", 12, 1, True), ("c", 4, 2, True)]  # two do not fill it
+    assert shape(advance(serving)) == [("a", 4, 1, True), ("b", 13, 1, True), ("c", 6, 1, True)]
+
+
+def test_prompts_that_nobody_watches_wait_until_they_fill_a_step() -> None:
+    serving = scheduler(budget=8, seqs=8)
+    for index in range(8):
+        add(serving, f"{index}", 1, max_tokens=2 + index)
+    for name in "abc":
+        add(serving, name, 4)
+    names = [[chunk.request.request_id for chunk in advance(serving).chunks] for _ in range(4)]
+    assert names[:2] == [list("01234567")] * 2
+    assert names[2] == list("1234567"), "of eight seats one is free"
+    assert names[3] == ["a", "b"], "two prompts of four tokens fill a step of eight"
+
+
+def test_prompts_wait_for_no_more_than_an_eighth_of_the_seats() -> None:
+    serving = scheduler(budget=8, seqs=4)
+    for index in range(4):
+        add(serving, f"{index}", 1, max_tokens=2 + 9 * (index > 0))
+    for name in "ab":
+        add(serving, name, 2)
+    shapes = [shape(advance(serving)) for _ in range(3)]
+    assert [len(chunks) for chunks in shapes] == [4, 4, 4]
+    assert shapes[2][-1] == ("a", 0, 2, True)
+
+
+@pytest.mark.parametrize(("tokens", "joins"), [(55, False), (47, True)])
+def test_prompts_wait_for_blocks_as_for_seats(tokens: int, joins: bool) -> None:
+    serving = scheduler(num_blocks=16, budget=16)
+    add(serving, "a", tokens)
+    for _ in range(4):
+        advance(serving)
+    for name in "bc":
+        add(serving, name, 4 if tokens == 55 else 8)
+    names = [chunk.request.request_id for chunk in advance(serving).chunks]
+    assert names == (["a", "b"] if joins else ["a"]), "one of 16 blocks is free, or three"
+
+
+def test_nobody_waits_where_decodes_and_prompts_are_one_pass() -> None:
+    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=8)
+    serving = Scheduler(config, BlockManager(64, SIZE, False), one_pass=True)
+    add(serving, "a", 3)
+    advance(serving)
+    add(serving, "b", 12)
+    assert shape(advance(serving)) == [("a", 3, 1, True), ("b", 0, 7, False)]
+
+
+def test_nobody_waits_while_somebody_watches() -> None:
+    serving = scheduler(budget=8)
+    add(serving, "a", 3)
+    advance(serving)
+    add(serving, "b", 12)
+    watched = add(serving, "c", 3, watched=True)
+    assert shape(advance(serving)) == [("a", 3, 1, True), ("b", 0, 7, False)]
+    serving.abort(watched.request_id)
+    add(serving, "d", 12)
+    assert shape(advance(serving)) == [("b", 7, 5, True), ("d", 0, 3, False)]
 
 
 def test_a_long_prompt_takes_what_the_budget_leaves() -> None:

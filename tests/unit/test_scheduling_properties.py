@@ -57,6 +57,7 @@ class Setup:
     budget: int
     caching: bool
     evict_ahead: int  # pools this small never evict ahead by themselves
+    watched: int = 0  # every so many-th request is; 0: none
 
     def scheduler(self) -> Scheduler:
         blocks = BlockManager(self.num_blocks, self.block_size, self.caching)
@@ -243,15 +244,35 @@ class Engine:
         oldest = {request.arrival for request in running}
         assert all(request.arrival > max(oldest, default=-1) for request in waiting)
         assert all(request in waiting for request in step.preempted)
-        self.started += sorted({chunk.request.arrival for chunk in step.chunks} - set(self.started))
-        assert self.started == sorted(self.started)
+        decoding = {request for request in running if request.num_computed_tokens == request.num_tokens - 1}
+        patient = not any(request.watched for request in running + waiting)
         scheduled = {chunk.request for chunk in step.chunks}
-        assert all(request in scheduled for request in running if request.num_computed_tokens == request.num_tokens - 1)
-        if step.num_tokens < self.setup.budget:
-            assert scheduled == set(running)
-            if waiting and not step.preempted and len(running) < self.setup.seqs:
-                head, blocks = waiting[0], self.scheduler.blocks
-                assert blocks._shortfall(head, blocks._match(head), len(running)) > 0
+        wait = decoding - scheduled
+        self.started += sorted({request.arrival for request in scheduled | wait} - set(self.started))
+        assert self.started == sorted(self.started)
+        if wait:  # all of them, for prompts that leave them no room
+            assert patient
+            assert wait == decoding
+            assert step.num_tokens + len(wait) > self.setup.budget
+            found = {
+                request for request in wait if not request.num_output_tokens
+            }  # in the prefix cache, all but a token
+            assert scheduled | wait == set(running) or step.num_tokens + len(found) >= self.setup.budget
+            self.counts["decodes wait"] += 1
+        elif step.num_tokens < self.setup.budget and (scheduled != set(running) or self.takes_more(step)):
+            assert patient  # and prompts wait until there are more of them, as long as all room is taken
+            assert scheduled == decoding != set()
+            free = self.scheduler.blocks.num_free / self.setup.num_blocks
+            assert min(free, 1 - len(running) / min(self.setup.seqs, self.setup.budget)) <= 1 / 8
+            self.counts["prompts wait"] += 1
+
+    def takes_more(self, step: Step) -> bool:
+        """Whether the first that waits could start in this step."""
+        waiting, num_running = self.waiting(), len(self.running())
+        if not waiting or step.preempted or num_running >= self.setup.seqs:
+            return False
+        blocks = self.scheduler.blocks
+        return blocks._shortfall(waiting[0], blocks._match(waiting[0]), num_running) <= 0
 
     def check_answer(self, request: Request) -> None:
         expected = answer_alone(request)
@@ -262,6 +283,7 @@ class Engine:
 
     def _add(self, request_id: str, prompt: list[int], max_total_tokens: int, sampling: SamplingParams) -> Request:
         request = Request(request_id, prompt, sampling, eos_token_ids=(EOS,), max_total_tokens=max_total_tokens)
+        request.watched = self.setup.watched > 0 and int(request_id[1:]) % self.setup.watched == 0
         self.scheduler.add(request)
         return request
 
@@ -276,6 +298,7 @@ setups = st.builds(
     budget=st.sampled_from([20, 6, 3, 1]),
     caching=st.sampled_from([True, True, True, False]),
     evict_ahead=st.sampled_from([0, 0, 2, 4]),
+    watched=st.sampled_from([0, 0, 4, 1]),
 )
 prompts = st.builds(
     lambda family, length, tail: FAMILIES[family][:length] + tail,
@@ -399,7 +422,7 @@ def random_operation(engine: Engine, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize(
-    "setup", [Setup(10, 4, 6, 16, True, 0), Setup(20, 2, 6, 9, True, 4), Setup(9, 4, 4, 30, False, 0)]
+    "setup", [Setup(10, 4, 6, 16, True, 0, 4), Setup(20, 2, 6, 9, True, 4, 1), Setup(9, 4, 4, 30, False, 0)]
 )
 def test_a_long_history_meets_every_event_and_loses_nothing(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, rng = Engine(setup), random.Random(1)

@@ -13,7 +13,7 @@ from flexmoe.planner.replica import EngineLimits, Replica
 from flexmoe.planner.simulator import Fleet, Simulated, simulate
 from flexmoe.planner.trace import TraceRequest
 from flexmoe.planner.workload import Workload
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 
 def seconds(step: Step) -> float:

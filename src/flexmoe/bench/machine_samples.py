@@ -58,14 +58,14 @@ def gpu_prompt_samples(config: ModelConfig, took: dict[str, float], rows: int, b
 def prompt_samples(layers: TorchLayers, rows: int, before: int = 0, ranks: int = 1) -> list[Sample]:
     """Operations of a layer in torch for a prompt of so many tokens."""
     a = layers.config.attention
-    shape = before, a.num_heads, a.num_kv_heads, a.head_dim
+    shape = before, a.num_heads, a.num_kv_heads, a.head_dim, a.normed_heads
     return torch_samples(layers, layers.prompt(rows, before), "prompt", rows, shape, ranks)
 
 
 def torch_decode_samples(layers: TorchLayers, rows: int, context: int, ranks: int = 1) -> list[Sample]:
     """The same for decodes of so many rows, each with `context` keys."""
     a = layers.config.attention
-    shape = context, a.num_heads, a.num_kv_heads, a.head_dim
+    shape = context, a.num_heads, a.num_kv_heads, a.head_dim, a.normed_heads
     return torch_samples(layers, layers.decode(rows, context), "attention", rows, shape, ranks)
 
 

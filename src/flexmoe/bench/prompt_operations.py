@@ -25,7 +25,7 @@ from flexmoe.models.device_rows import PromptRows
 from flexmoe.models.fused_prompts import PromptDecoder
 from flexmoe.models.loader import fill_dummy
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 
 _BLOCK = 16  # tokens of a KV block
 _REPEATS = 7

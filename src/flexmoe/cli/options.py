@@ -13,11 +13,13 @@ from typing import Any
 import click
 
 from flexmoe.config.engine import (
+    CPU_SEATS,
     DTYPES,
     EXPERT_BACKENDS,
     ISAS,
     LAUNCHERS,
     LOAD_FORMATS,
+    MAX_ROWS,
     QUANTIZATIONS,
     CacheConfig,
     DeviceConfig,
@@ -110,7 +112,7 @@ _MODEL_OPTIONS = (
     click.option(
         "--max-num-seqs",
         type=_positive,
-        help=f"Requests that run together.  [default: {_default(SchedulerConfig, 'max_num_seqs')}]",
+        help=f"Requests that run together.  [default: {MAX_ROWS} on a GPU, {CPU_SEATS} on a CPU]",
     ),
     click.option(
         "--max-num-batched-tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ QUANTIZATIONS = ("int8", "int4")
 EXPERT_BACKENDS = ("auto", "reference", "cpu", "triton")
 LAUNCHERS = ("auto", "spawn", "torchrun", "ray")
 MAX_ROWS = 512  # decodes that one step on a GPU can have
+CPU_SEATS = 64  # decodes of a step on a CPU, unless somebody says
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """KV cache of a rank. block_size in tokens; memory in bytes (None: max_num_seqs full contexts, within limits)."""
+    """KV cache of a rank. block_size in tokens; memory in bytes.
+
+    None: max_num_seqs full contexts, 64 if that is not given, within limits.
+    """
 
     block_size: int = 16
     kv_cache_memory: int | None = None
@@ -34,15 +38,25 @@ class CacheConfig:
 class SchedulerConfig:
     """Limits of one step of each data rank: requests that run together, and tokens computed together.
 
-    max_num_batched_tokens: None means what the roofline of model and device says. max_decode_slowdown: while a streamed
-    answer is being decoded, a step that computes prompts beside it takes at most so many times as long as without them,
-    but for chunks so short that they would not be cheaper if they were shorter.
+    max_num_seqs: None means what pays on the device, see `on`. max_num_batched_tokens: None means what the roofline of
+    model and device says. max_decode_slowdown: while a streamed answer is being decoded, a step that computes prompts
+    beside it takes at most so many times as long as without them, but for chunks so short that they would not be
+    cheaper if they were shorter.
     """
 
-    max_num_seqs: int = 64
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     max_decode_slowdown: float = 2.0
+
+    @property
+    def seats(self) -> int:
+        """Requests that run together; by default as many as on a CPU."""
+        return self.max_num_seqs or CPU_SEATS
+
+    def on(self, kind: str) -> SchedulerConfig:
+        """With seats for a kind of device: on a GPU as many as its kernels take rows, which costs no more weights."""
+        return self if self.max_num_seqs else replace(self, max_num_seqs=CPU_SEATS if kind == "cpu" else MAX_ROWS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,11 +179,11 @@ class EngineConfig:
     def _check_counts(self) -> None:
         counts = {
             "block_size": self.cache.block_size,
-            "max_num_seqs": self.scheduler.max_num_seqs,
         }
         optional = {
             "kv_cache_memory": self.cache.kv_cache_memory,
             "num_blocks": self.cache.num_blocks,
+            "max_num_seqs": self.scheduler.max_num_seqs,
             "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
             "max_model_len": self.scheduler.max_model_len,
             "threads": self.device.threads,

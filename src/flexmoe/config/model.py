@@ -52,6 +52,11 @@ class AttentionConfig:
     qk_norm: QKNorm = "none"
     clip_qkv: float | None = None
 
+    @property
+    def normed_heads(self) -> int:
+        """Heads of queries and keys that are normed."""
+        return 0 if self.qk_norm == "none" else self.num_heads + self.num_kv_heads
+
 
 @dataclass(frozen=True, slots=True)
 class MoEConfig:

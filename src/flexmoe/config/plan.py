@@ -116,6 +116,11 @@ class ParallelPlan:
         """Whether MoE layers send tokens to the ranks of their experts."""
         return self.moe_dispatch == "all_to_all" and self.stage_size > 1
 
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether tokens travel to their experts: to single ranks, or from data rank to data rank."""
+        return self.uses_all_to_all or self.data_parallel_size > 1
+
     def placement(self, num_experts: int, layer: int | None = None) -> ExpertPlacement:
         """Where the experts of a MoE layer are."""
         found = self.placements.get(layer, self.placements.get(None))

@@ -18,7 +18,7 @@ from flexmoe.kernels.cpu.decode import PagedRows
 from flexmoe.kernels.paged_attention import DecodeGroup, PrefillSpan
 from flexmoe.layers.forward_batch import ForwardBatch, Probe
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
 Array = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ from flexmoe.engine.outputs import TokenRouting
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.layers.forward_batch import Probe
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 
 class ChoiceTap:

@@ -27,7 +27,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DeviceDecoder, Sampling
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.comm import Traffic
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
 # Rows are padded to the next of these. Small steps are exact: at batch 3 a fourth row would read experts of its own.
 _BUCKETS: tuple[int, ...] = (

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from statistics import median
 
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 Predict = Callable[[Step], Mapping[str, float]]  # seconds by term
 

@@ -44,8 +44,9 @@ from flexmoe.engine.tracking import Sample, Tracked
 from flexmoe.errors import ConfigError, EngineError, FlexMoEError, RequestError
 from flexmoe.parallel.supervisor import Supervisor
 from flexmoe.scheduling.block_manager import BlockManager
-from flexmoe.scheduling.data_ranks import DataRanks
-from flexmoe.scheduling.scheduler import Scheduler, Step
+from flexmoe.scheduling.data_ranks import DataRanks, scheduler_for
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import Step
 
 _log = logging.getLogger(__name__)
 
@@ -88,10 +89,9 @@ class Engine:
             BlockManager(self._started.num_blocks, cache.block_size, cache.enable_prefix_caching)
             for _ in range(self.options.parallel.data_parallel_size)
         ]
-        s, limits = self._started, self.options.scheduler
+        s, limits = self._started, self.options.scheduler.on(self._started.device.type)
         tokens = tokens_on(s.device, s.config, s.dtype, local=self.local_device is not None)
-        one = len(blocks) == 1
-        self.scheduler = Scheduler(limits, blocks[0], tokens) if one else DataRanks(limits, blocks, tokens)
+        self.scheduler = scheduler_for(limits, blocks, tokens, one_pass=self.options.device.one_pass)
         self._tracked: dict[str, Tracked] = {}
         self._owner: dict[str, tuple[Tracked, Sample]] = {}  # by the id of a sample's sequence
         self._ahead: Launched | None = None  # the next step, if it is being computed already
@@ -220,7 +220,7 @@ class Engine:
             "expert_backend": s.backend,
             "decode_kernels": s.decode_kernels,
             "max_model_len": self.max_model_len,
-            "max_num_seqs": self.options.scheduler.max_num_seqs,
+            "max_num_seqs": self.options.scheduler.on(s.device.type).seats,
             "max_num_batched_tokens": self.scheduler.max_tokens,
             "kv_cache_blocks": s.num_blocks,
             "block_size": self.options.cache.block_size,

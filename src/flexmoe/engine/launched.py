@@ -8,7 +8,7 @@ from flexmoe.engine.model_runner import Flight
 from flexmoe.engine.sampler import SamplingState
 from flexmoe.engine.tracking import Sample, Tracked
 from flexmoe.scheduling.request import RequestStatus
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 
 @dataclass(frozen=True, slots=True)

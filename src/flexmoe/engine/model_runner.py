@@ -28,7 +28,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import PROMPT_ROWS, NativeDecoder
 from flexmoe.moe.load import ExpertCounter
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 
 class Flight(Protocol):
@@ -269,7 +269,7 @@ class ModelRunner:
         before: int64, the token of each decode that only the device knows, -1 for the others.
         """
         if self._prompts is not None:
-            return self._prompts.logits(step.chunks, before, probe)
+            return self._prompts.logits(step.chunks, before, probe, most_rows)
         assert before is None, "the host lays out tokens that it knows"
         native = self.model.native
         if native is not None and native.prompts and most_rows is None:

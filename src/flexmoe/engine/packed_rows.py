@@ -15,7 +15,7 @@ from torch import Tensor
 from flexmoe.engine.sampling_state import SamplingState, uniforms
 from flexmoe.kernels.sample import COLDEST, SampleParams
 from flexmoe.models.device_rows import DeviceRows
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 
 # Buffers on the host that take turns: of one step that runs, one that waits behind it, one that is being written.
 # Before one is written again its copy must be over: for steps that were given up nobody else waits.

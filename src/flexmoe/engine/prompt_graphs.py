@@ -18,7 +18,7 @@ from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
 from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, MOST_GRAPHED, graph_form
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 
 _MOST_TABLES = 2**18  # blocks of all chunks
 
@@ -46,13 +46,16 @@ class GraphedPrompts:
 
     @torch.inference_mode()
     def logits(
-        self, chunks: Sequence[ScheduledChunk], before: Tensor | None = None, probe: Probe | None = None
-    ) -> Tensor:
+        self, chunks: Sequence[ScheduledChunk], before: Tensor | None = None, probe: Probe | None = None,
+        most_rows: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """[N, V] of the N chunks that sample, in the model's dtype, until the next call; writes keys and values.
 
         before: int64, the tokens of the first chunks, decodes, that only the device knows; -1 for one that the host
-        does. probe: sees the step without padding, so it is no graph.
+        does. probe: sees the step without padding, so it is no graph. most_rows: see `DevicePrompts`.
         """
+        if not chunks:
+            return self._model.assist(most_rows)
         block_rows, block_size = self._model.block_rows, self._cache.block_size
         padded = form_of(chunks, block_rows) if self._graphed and probe is None else None
         form = padded or PromptForm.exact(chunks, block_rows)
@@ -64,7 +67,7 @@ class GraphedPrompts:
         if before is not None:
             decodes = rows.token_ids[: len(before)]
             decodes.copy_(torch.where(before >= 0, before, decodes))
-        logits = self._run(form, rows) if fits else self._model.logits(rows, self._cache, probe)
+        logits = self._run(form, rows) if fits else self._model.logits(rows, self._cache, probe, most_rows)
         return logits[: sum(chunk.samples for chunk in chunks)]
 
     def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:

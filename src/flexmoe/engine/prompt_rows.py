@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexmoe.kernels.prefill_attention import Spans
 from flexmoe.models.device_rows import PromptRows
-from flexmoe.scheduling.scheduler import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk
 
 Ints = npt.NDArray[np.int32]
 

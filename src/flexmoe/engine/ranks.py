@@ -34,7 +34,7 @@ from flexmoe.engine.wire import pack_parts
 from flexmoe.engine.worker import RankReport
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.parallel.supervisor import Supervisor
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 _MODULE = "flexmoe.engine.worker"  # whose run() is the program of a child
 

@@ -105,46 +105,44 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     decode_kernels = f"torch ({native_reason})" if native_reason else f"C ({library.choose(isa).name})"
     graphed, prompts = None, None
     if device.type == "cuda":
-        rows = rows_for(options.scheduler.max_num_seqs)
-        graphed, decode_kernels = _graphed(model, cache, max_model_len, device, backend, rows)
-    if graphed is not None:
-        from flexmoe.models.fused_prompts import PromptDecoder  # as for FusedDecoder
-
-        prompts = GraphedPrompts(PromptDecoder(model, max_model_len, device), cache, device, graphs=alone)
+        rows = rows_for(options.scheduler.on(device.type).seats)
+        graphed, prompts, decode_kernels = _in_triton(model, cache, max_model_len, device, backend, rows)
     return Started(
         source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, options.device.quantization,
         threads, backend, decode_kernels, max_model_len,
     )  # fmt: skip
 
 
-def _graphed(
+def _in_triton(
     model: Decoder, cache: KVCache, max_model_len: int, device: torch.device, backend: str, rows: int
-) -> tuple[GraphedDecoder | None, str]:
-    """Decode steps as graphs of Triton kernels, and what to call them; None and why not, if torch must decode.
+) -> tuple[GraphedDecoder | None, GraphedPrompts | None, str]:
+    """Who computes decode steps and prompts on a GPU, and what to call the former's kernels. None: prompts, torch.
 
-    rows: of a step, at most.
+    rows: of a decode step, at most.
     """
     mesh = model.mesh
-    reason = why_not_fused(model.config, device, backend, cache.block_size) or _why_no_graphs(mesh.plan)
+    reason = why_not_fused(model.config, device, backend, cache.block_size)
+    reason = reason or "several stages" * (mesh.plan.pipeline_parallel_size > 1)
     # All ranks take the same way, or they would wait for each other for ever.
     if not mesh.world.minimum(int(not reason), device):
         reason = reason or "another rank cannot decode in Triton"
     if reason:
-        return None, f"torch ({reason})"
-    from flexmoe.models.fused import FusedDecoder  # imports triton, which a start on a CPU need not wait for
+        return None, None, f"torch ({reason})"
+    # They import triton, which a start on a CPU need not wait for.
+    from flexmoe.models.fused import FusedDecoder
+    from flexmoe.models.fused_prompts import PromptDecoder
 
+    prompts = PromptDecoder(model, max_model_len, device)
+    launched = GraphedPrompts(prompts, cache, device, graphs=mesh.world.size == 1)
+    if mesh.plan.moves_tokens:
+        return None, launched, f"those of prompts, without graphs ({_why_no_graphs(mesh.plan)})"
     most_blocks = -(-max_model_len // cache.block_size)
     fused = FusedDecoder(model, max_model_len, device, max_rows=rows)
-    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), fused.kernels
+    return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), launched, fused.kernels
 
 
 def _why_no_graphs(plan: ParallelPlan) -> str:
-    """Why the ranks of this plan cannot take steps as graphs, or "" if they can."""
-    if plan.uses_all_to_all:
-        return "moe_dispatch=all_to_all waits for the host in every layer"
-    if plan.pipeline_parallel_size > 1:
-        return "several stages"
-    return "several data ranks" if plan.data_parallel_size > 1 else ""
+    return "moe_dispatch=all_to_all waits for the host in every layer" * plan.uses_all_to_all or "several data ranks"
 
 
 def load_tokenizer(options: EngineConfig, source: ModelSource) -> Tokenizer | None:
@@ -243,7 +241,7 @@ def _num_blocks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Blocks of the KV cache: as given, else for max_num_seqs full contexts, within a share of the free memory."""
+    """Blocks of the KV cache: as given, else for some full contexts, within a share of the free memory."""
     free = _free_beside_weights(mesh, config, dtype, device, options)
     if device.type == "cuda":
         tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).most
@@ -260,7 +258,7 @@ def _num_blocks(
             )
         return blocks
     share = _CPU_CACHE_SHARE if device.type == "cpu" else _GPU_CACHE_SHARE
-    blocks = min(options.scheduler.max_num_seqs * per_context, int(free * share) // size)
+    blocks = min(options.scheduler.seats * per_context, int(free * share) // size)
     if blocks < per_context:
         raise ConfigError(
             f"a context of max_model_len={max_model_len} tokens needs {_gib(per_context * size)} of KV cache, but only "
@@ -301,7 +299,7 @@ def _free_beside_weights(
     if device.type == "cpu":
         free = _available_memory() // mesh.machine_size
     else:
-        free = _free_on_gpu(mesh, config, device, rows_for(options.scheduler.max_num_seqs))
+        free = _free_on_gpu(mesh, config, device, rows_for(options.scheduler.on(device.type).seats))
     weights = weight_bytes(mesh.shard(config), dtype.itemsize, options.device.quantization)
     if weights > free:
         share = f" of rank {mesh.rank}" if mesh.world.size > 1 else ""

@@ -17,7 +17,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.scheduling.data_ranks import JointStep
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
 Ints = npt.NDArray[np.int32]
 

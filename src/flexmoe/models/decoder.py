@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
         self._record(batch, "attention", attended)
         x = x + attended
         normed = self.mlp_norm(x)
-        fed = self.mlp(normed) if self.moe is None else self.moe(normed, batch)  # type: ignore[misc]
+        fed = self.mlp(normed) if self.moe is None else self.moe(normed, batch.probe, batch.most_rows)  # type: ignore[misc]
         self._record(batch, "mlp" if self.moe is None else "moe", fed)
         x = x.add_(fed)
         self._record(batch, "layer", x)

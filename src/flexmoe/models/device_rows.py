@@ -101,8 +101,16 @@ class DevicePrompts(Protocol):
 
     block_rows: int
 
-    def logits(self, rows: PromptRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
-        """Logits [N, V] of the sample rows, in the model's dtype; writes the rows' keys and values into the cache."""
+    def logits(
+        self, rows: PromptRows, cache: KVCache, probe: Probe | None = None, most_rows: int | None = None
+    ) -> Tensor:
+        """Logits [N, V] of the sample rows, in the model's dtype; writes the rows' keys and values into the cache.
+
+        most_rows: T of the data rank that has most, if there are several.
+        """
+
+    def assist(self, most_rows: int | None) -> Tensor:
+        """A step in which this data rank has no rows, but the others' tokens come to its experts: logits [0, V]."""
 
 
 def why_not_fused(config: ModelConfig, device: torch.device, backend: str, block_size: int) -> str:

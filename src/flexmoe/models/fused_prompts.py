@@ -1,11 +1,12 @@
-"""PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them.
+"""PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them; and where tokens travel, all.
 
 Enters: a loaded Decoder, whose weights it reads where they are, and rows on the device. Leaves: logits of the rows that
 ask for them. Dense products are torch's; everything between them are Triton kernels, some ten launches a layer. None
 waits for the device, and no shape depends on how tokens were routed.
 
 The residual stream is fp32, as in decode steps (`models/fused.py`); a launch that has whole rows of it in hand norms
-them for what comes next. On several ranks each computes its heads and experts, and parts are added by an all-reduce.
+them for what comes next. On several ranks each computes its heads and experts, and parts are added by an all-reduce;
+where tokens travel, the MoE block brings them to their experts, which may wait for the device.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class PromptLayer:
         self._tiles = tiles
         self.stage = "mlp" if layer.moe is None else "moe"
         self._norm = qk_norm(layer.attention)
-        if layer.moe is not None:
+        self.travels = layer.moe is not None and mesh.plan.moves_tokens
+        if layer.moe is not None and not self.travels:
             weight = layer.moe.router.weight.data
             self._router = narrowest(weight, dtype)
             self._slots = slots_by_row(mesh, len(weight), layer.index, weight.device)
@@ -70,9 +72,12 @@ class PromptLayer:
         out = F.linear(attended, weight_of(attention.out), attention.out.added)
         return self._add(x, self._mesh.tp.all_reduce(out, "linear"), self.layer.mlp_norm)
 
-    def feed(self, x: Tensor, normed: Tensor, lengths: Tensor | None, seen: Seen) -> Tensor:
+    def feed(self, x: Tensor, normed: Tensor, lengths: Tensor | None, seen: Seen, most_rows: int | None) -> Tensor:
         """x += MoE block or MLP of the normed rows. Returns the rows normed for what comes next."""
         moe = self.layer.moe
+        if self.travels:
+            assert moe is not None
+            return self._add(x, moe(normed, seen.probe, most_rows), self._following)
         if moe is None:
             assert self.layer.mlp is not None
             return self._add(x, self.layer.mlp(normed), self._following)
@@ -147,7 +152,9 @@ class PromptDecoder:
         self._cos, self._sin = cos.to(device), sin.to(device)
         self.block_rows = default_tile(model.config.attention.head_dim, dtype).rows
 
-    def logits(self, rows: PromptRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
+    def logits(
+        self, rows: PromptRows, cache: KVCache, probe: Probe | None = None, most_rows: int | None = None
+    ) -> Tensor:
         """See `DevicePrompts`."""
         embedded: Tensor = self._model.embed_tokens(rows.token_ids)
         x, normed = embedded.float(), torch.empty_like(embedded)
@@ -157,9 +164,18 @@ class PromptDecoder:
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             normed = layer.attend(x, normed, rows, self._cos, self._sin, layer_cache)
             seen.added("attention", layer.index)
-            normed = layer.feed(x, normed, rows.lengths, seen)
+            normed = layer.feed(x, normed, rows.lengths, seen, most_rows)
             seen.added(layer.stage, layer.index)
             seen.record("layer", layer.index, x)
         logits = self._model.head(normed.index_select(0, rows.sample_rows))
         seen.record("logits", -1, logits)
         return logits
+
+    def assist(self, most_rows: int | None) -> Tensor:
+        """See `DevicePrompts`."""
+        weight = self._model.norm.weight
+        for layer in self._layers:
+            if layer.travels:
+                assert layer.layer.moe is not None
+                layer.layer.moe(weight.new_empty(0, self._model.config.hidden_size), None, most_rows)
+        return weight.new_empty(0, self._model.config.vocab_size)

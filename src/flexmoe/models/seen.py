@@ -11,16 +11,16 @@ class Seen:
     """Shows the probe what a step computes: stages add to the residual stream, which is not kept by itself."""
 
     def __init__(self, probe: Probe | None, x: Tensor) -> None:
-        self._probe, self._x = probe, x
+        self.probe, self._x = probe, x
         self._before = x if probe is None else x.clone()
 
     def record(self, stage: str, layer: int, tensor: Tensor) -> None:
         """Show a copy of a tensor, which the next layer overwrites."""
-        if self._probe is not None:
-            self._probe.record(stage, layer, tensor.clone())
+        if self.probe is not None:
+            self.probe.record(stage, layer, tensor.clone())
 
     def added(self, stage: str, layer: int) -> None:
         """Show what came to the residual stream since the last call."""
-        if self._probe is not None:
-            self._probe.record(stage, layer, self._x - self._before)
+        if self.probe is not None:
+            self.probe.record(stage, layer, self._x - self._before)
             self._before = self._x.clone()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ExpertPlacement
-from flexmoe.layers.forward_batch import ForwardBatch
+from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.moe.dispatch import make_dispatcher
@@ -57,12 +57,13 @@ class MoEBlock(nn.Module):
         if moe.shared_gate:
             self.shared_gate = Linear(config.hidden_size, 1, bias=False, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def forward(self, x: Tensor, probe: Probe | None = None, most_rows: int | None = None) -> Tensor:
+        """most_rows: T of the data rank that has most, if there are several."""
         topk_ids, topk_weights = self.router(x)  # [T, K], [T, K] fp32
-        if batch.probe is not None:
-            batch.probe.record("topk_ids", self.layer, topk_ids)
-            batch.probe.record("topk_weights", self.layer, topk_weights)
-        routed = self.dispatcher.dispatch(x, topk_ids, topk_weights, batch.most_rows)
+        if probe is not None:
+            probe.record("topk_ids", self.layer, topk_ids)
+            probe.record("topk_weights", self.layer, topk_weights)
+        routed = self.dispatcher.dispatch(x, topk_ids, topk_weights, most_rows)
         out = self.experts(routed.x, routed.slot_ids, routed.weights)  # one weighted sum a row
         shared = None if self.shared is None else self.shared_output(self.dispatcher.own(x))
         return self.dispatcher.combine(out, routed, shared)  # [T, H]

@@ -10,7 +10,7 @@ from collections import Counter
 
 from flexmoe.planner.steps import Steps
 from flexmoe.scheduling.prompt_forms import graph_form
-from flexmoe.scheduling.scheduler import Step
+from flexmoe.scheduling.step import Step
 
 
 class Captures:

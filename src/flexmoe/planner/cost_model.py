@@ -171,7 +171,8 @@ class CostModel:
         rest = 0 if fused else decodes
         rows = rest + sum(chunk.tokens for chunk in shape.chunks)
         if rows:
-            path = "prompts" if self.machine.device.kind == "cuda" and self._most_fused() else "torch"
+            staged = self.plan.pipeline_parallel_size > 1
+            path = "prompts" if self.machine.device.kind == "cuda" and not staged else "torch"
             found.append(_Pass(path, _rounded(rows), rest + len(chunks), rest, context, chunks))
         return found
 
@@ -179,8 +180,7 @@ class CostModel:
         """Decodes up to which the fused kernels take them; 0 where they are not used at all."""
         plan, most = self.plan, _FUSED_ROWS[self.machine.device.kind]
         if self.machine.device.kind == "cuda":
-            spread = plan.uses_all_to_all or plan.pipeline_parallel_size > 1 or plan.data_parallel_size > 1
-            return 0 if spread else most
+            return 0 if plan.moves_tokens or plan.pipeline_parallel_size > 1 else most
         if plan.num_ranks > 1 or self.dtype not in _WORTH_TORCH:
             return 0
         if self.quantization is not None:
@@ -195,8 +195,10 @@ class CostModel:
         graphed = self.plan.num_ranks == 1 and graph_form(each.rows, parts) is not None
         if self.machine.is_shared or each.path == "fused" or (each.path == "prompts" and graphed):
             return 0.0
-        layer = device.torch_layer_s + device.torch_chunk_s * max(0, parts - 1)
-        return self.model.num_layers * (device.prompt_layer_s if each.path == "prompts" else layer)
+        if each.path == "torch":
+            return self.model.num_layers * (device.torch_layer_s + device.torch_chunk_s * max(0, parts - 1))
+        # Where tokens travel, the MoE block is torch's: nearly all of a layer's launches.
+        return self.model.num_layers * (device.torch_layer_s if self.plan.moves_tokens else device.prompt_layer_s)
 
     # ------------------------------------------------------------------------------------------------ terms
 
@@ -252,7 +254,7 @@ class CostModel:
         cost = StepCost()
         for stage in self._stages:
             a = stage.config.attention
-            sizes = a.num_heads, a.num_kv_heads, a.head_dim
+            sizes = a.num_heads, a.num_kv_heads, a.head_dim, a.normed_heads
             for window, count in stage.windows.items():
                 seen = each.context if window is None else min(each.context, window)
                 operations = [Operation("attention", each.decodes, (seen, *sizes))] if each.decodes else []

@@ -92,7 +92,7 @@ class _Steady:
         self.prompt = steps.prompt(round(demand.mean_input))
         tokens = demand.mean_input + demand.mean_output
         by_memory = self.data_ranks * int(steps.kv_tokens / tokens)
-        seats = self.data_ranks * limits.max_num_seqs
+        seats = self.data_ranks * limits.seats
         self.bound = max(1, min(seats, by_memory))
         self.limit = MEMORY if by_memory < seats else SEATS
 

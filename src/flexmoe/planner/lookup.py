@@ -1,8 +1,10 @@
 """What an operation takes on a machine. Enters: measured samples. Leaves: seconds for sizes that nobody measured.
 
-Not seconds are interpolated but the ratio to the roofline, which changes far less with size. A plane is laid through
-all samples on logarithmic scales of ratio, rows and sizes; near ones weigh more, and what was measured bounds it. Where
-none is near, the result says that it is extrapolated; where there is no sample at all, the ratio is that of `_GUESS`.
+Not seconds are interpolated but their ratio to `operations.outlay`, which changes far less with size: by kriging
+(Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, section 2.7), on logarithmic scales of ratio,
+rows and sizes. What was measured comes back, bounds all that is estimated, and tells the less the further away it is.
+Where none is near, the result says that it is extrapolated; where there is no sample at all, the ratio to the roofline
+is that of `_GUESS`.
 """
 
 from __future__ import annotations
@@ -15,15 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from flexmoe.config.machine import DeviceSpec, Machine, Sample
-from flexmoe.planner.operations import Operation, roofline
+from flexmoe.planner.operations import Operation, outlay, roofline
 
 Array = npt.NDArray[np.float64]
 
 _GUESS = 1.25
 _FAR = math.log(8)  # of a size from that of the nearest sample
 _ALIKE = {"prompts.linear": "torch.linear", "prompts.experts": "torch.experts"}  # the same kernels on a GPU
-_SHARP = 3  # power of the distance by which weights fall
-_FLAT = 0.03  # what a slope costs: where all samples have one size, nothing else says that there is none
+# How ratios of an operation differ, as standard deviations of their logarithms; all operations and machines are alike.
+_LEVEL = 10.0  # all of them together: as good as unknown
+_SLOPE = 0.25  # with each size, for each factor of e: a plane
+_BENT = 0.5  # from that plane, with sizes that are `_FAR` apart
+_NOISE = 0.005  # one measurement's
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +39,28 @@ class Estimate:
     extrapolated: bool
 
 
-@dataclass(frozen=True, slots=True)
 class _Known:
-    """Samples of one operation: where each is [N, D], and the logarithm of its ratio to the roofline [N]."""
+    """Samples of one operation: where each is [N, D], and the logarithm of its ratio [N]."""
 
-    places: Array
-    ratios: Array
+    def __init__(self, places: Array, ratios: Array) -> None:
+        self._middle = places.mean(axis=0)
+        self._places, self._ratios = places - self._middle, ratios
+        noise = _NOISE**2 * np.eye(len(ratios))
+        self._weights = np.linalg.solve(_covariance(self._places, self._places) + noise, ratios)
+
+    def at(self, place: Array) -> tuple[float, bool]:
+        """The logarithm of the ratio at a place [D], within what was measured; and whether that is far from there."""
+        place = place - self._middle
+        expected = _covariance(place[None], self._places)[0] @ self._weights
+        gap = np.abs(self._places - place).max(axis=1).min()
+        return float(np.clip(expected, self._ratios.min(), self._ratios.max())), bool(gap > _FAR)
+
+
+def _covariance(some: Array, others: Array) -> Array:
+    """How much ratios at some places [N, D] tell of those at others [M, D]: [N, M]."""
+    apart = np.sqrt(((some[:, None] - others) ** 2).sum(axis=-1))
+    found: Array = _LEVEL**2 + _SLOPE**2 * some @ others.T + _BENT**2 * np.exp(-apart / _FAR)
+    return found
 
 
 class Lookup:
@@ -53,7 +74,8 @@ class Lookup:
             measured = _nearest({s.ranks for s in samples}, ranks)
             samples = [s for s in samples if s.ranks == measured]
             self._share = ranks / measured
-        self._known = {op: _known(group, self._device, dtype) for op, group in _by_op(samples).items()}
+        self._samples = _by_op(samples)
+        self._known: dict[str, _Known] = {}
         self._found: dict[tuple[str, Operation], Estimate] = {}
 
     def estimate(self, path: str, operation: Operation) -> Estimate:
@@ -64,24 +86,16 @@ class Lookup:
         return self._found[key]
 
     def _estimate(self, path: str, operation: Operation) -> Estimate:
-        least = roofline(operation, self._device, self._dtype, self._weights) * self._share
-        name = f"{path}.{operation.name}"
-        known = self._known.get(name) or self._known.get(_ALIKE.get(name, ""))
-        if known is None:
-            return Estimate(least * _GUESS, True)
-        gaps = known.places - _place(operation)  # [N, D]
-        weights = 1 / (np.sqrt((gaps**2).sum(axis=1)) + 1e-3) ** _SHARP
-        ratio = _level(gaps, known.ratios, weights / weights.sum())
-        return Estimate(least * math.exp(ratio), bool(np.abs(gaps).max(axis=1).min() > _FAR))
-
-
-def _level(gaps: Array, ratios: Array, weights: Array) -> float:
-    """Where the plane through `ratios` [N] stands at gap 0, within what was measured. gaps: [N, D]; weights: [N]."""
-    sides = np.column_stack([np.ones(len(gaps)), gaps])
-    weighted = sides * weights[:, None]
-    slopes = np.diag([0.0] + [_FLAT] * gaps.shape[1])
-    level = np.linalg.solve(weighted.T @ sides + slopes, weighted.T @ ratios)[0]
-    return float(np.clip(level, ratios.min(), ratios.max()))
+        named = f"{path}.{operation.name}"
+        op = next((op for op in (named, _ALIKE.get(named)) if op in self._samples), None)
+        if op is None:
+            least = roofline(operation, self._device, self._dtype, self._weights)
+            return Estimate(least * self._share * _GUESS, True)
+        if op not in self._known:
+            self._known[op] = _known(self._samples[op], self._device, self._dtype)
+        ratio, is_far = self._known[op].at(_place(operation))
+        costs = outlay(path, operation, self._device, self._dtype, self._weights)
+        return Estimate(costs * self._share * math.exp(ratio), is_far)
 
 
 def _by_op(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
@@ -92,16 +106,18 @@ def _by_op(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
 
 
 def _known(samples: Sequence[Sample], device: DeviceSpec, dtype: str) -> _Known:
-    operations = [Operation(s.op.partition(".")[2], s.rows, s.shape) for s in samples]
-    ratios = [
-        math.log(s.seconds / roofline(o, device, dtype, s.dtype)) for s, o in zip(samples, operations, strict=True)
-    ]
-    return _Known(np.array([_place(o) for o in operations]), np.array(ratios))
+    places, ratios = [], []
+    for sample in samples:
+        path, _, name = sample.op.partition(".")
+        operation = Operation(name, sample.rows, sample.shape)
+        places.append(_place(operation))
+        ratios.append(math.log(sample.seconds / outlay(path, operation, device, dtype, sample.dtype)))
+    return _Known(np.array(places), np.array(ratios))
 
 
 def _place(operation: Operation) -> Array:
-    """Where an operation is among others, on logarithmic scales."""
-    return np.array([math.log(max(1, size)) for size in (operation.rows, *operation.shape)])
+    """Where an operation is among others, on logarithmic scales. Norms are no size: `outlay` counts them."""
+    return np.array([math.log(max(1, size)) for size in (operation.rows, *operation.shape[:4])])
 
 
 def _nearest(numbers: Iterable[int], wanted: int) -> int:

@@ -16,10 +16,11 @@ from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.planner.trace import BLOCK_TOKENS, TraceRequest
 from flexmoe.scheduling.block_manager import BlockManager
-from flexmoe.scheduling.data_ranks import DataRanks
+from flexmoe.scheduling.data_ranks import DataRanks, scheduler_for
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.roofline import StepTokens
-from flexmoe.scheduling.scheduler import Scheduler, Step
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import Step
 
 StepSeconds = Callable[[Step], float]
 
@@ -30,6 +31,7 @@ class EngineLimits:
 
     tokens: of a step, what pays on the device; None: on a CPU. watched: answers are streamed, so that prompts give way
     to decodes. ahead: steps are launched before the tokens of the one before are known, those with prompts, too.
+    one_pass: see Scheduler.
     """
 
     scheduler: SchedulerConfig
@@ -40,6 +42,7 @@ class EngineLimits:
     tokens: StepTokens | None = None
     watched: bool = True
     ahead: bool = False
+    one_pass: bool = False
 
     @property
     def longest(self) -> int:
@@ -50,9 +53,7 @@ class EngineLimits:
     def make_scheduler(self) -> Scheduler | DataRanks:
         """The engine's own scheduler, empty."""
         blocks = [BlockManager(self.num_blocks, self.block_size, self.prefix_caching) for _ in range(self.data_ranks)]
-        if len(blocks) == 1:
-            return Scheduler(self.scheduler, blocks[0], self.tokens)
-        return DataRanks(self.scheduler, blocks, self.tokens)
+        return scheduler_for(self.scheduler, blocks, self.tokens, one_pass=self.one_pass)
 
 
 @dataclass(slots=True, eq=False)

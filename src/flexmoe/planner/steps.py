@@ -13,7 +13,7 @@ from flexmoe.planner.cost_model import Chunk, CostModel, StepShape
 from flexmoe.planner.memory import MemoryUse
 from flexmoe.planner.operations import BITS
 from flexmoe.scheduling.data_ranks import JointStep
-from flexmoe.scheduling.scheduler import ScheduledChunk, Step
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
 Terms = Mapping[str, float]
 

@@ -93,7 +93,7 @@ def _is_of(sample: Sample, model: ModelConfig) -> bool:
             shapes = (model.qkv_size, hidden), (hidden, a.num_heads * a.head_dim), (model.vocab_size, hidden)
             return sample.shape in shapes
         case "attention" | "prompt":
-            return sample.shape[1:] == heads
+            return sample.shape[1:4] == heads
         case "experts":
             return moe is not None and sample.shape[1:] == (hidden, moe.expert_width)
         case _:
@@ -108,7 +108,8 @@ def step_checks(machine: Machine, model: ModelConfig, rows: Iterable[Mapping[str
         params, result = row["params"], row["result"]
         plan = ParallelPlan.from_json(row["config"].get("plan", {}))
         cost = CostModel(machine, model, plan, dtype=params["dtype"])
-        shape = StepShape(params["batch"], params["prompt_len"] + params["output_len"] / 2)
+        rows_each = -(-params["batch"] // plan.data_parallel_size)
+        shape = StepShape(rows_each, params["prompt_len"] + params["output_len"] / 2)
         measured = result["ms"] if "ms" in result else result["step_ms"]["median"]
         yield Check(_name(row), cost.step(shape).seconds, measured * 1e-3)
 
@@ -144,7 +145,7 @@ def served_checks(
     told = EngineLimits(
         scheduler=limits, num_blocks=engine["kv_cache_blocks"], block_size=engine["block_size"],
         data_ranks=plan.data_parallel_size, prefix_caching=engine["prefix_caching"], tokens=setting.step_tokens,
-        ahead=engine["prompts_ahead"],
+        ahead=engine["prompts_ahead"], one_pass=engine.get("one_pass", False),
     )  # fmt: skip
     fit = [request for request in requests if request.input_len < told.longest]  # the server refuses the others
     if (len(requests), len(fit)) != (result["requests"], result["succeeded"]):

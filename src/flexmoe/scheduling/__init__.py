@@ -4,7 +4,8 @@ from flexmoe.scheduling.block_manager import BlockManager, PrefixStats
 from flexmoe.scheduling.data_ranks import DataRanks, JointStep
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
 from flexmoe.scheduling.roofline import StepTokens
-from flexmoe.scheduling.scheduler import ScheduledChunk, Scheduler, Step
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
 __all__ = [
     "BlockManager",

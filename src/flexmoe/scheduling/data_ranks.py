@@ -14,7 +14,8 @@ from flexmoe.config.engine import SchedulerConfig
 from flexmoe.scheduling.block_manager import BlockManager, PrefixStats
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
 from flexmoe.scheduling.roofline import StepTokens
-from flexmoe.scheduling.scheduler import Scheduler, Step
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import Step
 
 
 @dataclass(slots=True)
@@ -46,10 +47,11 @@ class DataRanks:
     """Offers what Scheduler offers, on several data ranks."""
 
     def __init__(
-        self, config: SchedulerConfig, blocks: Sequence[BlockManager], tokens: StepTokens | None = None
-    ) -> None:
-        """blocks: of each data rank, all of one size. tokens: see Scheduler."""
-        self.schedulers = [Scheduler(config, own, tokens) for own in blocks]
+        self, config: SchedulerConfig, blocks: Sequence[BlockManager], tokens: StepTokens | None = None, *,
+        one_pass: bool = False,
+    ) -> None:  # fmt: skip
+        """blocks: of each data rank, all of one size. tokens, one_pass: see Scheduler."""
+        self.schedulers = [Scheduler(config, own, tokens, one_pass=one_pass) for own in blocks]
         self._outstanding = [0] * len(blocks)  # tokens
         self._rank_of: dict[str, int] = {}
 
@@ -156,3 +158,12 @@ class DataRanks:
 
     def _forget(self, request: Request) -> None:
         self._outstanding[self._rank_of.pop(request.request_id)] -= request.token_limit
+
+
+def scheduler_for(
+    config: SchedulerConfig, blocks: Sequence[BlockManager], tokens: StepTokens | None = None, *, one_pass: bool = False
+) -> Scheduler | DataRanks:
+    """A scheduler for one data rank, or one for each. blocks: of each. The others: see Scheduler."""
+    if len(blocks) == 1:
+        return Scheduler(config, blocks[0], tokens, one_pass=one_pass)
+    return DataRanks(config, blocks, tokens, one_pass=one_pass)

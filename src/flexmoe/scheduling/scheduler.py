@@ -1,16 +1,18 @@
 """Scheduler: what the next step computes. Enters: requests, sampled tokens. Leaves: steps, finished requests.
 
 Continuous batching: every step takes the next token of each decoding request, then chunks of prompts in order of
-arrival, up to a budget of tokens. As long as nobody watches, throughput is what counts, and the budget is as large as
-pays (see roofline). Beside a decoding request that is watched, whose tokens somebody reads as they come, prompts get
-what keeps the step within `max_decode_slowdown` times its decodes alone, by what steps of this run took (see pace).
+arrival, up to a budget of tokens, which is as large as pays (see roofline). Beside a decoding request that is watched,
+whose tokens somebody reads as they come, prompts get what keeps the step within `max_decode_slowdown` times its decodes
+alone, by what steps of this run took (see pace). Where no request is watched only throughput counts, and decodes beside
+prompts are a second pass over the weights: decodes then wait while prompts fill whole steps, and prompts until they do.
 
-First come, first served, without exception: requests start in order of arrival, and when blocks run out the latest
-goes back to waiting, to be recomputed (its tokens are kept). Hence
+First come, first served: requests start in order of arrival, and when blocks run out the latest goes back to waiting,
+to be recomputed (its tokens are kept). Hence
 
     arrivals of the running  <  arrivals of the waiting
 
-at any time, which keeps both queues sorted, and the oldest request always advances: nothing starves.
+at any time, which keeps both queues sorted. Nothing starves: the oldest request advances in every step, or waits for
+prompts of those that run or find a seat, which come to an end, or for room that the decodes before it make.
 
 A request gets blocks for all its tokens when it is admitted, and one at a time as it decodes. Nothing counts as
 computed before update() says so, so a step that failed on the way can be scheduled again.
@@ -34,7 +36,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 
 from flexmoe.config.engine import SchedulerConfig
@@ -43,51 +44,25 @@ from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.pace import Pace
 from flexmoe.scheduling.request import FinishReason, Request, RequestStatus
 from flexmoe.scheduling.roofline import StepTokens
+from flexmoe.scheduling.step import ScheduledChunk, Step
 
+_Partial = tuple[Request, int]  # a running request that lacks more than one token, and from where on
+_IDLE = 0.125  # share of seats, or of blocks, that may stand empty until prompts fill a step
 _RUNNING = RequestStatus.RUNNING  # looked up once a token: an Enum member costs more than a global
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
-    """Compute request.token_ids[start : start + num_tokens].
-
-    samples: the chunk reaches the request's last token, whose logits yield a new one.
-    """
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class Step:
-    """What one forward pass computes.
-
-    chunks: first num_decodes chunks of one token each (all earlier tokens are computed), then prefills.
-    preempted: requests that lost their blocks to others just now.
-    """
-
-    chunks: list[ScheduledChunk]
-    num_decodes: int
-    preempted: list[Request]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
-
-    @property
-    def num_samples(self) -> int:
-        """Tokens that update() expects."""
-        return sum([chunk.samples for chunk in self.chunks])
 
 
 class Scheduler:
     """Decides which tokens of which requests are computed together."""
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, tokens: StepTokens | None = None) -> None:
-        """tokens: what pays on the device; None: a small model's on a CPU. A budget that the config has comes first."""
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, tokens: StepTokens | None = None, *, one_pass: bool = False
+    ) -> None:
+        """tokens: what pays on the device; None: a small model's on a CPU. A budget that the config has comes first.
+
+        one_pass: decodes and prompts of a step read the weights once.
+        """
         self.config = config
+        self._one_pass = one_pass
         self.blocks = blocks
         tokens = tokens or StepTokens()
         self._budget = tokens.most
@@ -97,6 +72,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._arrivals = count()
+        self._num_watched = 0  # of all requests
         self._retry_at = 0  # value of blocks.num_gained below which the first waiting request cannot fit
 
     @property
@@ -117,6 +93,11 @@ class Scheduler:
         return self.config.max_num_batched_tokens or self._budget
 
     @property
+    def _seats(self) -> int:
+        """Requests that may run: a step must have a token for each."""
+        return min(self.config.seats, self.max_tokens)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the KV cache can hold of one request that runs alone."""
         return self.blocks.num_tokens
@@ -134,6 +115,7 @@ class Scheduler:
             )
         request.arrival = next(self._arrivals)
         self._requests[request.request_id] = request
+        self._num_watched += request.watched
         self._waiting.append(request)
 
     def abort(self, request_id: str) -> Request | None:
@@ -151,7 +133,7 @@ class Scheduler:
     def finish(self, request: Request, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """End a request and free its blocks at once. If it has finished already, only the reason changes."""
         if self._requests.get(request.request_id) is request:  # its id may serve another one by now
-            del self._requests[request.request_id]
+            self._forget(request)
             if request.status is _RUNNING:
                 self._running.remove(request)
                 self.blocks.free(request)
@@ -163,14 +145,10 @@ class Scheduler:
     def schedule(self) -> Step:
         """Choose the next step. Without chunks when nothing can run."""
         decodes: list[ScheduledChunk] = []
-        prefills: list[ScheduledChunk] = []
         preempted: list[Request] = []
         partial = self._schedule_decodes(decodes, preempted)
-        budget = self._budget_beside(decodes)
-        for request in partial:
-            budget -= self._schedule_prefill(request, budget, prefills)
-        if not preempted:  # with a prefix to share one of them might fit again at once: not in the same step
-            self._admit(budget, decodes, prefills)
+        # With a prefix to share one that was preempted might fit again at once: not in the same step.
+        prefills = self._schedule_prompts(decodes, partial, admit=not preempted)
         return Step(decodes + prefills, len(decodes), preempted)
 
     def schedule_ahead(self, step: Step, *, prompts: bool = False) -> Step | None:
@@ -248,10 +226,9 @@ class Scheduler:
         _require(not bad, f"requests run without blocks, or with nothing left to compute: {bad}")
         bad = [r for r in waiting if r.status is not RequestStatus.WAITING or r.blocks or r.num_computed_tokens]
         _require(not bad, f"requests wait with blocks, or with another status: {bad}")
-        limit = min(self.config.max_num_seqs, self.max_tokens)
-        _require(len(running) <= limit, f"{len(running)} requests run, at most {limit} may")
+        _require(len(running) <= self._seats, f"{len(running)} requests run, at most {self._seats} may")
 
-    def _schedule_decodes(self, decodes: list[ScheduledChunk], preempted: list[Request]) -> list[Request]:
+    def _schedule_decodes(self, decodes: list[ScheduledChunk], preempted: list[Request]) -> list[_Partial]:
         """Schedule the next token of each decoding request. Returns the running ones with more to compute.
 
         Decodes never exceed the token budget: a request is only admitted if it leaves each running one a token.
@@ -262,17 +239,55 @@ class Scheduler:
             total = len(request.token_ids)
             computed = request.num_computed_tokens
             if total - computed > 1:
-                partial.append(request)
+                partial.append((request, computed))
             elif total <= len(request.blocks) * size or self._make_room(request, preempted):
                 decodes.append(ScheduledChunk(request, computed, 1, True))
         return partial
 
-    def _budget_beside(self, decodes: Sequence[ScheduledChunk]) -> int:
-        """Tokens that prompts may have beside these decodes."""
+    def _schedule_prompts(
+        self, decodes: list[ScheduledChunk], partial: Sequence[_Partial], *, ending: int = 0, admit: bool = True
+    ) -> list[ScheduledChunk]:
+        """Chunks of prompts beside these decodes, which are dropped if they have to wait; newcomers may join them.
+
+        ending: requests that are neither but still have seats. admit: whether requests may start.
+        """
+        prefills: list[ScheduledChunk] = []
+        budget = self._budget_beside(decodes, sum(request.num_tokens - start for request, start in partial)) - ending
+        for request, start in partial:
+            budget -= self._schedule_prefill(request, start, budget, prefills)
+        if admit:
+            self._admit(budget, decodes, prefills)
+        if len(decodes) + sum(chunk.num_tokens for chunk in prefills) > self.max_tokens:
+            decodes.clear()
+        return prefills
+
+    def _budget_beside(self, decodes: Sequence[ScheduledChunk], begun: int) -> int:
+        """Tokens that prompts may have beside these decodes, or in their place. begun: what running prompts lack."""
         left = self.max_tokens - len(decodes)
         if any(chunk.request.watched for chunk in decodes):
-            left = min(left, self._pace.limit(len(decodes)))
-        return left
+            return min(left, self._pace.limit(len(decodes)))
+        if not decodes or self._num_watched or self._one_pass:
+            return left
+        ready, more = self._ready(begun)
+        if ready >= self.max_tokens:
+            return self.max_tokens
+        return 0 if more and not self._is_idle else left
+
+    def _ready(self, begun: int) -> tuple[int, bool]:
+        """Prompt tokens that could be computed now, counted up to a whole step; and whether others lack room."""
+        free = self.blocks.num_free - len(self._running)
+        for taken, request in enumerate(self._waiting, len(self._running)):
+            free -= request.num_tokens // self.blocks.block_size + 1
+            if begun >= self.max_tokens or taken >= self._seats or free < 0:
+                return begun, True
+            begun += request.num_tokens
+        return begun, False
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether too much stands empty to go on waiting for more."""
+        seats = 1 - len(self._running) / self._seats
+        return min(seats, self.blocks.num_free / self.blocks.num_blocks) > _IDLE
 
     def _make_room(self, request: Request, preempted: list[Request]) -> bool:
         """Give a request its next block, preempting the latest ones if need be. False if it is the latest itself.
@@ -297,7 +312,7 @@ class Scheduler:
 
         A block is kept free for each running request, lest the newcomer is thrown out by their next tokens.
         """
-        while self._waiting and budget > 0 and len(self._running) < self.config.max_num_seqs:
+        while self._waiting and budget > 0 and len(self._running) < self._seats:
             if self.blocks.num_gained < self._retry_at:
                 return
             request = self._waiting[0]
@@ -308,13 +323,13 @@ class Scheduler:
             self._waiting.popleft()
             request.status = _RUNNING
             self._running.append(request)
-            one_left = request.num_computed_tokens == request.num_tokens - 1
-            budget -= self._schedule_prefill(request, budget, decodes if one_left else prefills)
+            start = request.num_computed_tokens
+            one_left = start == request.num_tokens - 1
+            budget -= self._schedule_prefill(request, start, budget, decodes if one_left else prefills)
 
     def _might_admit(self, num_running: int, gain: int) -> bool:
         """Whether somebody waits who may fit once so many requests run and blocks.num_gained has grown by `gain`."""
-        seats = min(self.config.max_num_seqs, self.max_tokens) - num_running
-        return bool(self._waiting) and seats > 0 and self.blocks.num_gained + gain >= self._retry_at
+        return bool(self._waiting) and num_running < self._seats and self.blocks.num_gained + gain >= self._retry_at
 
     def _prompts_ahead(
         self, coming: Sequence[ScheduledChunk], goes_on: dict[Request, int], decodes: list[ScheduledChunk]
@@ -323,16 +338,17 @@ class Scheduler:
 
         goes_on: from where on, of prompts in it. Of a prompt that lacks one token, it is a decode like any other.
         """
-        prefills: list[ScheduledChunk] = []
         sampled = {chunk.request for chunk in coming if chunk.samples}
-        budget = self._budget_beside(decodes) - (len(sampled) - len(decodes))  # those that end still have their seats
+        ending = len(sampled) - len(decodes)
+        partial: list[_Partial] = []
         for request in self._running if len(sampled) < len(self._running) else ():
             if request not in sampled:
                 start = goes_on.get(request, request.num_computed_tokens)
-                one_left = start == request.num_tokens - 1
-                budget -= self._schedule_prefill(request, budget, decodes if one_left else prefills, start)
-        self._admit(budget, decodes, prefills)
-        return prefills
+                if start == request.num_tokens - 1:
+                    decodes.append(ScheduledChunk(request, start, 1, True))
+                else:
+                    partial.append((request, start))
+        return self._schedule_prompts(decodes, partial, ending=ending)
 
     def _grow_ahead(self, chunks: Sequence[ScheduledChunk]) -> bool:
         """Give each request a block for its chunk if it lacks one. False, and nothing has changed, if too few are free.
@@ -347,14 +363,8 @@ class Scheduler:
             self.blocks.grow(request)
         return True
 
-    def _schedule_prefill(
-        self, request: Request, budget: int, chunks: list[ScheduledChunk], start: int | None = None
-    ) -> int:
-        """Append as much of a request's tokens from `start` on as the budget allows. Returns how many.
-
-        start: None for the first that is not computed.
-        """
-        start = request.num_computed_tokens if start is None else start
+    def _schedule_prefill(self, request: Request, start: int, budget: int, chunks: list[ScheduledChunk]) -> int:
+        """Append as much of a request's tokens from `start` on as the budget allows. Returns how many."""
         missing = request.num_tokens - start
         num_tokens = min(missing, budget)
         if num_tokens > 0:
@@ -368,9 +378,13 @@ class Scheduler:
 
     def _remove(self, finished: list[Request]) -> None:
         for request in finished:
-            del self._requests[request.request_id]
+            self._forget(request)
             self.blocks.free(request)
         self._running = [request for request in self._running if request.status is _RUNNING]
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        self._num_watched -= request.watched
 
 
 def _require(condition: bool, message: str) -> None:

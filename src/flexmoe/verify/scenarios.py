@@ -15,7 +15,8 @@ from flexmoe.engine.outputs import RequestOutput
 from flexmoe.llm import LLM
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.scheduler import Scheduler, Step
+from flexmoe.scheduling.scheduler import Scheduler
+from flexmoe.scheduling.step import Step
 from flexmoe.verify.reference import Answer
 from flexmoe.verify.report import Check
 from flexmoe.verify.tolerance import Tolerance
