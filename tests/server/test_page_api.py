@@ -15,6 +15,7 @@ import pytest
 
 from flexmoe.config.routing import read_recording
 from flexmoe.errors import ConfigError
+from flexmoe.server.about import _kernels
 from flexmoe.server.endpoint import THREAD, Endpoint
 from tests.server.serving import PATIENCE, Running, wait_for
 
@@ -27,9 +28,23 @@ def test_about(server: Running) -> None:
     assert about["experts"] == {"layers": list(range(6)), "num_experts": 8, "top_k": 2, "placements": None}
     assert about["compare"] is None
     assert about["engine"]["max_model_len"] == 1024
-    assert len(about["kernels"]) == 3
+    assert len(about["kernels"]) == 4
     for name, bounds in about["latency_bounds"].items():
         assert bounds == sorted(bounds), name
+
+
+@pytest.mark.parametrize(
+    ("decode", "prompts", "told"),
+    [
+        ("C (avx2)", "torch", ["C (avx2)", "torch", "torch", "cpu"]),
+        ("C (avx512bf16)", "C (avx512bf16)", ["C (avx512bf16)"] * 4),
+        ("Triton", "Triton", ["Triton", "Triton", "torch", "Triton"]),
+        ("torch (no compiler)", "torch", ["torch (no compiler)", "torch", "torch", "cpu"]),
+    ],
+)
+def test_kernels_are_told_by_operation(decode: str, prompts: str, told: list[str]) -> None:
+    about = {"decode_kernels": decode, "prompt_kernels": prompts, "expert_backend": "cpu"}
+    assert list(_kernels(about).values()) == told
 
 
 def test_the_recording_is_one(server: Running, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ class StartedRanks:
     threads: int
     backend: str
     decode_kernels: str
+    prompt_kernels: str
     max_model_len: int
     quantization: None = None  # ranks hold full weights
 
@@ -176,7 +177,7 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     size = CacheSize(sum(report.cache_bytes for report in reports.values()))
     return StartedRanks(
         source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, first.decode_kernels,
-        first.max_model_len,
+        first.prompt_kernels, first.max_model_len,
     ), RankedRunner(ranks, plan, device, first.max_ahead, keep=keep)  # fmt: skip
 
 

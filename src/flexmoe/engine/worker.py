@@ -42,6 +42,7 @@ class RankReport:
     threads: int
     backend: str
     decode_kernels: str
+    prompt_kernels: str
     max_model_len: int
     max_ahead: int
 
@@ -81,7 +82,7 @@ class Worker:
         )
         return RankReport(
             started.num_blocks, started.cache.num_bytes, started.threads, started.backend, started.decode_kernels,
-            started.max_model_len, 0 if graphed is None else graphed.max_rows,
+            started.prompt_kernels, started.max_model_len, 0 if graphed is None else graphed.max_rows,
         )  # fmt: skip
 
     def connect(self, options: EngineConfig, device: torch.device) -> Mesh:
