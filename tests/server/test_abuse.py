@@ -113,6 +113,14 @@ def test_a_wrong_conversation_is_refused(server: Running, body: dict[str, Any]) 
     error_of(server.post(CHAT, body), 400)
 
 
+def test_a_schema_may_not_be_huge(server: Running) -> None:
+    names = {f"name {number}": {"type": "string"} for number in range(2000)}
+    schema = {"name": "x", "schema": {"type": "object", "properties": names}}
+    body = {"prompt": "x", "max_tokens": 1, "response_format": {"type": "json_schema", "json_schema": schema}}
+    error = error_of(server.post(COMPLETIONS, body), 400)
+    assert "at most 32768" in error["message"]
+
+
 def test_the_nearest_name_is_offered(server: Running) -> None:
     error = error_of(server.post(COMPLETIONS, {"promt": "x"}), 400)
     assert error["code"] == "unknown_parameter"
