@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from flexmoe import LLM, SamplingParams
-from flexmoe.parallel import launch
+from flexmoe.parallel import launch, network
 from flexmoe.parallel.child import SAFE_ENVIRONMENT
 from flexmoe.parallel.mesh import TCPStore
 from flexmoe.parallel.rank import Setup
@@ -100,7 +100,8 @@ def test_another_number_of_processes_than_ranks(tmp_path: Path) -> None:
 
 
 def test_strangers_that_find_the_port_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the first process, while it waits for the others: a scanner, and one with a key of its own."""
+    """Of the first process, while it waits for the others: scanners, of which one stays, and one with another key."""
+    monkeypatch.setattr(network, "KEY_SECONDS", 0.5)
     for name in SAFE_ENVIRONMENT:
         monkeypatch.setenv(name, "as it was")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -112,7 +113,10 @@ def test_strangers_that_find_the_port_are_turned_away(monkeypatch: pytest.Monkey
     socket.create_connection((host, int(port))).close()
     with pytest.raises(AuthenticationError):
         Client((host, int(port)), authkey=b"another")
-    with Client((host, int(port)), authkey=bytes.fromhex(key)) as other:
+    with (
+        socket.create_connection((host, int(port))),
+        Client((host, int(port)), authkey=bytes.fromhex(key)) as other,
+    ):
         other.send(1)
         thread.join(5)
         assert [member.rank for member in found[0].members] == [0, 1]

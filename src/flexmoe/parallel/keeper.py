@@ -60,15 +60,15 @@ class Keeper:
 
     def listen(self, host: str, key: bytes) -> Place:
         """Wait for the driver at an address of this machine, from now on. key: by which both know each other."""
-        self._listener = Listener((host, 0), authkey=key)
+        self._listener, self._key = Listener((host, 0)), key
         return Place(host, self._listener.address[1], os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
     def run(self) -> None:
         """Let the driver connect, start the rank, and keep it until either ends."""
         with self._listener:
-            control = accept(self._listener)
+            control = accept(self._listener, self._key)
             order: Order = control.recv()
-            connection = accept(self._listener)
+            connection = accept(self._listener, self._key)
         with control:
             watch_peer(control)
             watch_peer(connection)

@@ -128,9 +128,9 @@ def gather(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler])
     store = TCPStore(setup.host, setup.port, is_master=False)
     key = secrets.token_bytes(32)
     inner, outer = _addresses(setup)
-    with Listener((inner, 0), backlog=setup.size, authkey=key) as listener:
+    with Listener((inner, 0), backlog=setup.size) as listener:
         store.set(_CONTROL, f"{outer} {listener.address[1]} {key.hex()}")
-        members = [Member(*_accept(listener)) for _ in range(setup.size - 1)]
+        members = [Member(*_accept(listener, key)) for _ in range(setup.size - 1)]
     ours, theirs = Pipe()
     threading.Thread(target=serve, args=(theirs, setup, lambda: make(setup, [0, 0])), daemon=True).start()
     return Launched([Member(0, ours), *sorted(members, key=lambda member: member.rank)], store=store)
@@ -145,8 +145,8 @@ def report(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler])
     return serve(connection, setup, lambda: make(setup, [0, 0]))
 
 
-def _accept(listener: Listener) -> tuple[int, Connection]:
-    connection = accept(listener)
+def _accept(listener: Listener, key: bytes) -> tuple[int, Connection]:
+    connection = accept(listener, key)
     return connection.recv(), connection
 
 
