@@ -191,6 +191,21 @@ def test_room_that_a_length_will_make_is_foreseen(seats: int, num_blocks: int) -
     assert newcomer.status is RequestStatus.RUNNING
 
 
+def test_a_newcomer_that_waits_for_others_keeps_no_step_from_running_ahead() -> None:
+    serving = scheduler(budget=8, seqs=8)
+    for index in range(8):
+        add(serving, f"{index}", 1, max_tokens=2 + 9 * (index > 0))
+    for _ in range(2):
+        advance(serving)
+    for name in "abc":
+        add(serving, name, 4)
+    step = serving.schedule()
+    assert len(step.chunks) == 7, "one seat of eight is free, and one prompt does not fill a step"
+    assert serving.schedule_ahead(step) is not None
+    add(serving, "d", 1, watched=True)
+    assert serving.schedule_ahead(step) is None
+
+
 def test_room_that_a_stop_makes_is_given_one_step_later() -> None:
     serving = scheduler(seqs=1)
     add(serving, "a", 4)
@@ -275,7 +290,11 @@ class AheadEngine(properties.Engine):
             assert self.scheduler.blocks.num_free == free
             self.counts["not ahead"] += 1
         else:
-            assert not admits, "somebody is kept waiting who fits"
+            if admits:  # prompts wait until there are more of them, as long as all room is taken
+                assert not any(request.watched for request in self.running() + self.waiting()), "kept from who fits"
+                going = {chunk.request for chunk in step.chunks}
+                free += sum(len(request.blocks) for request in self.running() if request not in going)
+                assert min(free / self.setup.num_blocks, 1 - len(going) / self.setup.seqs) <= 1 / 8
             self.check_ahead(flight.step, step)
             self.trace.append([(chunk.request.request_id, chunk.start) for chunk in step.chunks])
             self.launch(Launch.of(step, flight))

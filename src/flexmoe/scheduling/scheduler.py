@@ -179,7 +179,7 @@ class Scheduler:
             else:
                 gain += self.blocks.gain_of(request)
         whole = not goes_on and len(chunks) == len(self._running)
-        if not prompts and not (whole and decodes and not self._might_admit(len(decodes), gain)):
+        if not prompts and not (whole and decodes and not self._might_admit(decodes, gain)):
             return None
         if not self._grow_ahead(decodes):
             return None
@@ -261,33 +261,34 @@ class Scheduler:
             decodes.clear()
         return prefills
 
-    def _budget_beside(self, decodes: Sequence[ScheduledChunk], begun: int) -> int:
-        """Tokens that prompts may have beside these decodes, or in their place. begun: what running prompts lack."""
+    def _budget_beside(self, decodes: Sequence[ScheduledChunk], begun: int, ended: int = 0, gain: int = 0) -> int:
+        """Tokens that prompts may have beside these decodes, or in their place. begun: what running prompts lack.
+
+        ended: of the running requests those that will have ended by then, gain: blocks that will be free besides.
+        """
         left = self.max_tokens - len(decodes)
         if any(chunk.request.watched for chunk in decodes):
             return min(left, self._pace.limit(len(decodes)))
         if not decodes or self._num_watched or self._one_pass:
             return left
-        ready, more = self._ready(begun)
+        running, free = len(self._running) - ended, self.blocks.num_free + gain
+        ready, more = self._ready(begun, running, free)
         if ready >= self.max_tokens:
             return self.max_tokens
-        return 0 if more and not self._is_idle else left
+        idle = min(1 - running / self._seats, free / self.blocks.num_blocks)
+        return 0 if more and idle <= _IDLE else left
 
-    def _ready(self, begun: int) -> tuple[int, bool]:
-        """Prompt tokens that could be computed now, counted up to a whole step; and whether others lack room."""
-        free = self.blocks.num_free - len(self._running)
-        for taken, request in enumerate(self._waiting, len(self._running)):
+    def _ready(self, begun: int, running: int, free: int) -> tuple[int, bool]:
+        """Prompt tokens that could be computed with so many requests running and blocks free, counted up to a whole
+        step; and whether others lack room.
+        """
+        free -= running
+        for taken, request in enumerate(self._waiting, running):
             free -= request.num_tokens // self.blocks.block_size + 1
             if begun >= self.max_tokens or taken >= self._seats or free < 0:
                 return begun, True
             begun += request.num_tokens
         return begun, False
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether too much stands empty to go on waiting for more."""
-        seats = 1 - len(self._running) / self._seats
-        return min(seats, self.blocks.num_free / self.blocks.num_blocks) > _IDLE
 
     def _make_room(self, request: Request, preempted: list[Request]) -> bool:
         """Give a request its next block, preempting the latest ones if need be. False if it is the latest itself.
@@ -327,9 +328,11 @@ class Scheduler:
             one_left = start == request.num_tokens - 1
             budget -= self._schedule_prefill(request, start, budget, decodes if one_left else prefills)
 
-    def _might_admit(self, num_running: int, gain: int) -> bool:
-        """Whether somebody waits who may fit once so many requests run and blocks.num_gained has grown by `gain`."""
-        return bool(self._waiting) and num_running < self._seats and self.blocks.num_gained + gain >= self._retry_at
+    def _might_admit(self, decodes: Sequence[ScheduledChunk], gain: int) -> bool:
+        """Whether somebody who waits may start once only these decode and blocks.num_gained has grown by `gain`."""
+        if not self._waiting or len(decodes) >= self._seats or self.blocks.num_gained + gain < self._retry_at:
+            return False
+        return self._budget_beside(decodes, 0, len(self._running) - len(decodes), gain) > 0
 
     def _prompts_ahead(
         self, coming: Sequence[ScheduledChunk], goes_on: dict[Request, int], decodes: list[ScheduledChunk]
