@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -134,6 +134,29 @@ def test_a_request_that_fails_fails_alone() -> None:
                 with pytest.raises(RequestFailedError, match="broken table"):
                     await bad.last()
                 assert (await good.last()).finished
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_an_engine_that_does_not_end_in_order_is_not_waited_for(
+    dead: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        llm = LLM(num_blocks=128, threads=1)
+        engine = AsyncEngine(llm.engine)
+        engine.start()
+        if dead:
+            with failing(llm.engine, 1, RuntimeError("out of memory")), pytest.raises(EngineError):
+                await (await engine.submit(jobs(llm, TEXTS[:1], LONG)))[0].last()
+        close = llm.engine.close
+        monkeypatch.setattr(llm.engine, "close", lambda: fail(close))
+        await asyncio.wait_for(engine.close(), 5)
+        assert ("a rank hangs" in caplog.text) is not dead  # of a dead one it has been said why
+
+    def fail(close: Callable[[], None]) -> None:
+        close()
+        raise EngineError("a rank hangs")
 
     asyncio.run(run())
 

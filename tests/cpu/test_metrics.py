@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from flexmoe.config.routing import LayerLoad
 from flexmoe.engine.metrics import EngineMetrics, ExpertMetrics, Histogram
@@ -56,3 +58,22 @@ def test_loads_of_experts_add_up_by_layer() -> None:
     assert experts.loads == {1: first.plus(second)}
     assert experts.latest == {1: second}
     assert experts.imbalance(1) == 2.0
+
+
+def test_whoever_reads_between_two_lines_finds_a_sum_for_every_look() -> None:
+    """The event loop's thread does, for the web page."""
+    experts, looks = ExpertMetrics(), list[int]()
+
+    def read(*_: Any) -> Any:
+        assert experts.latest.keys() <= experts.loads.keys()
+        assert (experts.looks > 0) <= bool(experts.latest)
+        looks.append(experts.looks)
+        return read
+
+    sys.settrace(read)
+    try:
+        experts.add([LayerLoad("m", 1, 2, (3, 1, 0, 0), 1, 2, (1, 1, 0, 0))])
+    finally:
+        sys.settrace(None)
+    assert len(looks) > 3
+    assert looks[-1] == 1

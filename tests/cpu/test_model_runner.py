@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine import model_runner
 from flexmoe.engine.model_runner import ModelRunner, _after_pending
 from flexmoe.engine.prompt_graphs import GraphedPrompts
+from flexmoe.engine.prompt_rows import PromptForm
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.models.decoder import Decoder
@@ -166,6 +167,24 @@ def test_a_step_with_prompts_leaves_its_tokens_on_the_device(one_pass: bool, in_
     assert device.passed == ([42, known.token_ids[-1], *theirs] if one_pass else theirs)
     assert chosen.tolist() == list(range(3 - in_graph))  # type: ignore[attr-defined]
     assert not runner.can_run_ahead(step, states(step, logprobs=1))
+
+
+def test_a_form_that_failed_comes_for_the_first_time_again() -> None:
+    """Of a step for which memory ran out nothing was made ready that a graph would need."""
+
+    class Failing(Device):
+        def logits(self, rows: Any, *_: Any) -> torch.Tensor:
+            if not self.passed:
+                self.passed = [1]
+                raise torch.OutOfMemoryError
+            return torch.ones(2, CONFIG.vocab_size)
+
+    cache: Any = type("Cache", (), {"block_size": BLOCK})()
+    prompts = GraphedPrompts(Failing([]), cache, CPU, graphs=False)
+    form, rows = PromptForm(16, 3, 2, 4, padded=True), cast(Any, None)
+    with pytest.raises(torch.OutOfMemoryError):
+        prompts._run(form, rows)
+    assert len(prompts._run(form, rows)) == 2
 
 
 def test_torch_has_its_threads_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,28 @@ def test_every_row_finds_its_blocks(most_blocks: int, bucket: int) -> None:
     assert packed.rows.token_ids.tolist() == [r.token_ids[-1] for r in requests]
     assert packed.rows.lengths.tolist() == [r.num_tokens for r in requests]
     assert packed.rows.sources.tolist() == [-1] * bucket
+
+
+def test_what_ctrl_c_cuts_short_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows changed places, and one of them was written, when it came; then they are back where they were."""
+
+    class Cut(list[int]):
+        def __array__(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    first, second = rows_of([40, 33])
+    packed = PackedRows(2, 4, CPU)
+    for _ in range(3):  # every host buffer in turn
+        packed.load(decodes([first, second]), [-1] * 2, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "blocks", Cut(first.blocks))
+        with pytest.raises(KeyboardInterrupt):
+            packed.load(decodes([second, first]), [-1] * 2, ())
+    for _ in range(3):
+        packed.load(decodes([first, second]), [-1] * 2, ())
+        stride = int(packed.rows.table_stride)
+        assert packed.rows.tables[:3].tolist() == first.blocks
+        assert packed.rows.tables[stride : stride + 3].tolist() == second.blocks
 
 
 def test_padding_is_empty_and_greedy_after_a_fuller_step() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexmoe import LLM, SamplingParams
+from flexmoe.engine.cuda_graph import bucket_of
 from tests.cpu.tiny_models import CASES, tiny
 
 PROMPTS = [[5, 17, 230, 9, 44], [11] * 3, list(range(3, 40))]
@@ -115,3 +116,13 @@ def test_experts_behind_tokens_are_those_of_the_cpu() -> None:
         assert [len(routing) for routing in routings] == [6] * len(PROMPTS)
         found[device] = [[token.experts for token in routing] for routing in routings]
     assert found["cuda"] == found["cpu"]
+
+
+def test_steps_that_are_looked_into_keep_no_inputs() -> None:
+    """These have just their rows, any number of them, and would add up to gigabytes; those of graphs are few."""
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, routing=4)
+    with LLM(str(tiny("mixtral")), device="cuda", num_blocks=64) as llm:
+        llm.generate([[5, 6, 7]] * 9, params)
+        runner = llm.engine.local_runner
+        assert runner._graphed is not None
+        assert set(runner._graphed._packed) == {bucket_of(9)}

@@ -22,7 +22,6 @@ from flexmoe.kernels.triton.decode_attention import (
     DecodeAttentionTile,
     decode_attention,
     default_tile,
-    default_workspace,
     workspace_shapes,
 )
 
@@ -281,12 +280,13 @@ def test_default_tiles_split_small_batches_only() -> None:
     assert not default_tile(1, 32, 8, 128).per_head
 
 
-def test_default_tile_and_workspace_do() -> None:
+def test_the_default_tile_does() -> None:
     dtype = DTYPES[-1]
     given = make(Heads(2, 2, 16, 16), dtype, (33, 0, 100))
     expected, cache = poisoned(3, 32, dtype=dtype), given.cache.clone()
     reference.decode_attention(given.qkv, cache, given.rows, given.cos, given.sin, expected)
-    out, workspace = poisoned(3, 32, dtype=dtype), default_workspace(8, 2, 2, 16, dtype, DEVICE)
+    shapes = workspace_shapes(3, 2, 16, default_tile(3, 2, 2, 16, dtype=dtype).splits)
+    out, workspace = poisoned(3, 32, dtype=dtype), (poisoned(*shapes[0]), poisoned(*shapes[1]))
     decode_attention(given.qkv, given.cache, given.rows, given.cos, given.sin, out, workspace=workspace)
     assert_near(out, expected, dtype)
 

@@ -1,8 +1,8 @@
 """A rank that ends or hangs as the environment says: FLEXMOE_TEST_FATE="phase rank how".
 
 phase: load, prefill, decode or close. how: kill (SIGKILL, in the midst of collectives), exit (code 3), raise (a Python
-error), stop (SIGSTOP: it hangs), sleep (it hangs, but its process shows life), abort (SIGABRT, as gloo ends on messages
-of the wrong size).
+error), refuse (an error on purpose, once), stop (SIGSTOP: it hangs), sleep (it hangs, but its process shows life),
+abort (SIGABRT, as gloo ends on messages of the wrong size).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from flexmoe.engine import worker as workers
 from flexmoe.engine.wire import WireStep
 from flexmoe.engine.worker import Worker
+from flexmoe.errors import EngineError
 from flexmoe.parallel.comm import Traffic
 from flexmoe.parallel.rank import main
 
@@ -29,15 +30,17 @@ class Doomed(Traffic):
     how = ""
 
     def count(self, label: str, num_bytes: float) -> None:
-        if self.left == 0:
-            meet(self.how)
         self.left -= 1
+        if self.left == -1:
+            meet(self.how)
 
 
 def meet(how: str) -> None:
     sys.stderr.write("these are the last words\n")
     if how == "raise":
         raise MemoryError("no more")
+    if how == "refuse":
+        raise EngineError("the memory of device 'cuda:0' ran out.")
     if how == "sleep":
         time.sleep(600)
     if how == "exit":
@@ -66,6 +69,7 @@ class DyingWorker(Worker):
                 if hasattr(part, "traffic"):
                     part.traffic = Doomed(beats=self._beats)
                     part.traffic.left, part.traffic.how = 0, self._how
+            self._phase = ""
         return super().step(wires)
 
     def close(self) -> None:

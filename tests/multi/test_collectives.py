@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.parallel.beats import Beats
 from flexmoe.parallel.comm import Group, Traffic
+from flexmoe.parallel.pipeline import Pipeline
 from tests.multi.pool import Pool
 from tests.multi.worker import CPU, PoolWorker
 
@@ -115,3 +117,15 @@ def test_what_a_replayed_graph_sends_is_counted_each_time() -> None:
     traffic.repeat(sent)
     assert traffic.take() == {"linear": 16, "combine": 4}
     assert traffic.beats[0] > beats
+
+
+def test_a_rank_s_counter_lasts_for_years() -> None:
+    """It has 64 bits, and goes on to a milestone for each stage of each step: ten years with 1,000 steps a second."""
+    with Beats.file(1) as file:
+        beats = Beats(file, 1)
+    group = Group(8, 7, traffic=Traffic(beats=beats.of(0)))
+    group.traffic.reach(10 * 365 * 86_400 * 1000 * 8)
+    with Pipeline(group).step():
+        for _ in range(100_000):  # collectives of a step, more than any has
+            group.traffic.count("much", 1.0)
+        assert group.traffic.milestone == 10 * 365 * 86_400 * 1000 * 8 + 7

@@ -70,3 +70,36 @@ def test_a_step_that_is_given_up_does_no_harm(llm: LLM, ahead: list[bool]) -> No
     stream.close()
     assert llm.generate(PROMPTS[1], GREEDY)[0].token_ids == whole
     assert any(ahead)
+
+
+def test_ranks_are_asked_while_a_step_is_on_its_way(llm: LLM, ahead: list[bool]) -> None:
+    """Which is still waited for: its tokens are there, and no answer is taken for another's."""
+    engine = llm.engine
+    whole = llm.generate(PROMPTS[1], GREEDY)[0].token_ids
+    engine.add_request(PROMPTS[1], GREEDY)
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+        engine.count_experts(True)
+        assert isinstance(engine.runner, RankedRunner)
+        assert len(engine.runner.traffic()) == 2
+        engine.expert_loads()
+        engine.count_experts(False)
+    assert [output.token_ids for output in outputs] == [whole]
+    assert sum(ahead) > 5
+
+
+def test_experts_are_counted_from_the_next_launch_on(llm: LLM, ahead: list[bool]) -> None:
+    engine = llm.engine
+    engine.add_request(PROMPTS[1], GREEDY)
+    while not any(ahead):
+        engine.step()
+    engine.count_experts(True)
+    rest = 0
+    while engine.has_unfinished:
+        rest += 1
+        engine.step()
+    load = engine.expert_loads()[0]
+    engine.count_experts(False)
+    assert load.passes == rest - 1  # all but the one that was on its way
+    assert sum(load.counts) == load.tokens * load.top_k

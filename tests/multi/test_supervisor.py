@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -58,6 +60,10 @@ def make(monkeypatch: pytest.MonkeyPatch, fate: str, **options: Any) -> LLM:
     monkeypatch.setattr(ranks, "_MODULE", "tests.multi.dying")
     monkeypatch.setenv("FLEXMOE_TEST_FATE", fate)
     return LLM(tiny("mixtral"), **{**OPTIONS, **options})
+
+
+def interrupted(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -142,6 +148,17 @@ def test_an_error_in_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nothing.is_left()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_on_purpose_in_a_step_ends_the_ranks(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """The other one waits for this one's part of a sum, and would take its first part of the next step for it."""
+    nothing = Nothing()
+    llm = make(monkeypatch, f"decode {rank} refuse")
+    with soon(), pytest.raises(RankError, match=rf"rank {rank} of 2 .* failed with RuntimeError: the memory of device"):
+        llm.generate(PROMPTS, PARAMS)
+    assert nothing.is_left()
+    llm.close()
+
+
 @pytest.mark.parametrize(("how", "words"), [("kill", "last words"), ("raise", "MemoryError: no more")])
 def test_a_death_while_loading(monkeypatch: pytest.MonkeyPatch, how: str, words: str) -> None:
     nothing = Nothing()
@@ -174,6 +191,70 @@ def test_a_death_or_a_hang_while_closing(monkeypatch: pytest.MonkeyPatch, how: s
     assert "while closing" in str(caught.value)
     assert nothing.is_left()
     llm.close()
+
+
+def test_ctrl_c_while_ranks_close_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = Nothing()
+    llm = make(monkeypatch, "close 1 stop")
+    llm.generate(PROMPTS, PARAMS)
+    timer = threading.Timer(1.0, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    llm.close()
+    assert nothing.is_left()
+
+
+def test_ctrl_c_while_ranks_are_killed_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses it twice meets this: the first one closes the engine."""
+    nothing = Nothing()
+    llm = LLM(tiny("mixtral"), **OPTIONS)
+    runner = llm.engine.runner
+    assert isinstance(runner, ranks.RankedRunner)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(runner.ranks.members[0]), "kill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runner.ranks.kill()
+    llm.close()
+    assert nothing.is_left()
+
+
+def test_a_death_is_told_though_what_was_taken_cannot_be_given_back(caplog: pytest.LogCaptureFixture) -> None:
+    """As where the cluster that placed the ranks is gone with one of them."""
+
+    def fail() -> NoReturn:
+        raise ConnectionError("the cluster is gone")
+
+    nothing = Nothing()
+    llm = LLM(tiny("mixtral"), **OPTIONS)
+    runner = llm.engine.runner
+    assert isinstance(runner, ranks.RankedRunner)
+    runner.ranks._launched.after = fail
+    process = runner.ranks.members[1].process
+    assert process is not None
+    process.kill()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(llm.generate, PROMPTS, PARAMS)
+        with pytest.raises(RankError, match="rank 1 of 2"):
+            answer.result(LIMIT)
+    llm.close()
+    assert "the cluster is gone" in caplog.text
+    assert nothing.is_left()
+
+
+def test_a_rank_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is dead before it is watched, or told anything; what is refused outright leaves no file open either."""
+    nothing = Nothing()
+    for _ in range(3):
+        monkeypatch.setattr(sys, "executable", "/bin/false")
+        with pytest.raises(RankError, match=r"rank [01] of 2 .* died with exit code 1 while (starting|loading)"):
+            LLM(tiny("mixtral"), **OPTIONS)
+        files = psutil.Process().num_fds()
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+        with pytest.raises(FileNotFoundError):
+            LLM(tiny("mixtral"), **OPTIONS)
+        assert psutil.Process().num_fds() <= files
+    assert nothing.is_left()
 
 
 @pytest.mark.parametrize("fate", ["prefill 0 stop", "decode 1 stop", "load 1 stop"])
@@ -277,9 +358,6 @@ def test_ctrl_c_ends_the_request_and_not_the_engine() -> None:
 
 
 def test_ctrl_c_while_a_step_is_sent_leaves_no_rank_that_owes_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> bytes:
-        raise KeyboardInterrupt
-
     with LLM(tiny("mixtral"), **{**OPTIONS, "worker_timeout": 2.0}) as llm:
         first = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
         with monkeypatch.context() as patch:

@@ -6,11 +6,19 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flexmoe import LLM, SamplingParams
+from flexmoe.parallel import launch, network
+from flexmoe.parallel.child import SAFE_ENVIRONMENT
+from flexmoe.parallel.mesh import TCPStore
+from flexmoe.parallel.rank import Setup
 from tests.cpu.tiny_models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -89,3 +97,40 @@ def test_another_number_of_processes_than_ranks(tmp_path: Path) -> None:
     result = torchrun(tmp_path, 3)
     assert result.returncode != 0
     assert "torchrun started 3 processes, but the plan has 2 ranks" in result.stderr
+
+
+def test_strangers_that_find_the_port_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first process, while it waits for the others: scanners, of which one stays, and one with another key."""
+    monkeypatch.setattr(network, "KEY_SECONDS", 0.5)
+    for name in SAFE_ENVIRONMENT:
+        monkeypatch.setenv(name, "as it was")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    setup = Setup(0, 2, 0, 2, "127.0.0.1", store.port, 5.0)
+    found: list[launch.Launched] = []
+    thread = threading.Thread(target=lambda: found.append(launch.gather(setup, Silent)))
+    thread.start()
+    host, port, key = store.get("flexmoe/control").decode().split()
+    socket.create_connection((host, int(port))).close()
+    with pytest.raises(AuthenticationError):
+        Client((host, int(port)), authkey=b"another")
+    with (
+        socket.create_connection((host, int(port))),
+        Client((host, int(port)), authkey=bytes.fromhex(key)) as other,
+    ):
+        other.send(1)
+        thread.join(5)
+        assert [member.rank for member in found[0].members] == [0, 1]
+        found[0].release()
+
+
+class Silent:
+    """A rank that has nothing to do."""
+
+    def __init__(self, setup: Setup, beats: Any) -> None:
+        del setup, beats
+
+    def handle(self, command: str, payload: Any) -> Any:
+        del command, payload
+
+    def close(self) -> None:
+        pass

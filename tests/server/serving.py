@@ -31,6 +31,11 @@ class Running:
 
     url: str
     service: Service
+    server: Server
+
+    @property
+    def connections(self) -> int:
+        return len(self.server.server_state.connections)
 
     @property
     def engine(self) -> Engine:
@@ -80,7 +85,7 @@ def running(engine: dict[str, Any] | None = None, **config: Any) -> Iterator[Run
         try:
             assert ready.wait(PATIENCE)
             service, url = found[0]
-            yield Running(url, service)
+            yield Running(url, service, server)
         finally:
             server.should_exit = True
             thread.join(PATIENCE)

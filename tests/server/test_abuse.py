@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
+import resource
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
 import psutil
 import pytest
+from starlette.types import Receive, Scope, Send
 
+from flexmoe.server.connection import Patient, room_for_connections
+from flexmoe.server.logs import Logged
 from tests.server.serving import PATIENCE, Running, running, wait_for
 
 COMPLETIONS = "/v1/completions"
@@ -59,6 +66,8 @@ def send(server: Running, content: bytes, kind: str = "application/json", path: 
         ({"prompt": ["x"] * 33}, "n"),
         ({"prompt": "x", "stop": ["s"] * 17}, "stop"),
         ({"prompt": "x", "stop": ""}, None),
+        ({"prompt": "x", "stop": "s" * 1001}, "stop"),
+        ({"prompt": "x", "stop": ["s" * 1001]}, "stop"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, None),
         ({"prompt": "x", "logit_bias": {"99999": 1}}, None),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
@@ -69,7 +78,7 @@ def send(server: Running, content: bytes, kind: str = "application/json", path: 
         ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format.type"),
         ({"prompt": "x", "guided_regex": "a*"}, "guided_regex"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_wrong_field_is_named(server: Running, body: dict[str, Any], param: str | None) -> None:
     error = error_of(server.post(COMPLETIONS, body), 400)
@@ -91,6 +100,7 @@ def test_a_wrong_field_is_named(server: Running, body: dict[str, Any], param: st
         {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "max_completion_tokens": 4},
         {"messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 7 * 7 }}"},
         {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": []}},
+        {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"self": 1}},
         {
             "messages": [{"role": "user", "content": "x"}],
             "response_format": {"type": "json_object"},
@@ -124,6 +134,14 @@ def test_a_body_that_is_no_object_is_told_so(server: Running, content: bytes, fo
     assert error_of(send(server, content), 400)["message"] == f"the body is {found}; send a JSON object."
 
 
+def test_a_schema_may_not_be_huge(server: Running) -> None:
+    names = {f"name {number}": {"type": "string"} for number in range(2000)}
+    schema = {"name": "x", "schema": {"type": "object", "properties": names}}
+    body = {"prompt": "x", "max_tokens": 1, "response_format": {"type": "json_schema", "json_schema": schema}}
+    error = error_of(server.post(COMPLETIONS, body), 400)
+    assert "at most 32768" in error["message"]
+
+
 def test_the_nearest_name_is_offered(server: Running) -> None:
     error = error_of(server.post(COMPLETIONS, {"promt": "x"}), 400)
     assert error["code"] == "unknown_parameter"
@@ -152,6 +170,34 @@ def test_the_nearest_name_is_offered(server: Running) -> None:
 )
 def test_what_is_no_request_is_refused(server: Running, content: bytes) -> None:
     error_of(send(server, content), 400)
+
+
+MANY = 400_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {"prompt": [1] * MANY + [""]}),
+        (COMPLETIONS, {"prompt": [[""] * MANY, [1]]}),
+        (COMPLETIONS, {"prompt": "x", "stop": [1] * MANY}),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [""] * MANY}),
+        (COMPLETIONS, {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(MANY // 2)), "")}),
+        (COMPLETIONS, {"prompt": "x", **dict.fromkeys(map(str, range(MANY // 2)), 0)}),
+        (CHAT, {"messages": [{}] * MANY}),
+        (CHAT, {"messages": [{"role": "user", "content": [1] * MANY}]}),
+        ("/v1/responses", {"input": [{}] * MANY}),
+        ("/v1/responses", {"input": "x", "metadata": dict.fromkeys(map(str, range(MANY // 2)), 0)}),
+        ("/detokenize", {"tokens": [""] * MANY}),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_is_wrong_many_times_is_refused_once(server: Running, path: str, body: dict[str, Any]) -> None:
+    """A complaint about each entry took a minute for some megabytes, in which nobody else was served."""
+    start = time.monotonic()
+    error = error_of(send(server, json.dumps(body, separators=(",", ":")).encode(), path=path), 400)
+    assert time.monotonic() - start < 2.0
+    assert len(error["message"]) < 500
 
 
 def test_other_types_than_json_are_refused(server: Running) -> None:
@@ -196,6 +242,22 @@ def test_a_failure_of_our_own_shows_no_trace(server: Running, monkeypatch: pytes
     assert response.headers["x-request-id"]
 
 
+def test_an_answer_that_breaks_off_is_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client has a status already, so that the log alone can say why there is no more."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("the disk is gone")
+
+    async def nothing(*_: Any) -> Any:
+        return None
+
+    monkeypatch.setattr(logging.getLogger("flexmoe"), "propagate", True)
+    scope: Scope = {"type": "http", "headers": [], "method": "GET", "path": "/static/x"}
+    asyncio.run(Logged(app, Counter())(scope, nothing, nothing))
+    assert "the disk is gone" in caplog.text
+
+
 # ------------------------------------------------------------------------------------------- slow and gone clients
 
 
@@ -232,6 +294,38 @@ def test_who_dawdles_is_shown_the_door(server: Running, head: bytes, status: byt
                     connection.sendall(b"a")
                 time.sleep(0.1)
         assert status in closed_within(connection, 20)
+
+
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Type: text/plain\r\nContent-Length: 900\r\n\r\n", b"a"),
+        (b"GET /health HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
+        (b"GET /health HTTP/1.1\r\n\r\n", b"\r\n"),
+        (b"GET /v1/flexmoe/events HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
+    ],
+    ids=["a refused body", "a body that nobody reads", "blank lines", "a body beside an endless answer"],
+)
+def test_who_has_his_answer_may_not_stay(server: Running, head: bytes, more: bytes) -> None:
+    """Each byte that comes ends uvicorn's own waiting for the next request."""
+    with server.connect() as connection:
+        connection.sendall(head)
+        time.sleep(0.2)
+        connection.sendall(more)
+        assert b"HTTP/1.1 " in closed_within(connection, 6)
+
+
+def test_several_requests_may_wait_for_their_answers(server: Running) -> None:
+    """Those that come behind another are not read, so that they cannot be late."""
+    body = json.dumps({"prompt": "Once", "max_tokens": 1}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with server.connect() as connection:
+        connection.sendall(b"GET /v1/flexmoe/events?interval=2.5&count=3 HTTP/1.1\r\n\r\n" + head + body[:5])
+        time.sleep(1.0)
+        connection.sendall(body[5:] + b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        said = closed_within(connection, 20)
+    assert said.count(b"HTTP/1.1 200 OK") == 3
+    assert said.count(b"event: figures") == 3
 
 
 def test_endless_headers_are_cut_off(server: Running) -> None:
@@ -291,6 +385,17 @@ def test_a_reader_who_stops_reading_holds_up_nobody(server: Running) -> None:
         server.assert_idle()
 
 
+def test_who_never_reads_is_cut_off(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps a connection full for good keeps a place of the server's."""
+    monkeypatch.setattr(Patient, "unread_seconds", 1.0)
+    asked = b"GET /openapi.json HTTP/1.1\r\n\r\n" * (2**24 // len(server.get("/openapi.json").content))
+    files = psutil.Process().num_fds()
+    with server.connect() as connection:
+        connection.sendall(asked)
+        wait_for(lambda: psutil.Process().num_fds() == files + 2)
+        wait_for(lambda: psutil.Process().num_fds() == files + 1, 10)  # this end's
+
+
 # ------------------------------------------------------------------------------------------------------ limits and keys
 
 
@@ -306,6 +411,30 @@ def test_more_than_can_wait_is_too_many() -> None:
                 assert int(third.headers["retry-after"]) >= 1
         server.assert_idle()
         assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_files_are_left_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is raised as far as it may be, and connections get half of it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    changed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: changed.append(limits))
+    assert room_for_connections() == 2048
+    assert changed == [(4096, 4096)]
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+    with monkeypatch.context() as patch:
+        patch.setattr("flexmoe.server.run.room_for_connections", lambda: 4)
+        with running() as server:
+            seated = [server.connect() for _ in range(4)]
+            wait_for(lambda: server.connections == 4)
+            for _ in range(3):
+                with server.connect() as late:
+                    assert closed_within(late, 1.5) == b""
+            for connection in seated:
+                connection.close()
+            wait_for(lambda: server.connections == 0)
+            assert server.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
 def test_keys_and_origins() -> None:

@@ -16,6 +16,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 
+from flexmoe.errors import EngineError
 from tests.server.serving import PATIENCE, Process, process, running, wait_for
 
 LONG: dict[str, Any] = {"prompt": "Once", "max_tokens": 900, "stream": True, "ignore_eos": True}
@@ -223,3 +224,15 @@ def test_the_summary_and_the_log() -> None:
         httpx.post(server.url + "/v1/completions", json={"prompt": "secret words", "max_tokens": 1}, timeout=PATIENCE)
         wait_for(lambda: any('"request"' in line for line in server.lines))
         assert "secret" not in "\n".join(server.lines)
+
+
+def test_the_first_signal_after_a_death_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends the server meanwhile shall not cut off what its clients are told."""
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with running() as server:
+        server.server._on_death(EngineError("a rank died"))
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert ends == []
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert ends == [128 + signal.SIGTERM]

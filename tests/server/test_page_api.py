@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import pytest
 
 from flexmoe.config.routing import read_recording
 from flexmoe.errors import ConfigError
-from flexmoe.server.endpoint import Endpoint
-from tests.server.serving import PATIENCE, Running
+from flexmoe.server.about import _kernels
+from flexmoe.server.endpoint import THREAD, Endpoint
+from tests.server.serving import PATIENCE, Running, wait_for
 
 QUESTION = [{"role": "user", "content": "What is the capital of Norway?"}]
 ANSWER = "The capital of Norway is Oslo."
@@ -24,9 +28,23 @@ def test_about(server: Running) -> None:
     assert about["experts"] == {"layers": list(range(6)), "num_experts": 8, "top_k": 2, "placements": None}
     assert about["compare"] is None
     assert about["engine"]["max_model_len"] == 1024
-    assert len(about["kernels"]) == 3
+    assert len(about["kernels"]) == 4
     for name, bounds in about["latency_bounds"].items():
         assert bounds == sorted(bounds), name
+
+
+@pytest.mark.parametrize(
+    ("decode", "prompts", "told"),
+    [
+        ("C (avx2)", "torch", ["C (avx2)", "torch", "torch", "cpu"]),
+        ("C (avx512bf16)", "C (avx512bf16)", ["C (avx512bf16)"] * 4),
+        ("Triton", "Triton", ["Triton", "Triton", "torch", "Triton"]),
+        ("torch (no compiler)", "torch", ["torch (no compiler)", "torch", "torch", "cpu"]),
+    ],
+)
+def test_kernels_are_told_by_operation(decode: str, prompts: str, told: list[str]) -> None:
+    about = {"decode_kernels": decode, "prompt_kernels": prompts, "expert_backend": "cpu"}
+    assert list(_kernels(about).values()) == told
 
 
 def test_the_recording_is_one(server: Running, tmp_path: Path) -> None:
@@ -89,6 +107,34 @@ def test_an_endpoint_that_is_not_there_is_told(server: Running) -> None:
         assert event["error"]["message"].startswith("127.0.0.1:9 failed:")
     finally:
         server.service.compare = None
+
+
+@pytest.fixture
+def silent(server: Running) -> Iterator[None]:
+    """Another endpoint that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        server.service.compare = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", None)
+        try:
+            yield
+        finally:
+            server.service.compare = None
+
+
+@pytest.mark.usefixtures("silent")
+def test_so_many_questions_are_passed_on_and_end_with_who_asked(server: Running) -> None:
+    url, body = server.url + "/v1/flexmoe/compare", {"messages": QUESTION}
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            assert stack.enter_context(httpx.stream("POST", url, json=body, timeout=PATIENCE)).status_code == 200
+        wait_for(lambda: _threads() == 8)
+        refused = server.post("/v1/flexmoe/compare", body)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "too_many_questions"
+    wait_for(lambda: not _threads(), 10)
+
+
+def _threads() -> int:
+    return sum(thread.name == THREAD for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("url", ["ftp://host/v1", "hf2", "http://", "http://host/v1?x=1"])

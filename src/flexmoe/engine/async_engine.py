@@ -229,9 +229,13 @@ class AsyncEngine:
             while self._obey():
                 if self.engine.has_unfinished:
                     self._advance()
-            self.engine.close()
         except BaseException as error:  # noqa: BLE001 - all who wait must hear of it
             self._die(error)
+        try:
+            self.engine.close()
+        except Exception:  # noqa: BLE001 - nobody waits for more than the thread
+            if self.error is None:  # else its processes may be gone, and that has been said
+                _log.exception("the engine did not end in order")
 
     def _obey(self) -> bool:
         """Carry out the commands that are there; if there is nothing else to do, wait for one. False: it is over."""
@@ -309,8 +313,6 @@ class AsyncEngine:
         while (command := self._inbox.get()) is not None:  # whoever asks from now on is told, and waits for nothing
             with contextlib.suppress(Exception):
                 command()
-        with contextlib.suppress(Exception):  # its processes may be gone
-            self.engine.close()
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function in the event loop, unless that has ended."""

@@ -201,7 +201,10 @@ class GraphedDecoder:
         counter = probe if isinstance(probe, ExpertCounter) else None
         probe = None if counter is not None else probe
         count = len(chunks)
-        packed = self._inputs(bucket_of(count) if probe is None else count)  # a probe shall see no padding
+        if probe is None:
+            packed = self._inputs(bucket_of(count))
+        else:  # which shall see no padding; any number of rows may come, so that these are not kept
+            packed = PackedRows(count, self._most_blocks, self._device)
         packed.load(chunks, [-1] * count if sources is None else sources, sampled)
         long = max(chunk.start for chunk in chunks) >= _LONG
         form = _Form(packed.bucket, long, counter is not None, *self._sampled(states, bool(sampled)))

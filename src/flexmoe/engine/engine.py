@@ -219,6 +219,7 @@ class Engine:
             "threads": s.threads,
             "expert_backend": s.backend,
             "decode_kernels": s.decode_kernels,
+            "prompt_kernels": s.prompt_kernels,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.options.scheduler.on(s.device.type).seats,
             "max_num_batched_tokens": self.scheduler.max_tokens,

@@ -57,11 +57,11 @@ class Grammars:
 
     def check(self, schema: Mapping[str, Any]) -> None:
         """Compile a schema ahead of its use. Raises RequestError if it is none, or says what is not supported."""
-        self._compiled(_text(schema))
+        self._compiled(schema_text(schema))
 
     def matcher(self, schema: Mapping[str, Any]) -> Matcher:
         """A matcher at the start of an answer."""
-        return _Matcher(self._compiled(_text(schema)).deep_copy(), self._vocab_size)
+        return _Matcher(self._compiled(schema_text(schema)).deep_copy(), self._vocab_size)
 
     @functools.cached_property
     def _vocabulary(self) -> Any:
@@ -105,7 +105,8 @@ def _library() -> Any:
     return llguidance
 
 
-def _text(schema: Mapping[str, Any]) -> str:
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """As JSON. Raises RequestError if it is not."""
     try:
         return json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:

@@ -93,11 +93,13 @@ class ExpertMetrics:
 
     def add(self, loads: Iterable[LayerLoad]) -> None:
         """The counts of a few more steps."""
-        self.looks += 1
-        self.latest = {load.layer: load for load in loads if load.passes}
+        latest = {load.layer: load for load in loads if load.passes}
+        # In this order: whoever reads between two of these finds the sum of every layer that was looked at.
         self.loads = self.loads | {
-            layer: self.loads[layer].plus(load) if layer in self.loads else load for layer, load in self.latest.items()
+            layer: self.loads[layer].plus(load) if layer in self.loads else load for layer, load in latest.items()
         }
+        self.latest = latest
+        self.looks += 1
 
     def imbalance(self, layer: int) -> float:
         """Largest over mean number of tokens of a layer's experts, over all that was looked at."""

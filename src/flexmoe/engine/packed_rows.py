@@ -131,10 +131,10 @@ class _Tables:
         tables = [chunk.request.blocks for chunk in chunks]
         lengths = list(map(len, tables))
         width = _padded(max(lengths))
+        there, self._rows = self._rows, []  # until all are written: Ctrl-C may come between
         if width != self._width:
             self._stride[0] = self._width = width
-            self._rows = []
-        there = self._rows
+            there = []
         for row, (blocks, length) in enumerate(zip(tables, lengths, strict=True)):
             if row >= len(there) or there[row][1] != length or there[row][0] is not blocks:
                 self._tables[row * width : row * width + length] = blocks

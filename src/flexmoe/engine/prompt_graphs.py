@@ -73,10 +73,10 @@ class GraphedPrompts:
     def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:
         if form not in self._graphs:
             # The first time without a graph: that compiles kernels, and many a form never comes again.
-            self._graphs[form] = None
             logits = self._model.logits(rows, self._cache)
             if self._outputs is None:
                 self._outputs = logits.new_empty(MOST_CHUNKS, logits.shape[1])
+            self._graphs[form] = None
             return logits
         assert self._outputs is not None
         assert self._pool is not None

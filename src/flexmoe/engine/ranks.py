@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -58,6 +59,7 @@ class StartedRanks:
     threads: int
     backend: str
     decode_kernels: str
+    prompt_kernels: str
     max_model_len: int
     quantization: None = None  # ranks hold full weights
 
@@ -117,19 +119,16 @@ class RankedRunner:
 
     def traffic(self) -> list[dict[str, float]]:
         """Bytes that each rank sent since the last call, by label."""
-        everyone = range(len(self.ranks.members))
-        found = self.ranks.wait(self.ranks.post("traffic", None, "counting bytes", owed=everyone))
-        return [found[rank] for rank in everyone]
+        found = self._ask("traffic", None, "counting bytes")
+        return [found[rank] for rank in sorted(found)]
 
     def count_experts(self, on: bool) -> None:
         """Let all ranks count which experts tokens choose, or no more."""
-        everyone = range(len(self.ranks.members))
-        self.ranks.wait(self.ranks.post("count", on, "recording the routing", owed=everyone))
+        self._ask("count", on, "recording the routing")
 
     def expert_loads(self, model: str) -> list[LayerLoad]:
         """What all ranks counted since `count_experts`, together."""
-        everyone = range(len(self.ranks.members))
-        answers = self.ranks.wait(self.ranks.post("loads", model, "telling the routing", owed=everyone))
+        answers = self._ask("loads", model, "telling the routing")
         found: dict[int, LayerLoad] = {}
         for load in itertools.chain.from_iterable(answers.values()):
             found[load.layer] = found[load.layer].plus(load) if load.layer in found else load
@@ -137,12 +136,16 @@ class RankedRunner:
 
     def close(self) -> None:
         """Unload the model and end the processes. Raises RankError if one dies or hangs over it."""
-        self._end.detach()
-        if not self._keep:
+        if self._keep:
+            self._ask("stop", None, "closing")
+        else:
             self.ranks.close()
-            return
+        self._end.detach()  # not before: Ctrl-C may have come between
+
+    def _ask(self, command: str, payload: Any, doing: str) -> dict[int, Any]:
+        """What every rank answers. A step that was sent before is still to be waited for."""
         everyone = range(len(self.ranks.members))
-        self.ranks.wait(self.ranks.post("stop", None, "closing", owed=everyone))
+        return self.ranks.wait(self.ranks.post(command, payload, doing, owed=everyone), forget=False)
 
 
 def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple[StartedRanks, RankedRunner]:
@@ -174,7 +177,7 @@ def start_ranks(options: EngineConfig, ranks: Supervisor | None = None) -> tuple
     size = CacheSize(sum(report.cache_bytes for report in reports.values()))
     return StartedRanks(
         source, size, first.num_blocks, tokenizer, device, dtype, first.threads, first.backend, first.decode_kernels,
-        first.max_model_len,
+        first.prompt_kernels, first.max_model_len,
     ), RankedRunner(ranks, plan, device, first.max_ahead, keep=keep)  # fmt: skip
 
 

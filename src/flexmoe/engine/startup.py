@@ -58,6 +58,7 @@ class Started:
     threads: int
     backend: str
     decode_kernels: str  # "C (avx2)", "Triton", or why torch decodes
+    prompt_kernels: str  # "C (avx2)", "Triton", "torch"
     max_model_len: int
 
     @property
@@ -108,9 +109,10 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     if device.type == "cuda":
         rows = rows_for(options.scheduler.on(device.type).seats)
         graphed, prompts, decode_kernels = _in_triton(model, cache, max_model_len, device, backend, rows)
+    prompt_kernels = decode_kernels if model.native is not None and model.native.prompts else "torch"
     return Started(
         source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, options.device.quantization,
-        threads, backend, decode_kernels, max_model_len,
+        threads, backend, decode_kernels, prompt_kernels if prompts is None else "Triton", max_model_len,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from flexmoe.engine.device import choose_device
 from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.startup import start
 from flexmoe.engine.wire import WireStep, unpack
+from flexmoe.errors import FlexMoEError
 from flexmoe.parallel import mesh as meshes
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.rank import SILENT, Later, Setup, main
@@ -41,6 +42,7 @@ class RankReport:
     threads: int
     backend: str
     decode_kernels: str
+    prompt_kernels: str
     max_model_len: int
     max_ahead: int
 
@@ -80,7 +82,7 @@ class Worker:
         )
         return RankReport(
             started.num_blocks, started.cache.num_bytes, started.threads, started.backend, started.decode_kernels,
-            started.max_model_len, 0 if graphed is None else graphed.max_rows,
+            started.prompt_kernels, started.max_model_len, 0 if graphed is None else graphed.max_rows,
         )  # fmt: skip
 
     def connect(self, options: EngineConfig, device: torch.device) -> Mesh:
@@ -94,18 +96,28 @@ class Worker:
         return self.mesh
 
     def step(self, wires: list[WireStep]) -> Any:
-        """Compute one step, of which each data rank has a part; all ranks do so at once, also those with no rows."""
-        assert self.runner is not None
+        """Compute one step, of which each data rank has a part; all ranks do so at once, also those with no rows.
+
+        An error on purpose ends the rank as any other does: those that go on with the step wait for it in a collective,
+        and would take what it begins in the next step for its part of this one.
+        """
         assert self.mesh is not None
-        with self.mesh.pipeline.step():
-            most_rows = max(len(wire.tokens) for wire in wires) if len(wires) > 1 else None
-            own = wires[self.mesh.place.dp]
-            flight = self.runner.launch_rows(*unpack(own), own.sources, most_rows)
-            if self.setup.rank not in self.mesh.layout.samplers:
-                return SILENT
-            if isinstance(flight, GraphFlight) and not flight.needs_host:
-                return Later(flight.landed, flight.wait)
-            return flight.wait()
+        try:
+            with self.mesh.pipeline.step():
+                return self._step(wires, self.mesh)
+        except FlexMoEError as error:
+            raise RuntimeError(str(error)) from error
+
+    def _step(self, wires: list[WireStep], mesh: Mesh) -> Any:
+        assert self.runner is not None
+        most_rows = max(len(wire.tokens) for wire in wires) if len(wires) > 1 else None
+        own = wires[mesh.place.dp]
+        flight = self.runner.launch_rows(*unpack(own), own.sources, most_rows)
+        if self.setup.rank not in mesh.layout.samplers:
+            return SILENT
+        if isinstance(flight, GraphFlight) and not flight.needs_host:
+            return Later(flight.landed, flight.wait)
+        return flight.wait()
 
     def loads(self, model: str) -> list[LayerLoad]:
         """The counts of this rank's rows and layers, which its whole tensor group has: its first rank tells them."""

@@ -70,16 +70,22 @@ class Child:
         ends = (connection.fileno(), lifeline, beats)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
         weakref.finalize(self, self._log.close)  # not in close(): its end may be asked for later
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-X", "faulthandler", "-c", f"from {module} import run; run()", *map(str, ends)],
-            env={**os.environ, **SAFE_ENVIRONMENT, **(environment or {}), "PYTHONPATH": os.pathsep.join(paths)},
-            pass_fds=ends,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            process_group=0,  # a terminal's Ctrl-C is for the driver alone
-        )
-        os.close(lifeline)
+        program = f"from {module} import run; run()"
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", "-X", "faulthandler", "-c", program, *map(str, ends)],
+                env={**os.environ, **SAFE_ENVIRONMENT, **(environment or {}), "PYTHONPATH": os.pathsep.join(paths)},
+                pass_fds=ends,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                process_group=0,  # a terminal's Ctrl-C is for the driver alone
+            )
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            os.close(lifeline)
         self.pid = self._process.pid
 
     @property

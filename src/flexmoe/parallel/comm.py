@@ -23,7 +23,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-_MILESTONE = 2**32  # more collectives than any rank begins between two milestones
+_MILESTONE = 2**20  # more collectives than any rank begins in a step; 2^44 milestones last longer than any process
 
 
 @dataclass(slots=True)

@@ -16,13 +16,12 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import NamedTuple
 
 from flexmoe.parallel.beats import LIFE, WORK, Beats
 from flexmoe.parallel.child import Child
-from flexmoe.parallel.network import shut_down, watch_peer
+from flexmoe.parallel.network import accept, shut_down, watch_peer
 
 _REPORT_SECONDS = 0.2
 _KILL_SECONDS = 2.0
@@ -61,25 +60,19 @@ class Keeper:
 
     def listen(self, host: str, key: bytes) -> Place:
         """Wait for the driver at an address of this machine, from now on. key: by which both know each other."""
-        self._listener = Listener((host, 0), authkey=key)
+        self._listener, self._key = Listener((host, 0)), key
         return Place(host, self._listener.address[1], os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
     def run(self) -> None:
         """Let the driver connect, start the rank, and keep it until either ends."""
         with self._listener:
-            control = self._accept()
+            control = accept(self._listener, self._key)
             order: Order = control.recv()
-            connection = self._accept()
+            connection = accept(self._listener, self._key)
         with control:
             watch_peer(control)
             watch_peer(connection)
             self._keep(order, control, connection)
-
-    def _accept(self) -> Connection:
-        """A connection of the driver's. Others that find the port are turned away."""
-        while True:
-            with contextlib.suppress(AuthenticationError, EOFError, ConnectionError):
-                return self._listener.accept()
 
     def _keep(self, order: Order, control: Connection, connection: Connection) -> None:
         with Beats.file(order.size) as file, socket.socket(fileno=os.dup(connection.fileno())) as theirs, connection:

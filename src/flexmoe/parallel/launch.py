@@ -7,6 +7,7 @@ that Ray places on other machines come from ray.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from flexmoe.parallel.beats import Beats
 from flexmoe.parallel.child import SAFE_ENVIRONMENT, Child, Process
 from flexmoe.parallel.mesh import TCPStore
-from flexmoe.parallel.network import is_loopback, own_address
+from flexmoe.parallel.network import accept, is_loopback, own_address
 from flexmoe.parallel.rank import Handler, Setup, serve
 
 _LOOPBACK = "127.0.0.1"
@@ -94,7 +95,8 @@ def spawn(module: str, size: int, timeout: float) -> Launched:
             for rank in range(size):
                 launched.members.append(_start(module, rank, file))
         for member in launched.members:
-            member.connection.send(Setup(member.rank, size, member.rank, size, _LOOPBACK, store.port, timeout))
+            with contextlib.suppress(OSError):  # it is dead already, which its supervisor tells better
+                member.connection.send(Setup(member.rank, size, member.rank, size, _LOOPBACK, store.port, timeout))
     except BaseException:
         launched.abandon()
         raise
@@ -103,9 +105,9 @@ def spawn(module: str, size: int, timeout: float) -> Launched:
 
 def _start(module: str, rank: int, beats: int) -> Member:
     ours, theirs = socket.socketpair()
-    with theirs:
+    with ours, theirs:
         process = Child(module, theirs, beats)
-    return Member(rank, Connection(ours.detach()), process)
+        return Member(rank, Connection(ours.detach()), process)
 
 
 def joined_by_torchrun() -> bool:
@@ -126,9 +128,9 @@ def gather(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler])
     store = TCPStore(setup.host, setup.port, is_master=False)
     key = secrets.token_bytes(32)
     inner, outer = _addresses(setup)
-    with Listener((inner, 0), backlog=setup.size, authkey=key) as listener:
+    with Listener((inner, 0), backlog=setup.size) as listener:
         store.set(_CONTROL, f"{outer} {listener.address[1]} {key.hex()}")
-        members = [Member(*_accept(listener)) for _ in range(setup.size - 1)]
+        members = [Member(*_accept(listener, key)) for _ in range(setup.size - 1)]
     ours, theirs = Pipe()
     threading.Thread(target=serve, args=(theirs, setup, lambda: make(setup, [0, 0])), daemon=True).start()
     return Launched([Member(0, ours), *sorted(members, key=lambda member: member.rank)], store=store)
@@ -143,8 +145,8 @@ def report(setup: Setup, make: Callable[[Setup, MutableSequence[int]], Handler])
     return serve(connection, setup, lambda: make(setup, [0, 0]))
 
 
-def _accept(listener: Listener) -> tuple[int, Connection]:
-    connection = listener.accept()
+def _accept(listener: Listener, key: bytes) -> tuple[int, Connection]:
+    connection = accept(listener, key)
     return connection.recv(), connection
 
 

@@ -6,10 +6,13 @@ import fcntl
 import os
 import socket
 import struct
-from multiprocessing.connection import Connection
+import threading
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 
 # A machine that is lost closes no connection: after so many seconds without its acknowledgements one counts as broken.
 _IDLE_SECONDS, _PROBES = 2, 2
+KEY_SECONDS = 5.0  # to prove that one knows a key
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
@@ -34,6 +37,26 @@ def interface_to(host: str, port: int) -> str | None:
     if is_loopback(address) and not is_loopback(host):
         return None
     return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), None)
+
+
+def accept(listener: Listener, key: bytes) -> Connection:
+    """A connection of whoever knows the key. Others that find the port are turned away, also those that say nothing.
+
+    listener: without a key of its own, with which it would wait for these for ever.
+    """
+    while True:
+        connection = listener.accept()
+        timer = threading.Timer(KEY_SECONDS, shut_down, [connection])
+        timer.start()
+        try:
+            deliver_challenge(connection, key)
+            answer_challenge(connection, key)
+        except (AuthenticationError, EOFError, OSError):
+            connection.close()
+        else:
+            return connection
+        finally:
+            timer.cancel()
 
 
 def watch_peer(connection: Connection) -> None:

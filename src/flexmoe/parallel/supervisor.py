@@ -13,6 +13,7 @@ began the fewest is named. Then all are killed.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import signal
@@ -27,6 +28,8 @@ from flexmoe import errors
 from flexmoe.errors import EngineError, FlexMoEError, RankError
 from flexmoe.parallel.beats import LIFE, WORK
 from flexmoe.parallel.launch import Launched, Member
+
+_log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
 # When one rank dies its peers report broken connections: wait so long for the one that died without a word.
@@ -62,16 +65,17 @@ class Supervisor:
         self._numbers, self._doing, self._patient = 0, "starting", True
         self._wanted: dict[int, frozenset[int]] = {}  # by command, the main thread's: who answers
         self._answers: dict[int, dict[int, Any]] = {}
+        self._refusals: dict[int, FlexMoEError] = {}
         self._owed: dict[int, set[int]] = {}  # by command, under the lock: who has not answered yet
         self._lock, self._kill_lock = threading.Lock(), threading.Lock()
         self._outbox: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._inbox: queue.SimpleQueue[tuple[int, int, str, Any] | None] = queue.SimpleQueue()
         self._failure: RankError | None = None
-        self._closing = self._killed = False
+        self._closing = self._killed = self._gone = False
         self._moved = time.monotonic()
         self._seen: tuple[list[int], list[int], list[float]] = ([], [], [])
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._send)]
-        for thread in self._threads:
+        for thread in reversed(self._threads):  # a rank may be dead already: who hears of it waits for the other thread
             thread.start()
 
     def check(self) -> None:
@@ -96,29 +100,42 @@ class Supervisor:
         self._outbox.put(_Command(self._numbers, frozenset(owed), message))
         return self._numbers
 
-    def wait(self, number: int) -> dict[int, Any]:
-        """The answers to a command by rank, once all are there. Answers to earlier commands are forgotten.
+    def wait(self, number: int, *, forget: bool = True) -> dict[int, Any]:
+        """The answers to a command by rank, once all are there.
 
-        Raises RankError if a rank died or hangs, and the first error on purpose that a rank answered with.
+        forget: nobody will wait for earlier commands any more. Raises RankError if a rank died or hangs, and the first
+        error on purpose that a rank answered with.
         """
-        for old in [n for n in self._wanted if n < number]:
-            del self._wanted[old]
-            self._answers.pop(old, None)
+        if forget:
+            self._forget_before(number)
         answers = self._answers.setdefault(number, {})
-        while self._wanted[number] - answers.keys():
+        while number not in self._refusals and self._wanted[number] - answers.keys():
             self.check()
             message = self._inbox.get()
             if message is not None and message[0] in self._wanted:
-                found, rank, verdict, answer = message
-                self._answers.setdefault(found, {})[rank] = answer
-                if verdict == "refused" and found == number:
-                    raise _rebuilt(*answer)
+                self._take(*message)
+        if number in self._refusals:
+            raise self._refusals.pop(number)
         del self._wanted[number]
         return self._answers.pop(number)
+
+    def _take(self, number: int, rank: int, verdict: str, answer: Any) -> None:
+        """Keep an answer that somebody waits for, or will."""
+        if verdict == "refused":
+            self._refusals.setdefault(number, _rebuilt(*answer))
+        else:
+            self._answers.setdefault(number, {})[rank] = answer
+
+    def _forget_before(self, number: int) -> None:
+        for old in [n for n in self._wanted if n < number]:
+            del self._wanted[old]
+            self._answers.pop(old, None)
+            self._refusals.pop(old, None)
 
     def close(self) -> None:
         """End all ranks in order. Raises RankError if one of them dies or hangs over it."""
         if self._killed:
+            self.kill()
             return
         self._doing, self._closing = "closing", True
         self._outbox.put(_Command(0, frozenset(), pickle.dumps((0, "exit", None))))
@@ -133,7 +150,7 @@ class Supervisor:
     def kill(self) -> None:
         """End all ranks now. May be called twice, from any thread; when it returns they are gone."""
         with self._kill_lock:
-            if self._killed:
+            if self._gone:
                 return
             self._killed = True
             for member in self.members:
@@ -142,8 +159,16 @@ class Supervisor:
             for thread in self._threads:  # they end now: a connection is not closed under their hands
                 if thread is not threading.current_thread():
                     thread.join(1.0)
-            self._launched.release()
+            self._release()
+            self._gone = True  # only now: what Ctrl-C cuts short is done once more
         self._inbox.put(None)
+
+    def _release(self) -> None:
+        """A cluster that is gone with a rank takes nothing back: whoever waits must hear of the rank all the same."""
+        try:
+            self._launched.release()
+        except Exception:  # noqa: BLE001 - logged
+            _log.exception("not all that was taken for the ranks could be given back")
 
     def _send(self) -> None:
         while (command := self._outbox.get()) is not None:

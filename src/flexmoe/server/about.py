@@ -53,11 +53,13 @@ def _about(service: Service) -> dict[str, Any]:
 
 def _kernels(about: Any) -> dict[str, str]:
     """Which kernels serve which operation."""
-    decode, experts = about["decode_kernels"], about["expert_backend"]
+    prompts = about["prompt_kernels"]
     return {
-        "Decode steps: attention, router, experts, head": decode,
-        "Prompts: attention, router, head": "torch",
-        "Prompts: experts": experts,
+        "Decode steps: attention, router, experts, head": about["decode_kernels"],
+        "Prompts: attention, router": prompts,
+        # On a GPU dense products of many rows are torch's, whoever computes what is between them.
+        "Prompts: projections, head": prompts if prompts.startswith("C") else "torch",
+        "Prompts: experts": about["expert_backend"] if prompts == "torch" else prompts,
     }
 
 

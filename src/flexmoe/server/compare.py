@@ -13,22 +13,23 @@ from pydantic import Field
 from starlette.responses import Response
 
 from flexmoe.server.errors import APIError
-from flexmoe.server.openai import Message, Strict
+from flexmoe.server.openai import Messages, Strict
 from flexmoe.server.replies import errors
 from flexmoe.server.rival import Question, Rival
 from flexmoe.server.service import Service
 from flexmoe.server.stream import EventStream
 
+MAX_QUESTIONS = 8  # each holds a thread, and a place of the other engine's
 _DOCUMENTED: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string", "description": "Server-sent events."}}}},
-    **errors(400, 404, 408, 413, 415),
+    **errors(400, 404, 408, 413, 415, 429),
 }
 
 
 class CompareRequest(Strict):
     """A conversation to go on with, greedily. ignore_eos: write on after the end."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] = 128
     ignore_eos: bool = False
 
@@ -36,6 +37,7 @@ class CompareRequest(Strict):
 def routes(service: Service) -> APIRouter:
     """The endpoint."""
     router = APIRouter()
+    asking: set[object] = set()
 
     @router.post("/v1/flexmoe/compare", response_class=Response, responses=_DOCUMENTED)
     async def compare(body: CompareRequest) -> Response:
@@ -45,7 +47,11 @@ def routes(service: Service) -> APIRouter:
             message = "this server compares with nothing; start it with --compare hf or --compare URL."
             raise APIError(404, message, code="nothing_to_compare")
         question = await _question(service, body)
-        return EventStream(_events(rival, question), _nothing)
+        if len(asking) >= MAX_QUESTIONS:
+            message = f"{MAX_QUESTIONS} questions are all that this server passes on at a time."
+            raise APIError(429, message, code="too_many_questions", headers={"Retry-After": "10"})
+        asking.add(own := object())
+        return EventStream(_events(rival, question), lambda: asking.remove(own))
 
     return router
 
@@ -61,7 +67,3 @@ async def _question(service: Service, body: CompareRequest) -> Question:
     service.check_length(len(prompt.token_ids))
     room = service.max_model_len - len(prompt.token_ids)
     return Question(messages, prompt.token_ids, min(body.max_tokens, room), body.ignore_eos)
-
-
-def _nothing() -> None:
-    """The generator ends its own work."""

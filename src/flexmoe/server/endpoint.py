@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import http.client
 import json
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from flexmoe.server.errors import APIError
 from flexmoe.server.rival import Question, Times
 from flexmoe.server.stream import event_of
 
+THREAD = "flexmoe.compare"
 _PATIENCE = 120.0  # seconds without a byte
 _MOST_BYTES = 2**20  # of a line, and of a list of models
 
@@ -50,15 +52,15 @@ class Endpoint:
             with contextlib.suppress(RuntimeError):  # the loop may have ended
                 loop.call_soon_threadsafe(lines.put_nowait, line)
 
-        over = threading.Event()
-        threading.Thread(target=self._ask, args=(question, tell, over), daemon=True).start()
+        asking = _Asking(self._connect)
+        threading.Thread(target=self._ask, args=(question, tell, asking), name=THREAD, daemon=True).start()
         try:
             while (line := await lines.get()) is not None:
                 if isinstance(line, Exception):
                     raise APIError(502, f"{self._host} failed: {line}", code="rival_failed") from line
                 yield event_of(line, name="status" if "state" in line else None)
         finally:
-            over.set()
+            asking.end()
 
     async def close(self) -> None:
         """There is nothing to end."""
@@ -67,28 +69,58 @@ class Endpoint:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         return kind(self._host, timeout=_PATIENCE)
 
-    def _ask(self, question: Question, tell: Tell, over: threading.Event) -> None:
+    def _ask(self, question: Question, tell: Tell, asking: _Asking) -> None:
         """In a thread: what comes is told line by line, then None or what went wrong; until nobody wants it."""
         try:
-            body = json.dumps(_body(question, self._model()))
+            body = json.dumps(_body(question, self._model(asking)))
             tell({"state": "ready"})
-            with contextlib.closing(self._connect()) as connection:
+            with asking.connected() as connection:
                 times = Times(time.monotonic())
                 connection.request("POST", f"{self._path}/chat/completions", body, self._headers)
                 for line in _data(_ok(connection.getresponse())):
-                    if over.is_set():
-                        return
                     tell(_passed_on(line, times))
             tell(None)
         except Exception as error:  # noqa: BLE001 - whoever asked is told
             tell(error)
 
-    def _model(self) -> str:
+    def _model(self, asking: _Asking) -> str:
         """The first model that it serves."""
-        with contextlib.closing(self._connect()) as connection:
+        with asking.connected() as connection:
             connection.request("GET", f"{self._path}/models", headers=self._headers)
             found = json.loads(_ok(connection.getresponse()).read(_MOST_BYTES))
         return str(found["data"][0]["id"])
+
+
+class _Asking:
+    """The connection through which somebody asks in a thread, to be ended from another."""
+
+    def __init__(self, connect: Callable[[], http.client.HTTPConnection]) -> None:
+        self._connect = connect
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._over = False
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[http.client.HTTPConnection]:
+        """Raises ConnectionError once it is over."""
+        with contextlib.closing(self._connect()) as connection:
+            connection.connect()
+            with self._lock:
+                if self._over:
+                    raise ConnectionAbortedError("nobody waits for the answer any more")
+                self._socket = connection.sock
+            try:
+                yield connection
+            finally:
+                with self._lock:
+                    self._socket = None
+
+    def end(self) -> None:
+        """Nobody wants the answer: whoever reads from the connection finds its end."""
+        with self._lock, contextlib.suppress(OSError):  # the other side may have gone first
+            self._over = True
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
 
 
 def _body(question: Question, model: str) -> dict[str, Any]:

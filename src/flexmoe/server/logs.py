@@ -64,6 +64,8 @@ class Logged:
         except Exception as error:  # noqa: BLE001 - it is logged, and told to the client if nothing was told yet
             if not status:
                 await as_api_error(error).response()(scope, receive, marked)
+            elif status < 500:  # else it was that error which was told, and logged
+                _log.error("an answer broke off", exc_info=error, extra={"fields": {"id": state["id"]}})
         finally:
             self._record(scope, status, time.monotonic() - start)
 

@@ -2,6 +2,9 @@
 
 A field that nobody knows is refused. So is one that is known but not served, unless its value asks for nothing:
 `Neutral` says which values do. `Ignored` fields have no part in the answer: they are for OpenAI's own accounting.
+
+Of a long list, or of many fields, only the first that is wrong is told: a complaint about each of a million would take
+minutes, while nobody else is served.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from flexmoe.config.sampling import SamplingParams
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1000  # characters; a search is prepared for each, once a sample
+MAX_FIELDS = 1024  # of an object, known or not, and entries of one whose keys are free
 MAX_LOGPROBS = 20
 MAX_ROUTED_TOKENS = 1024  # of a choice: tokens whose experts are told, the first ones
 
@@ -28,19 +33,29 @@ def _neutral(*values: object) -> Callable[[Any], Any]:
     return check
 
 
+def _few(value: Any) -> Any:
+    """Asked before each entry is looked at."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        message = f"Object should have at most {MAX_FIELDS} fields, not {len(value)}"
+        raise PydanticCustomError("too_many_fields", message)
+    return value
+
+
+Few = BeforeValidator(_few)
 Ignored = Annotated[Any, Field(description="Accepted; has no part in the answer.")]
 Neutral = Annotated[Any, AfterValidator(_neutral()), Field(description="Not supported: null or empty only.")]
 NeutralOff = Annotated[Any, AfterValidator(_neutral(False)), Field(description="Not supported: null or false only.")]
 NeutralNone = Annotated[
     Any, AfterValidator(_neutral("none", "auto")), Field(description="Not supported: null, none or auto only.")
 ]
-Stop = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_STOPS)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
 
 
 class Strict(BaseModel):
     """Refuses unknown fields, and values of another type than it names."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    _few = model_validator(mode="before")(_few)
 
 
 class StreamOptions(Strict):
@@ -82,17 +97,17 @@ class Common(Strict):
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    stop: str | Stop | None = None
+    stop: StopString | Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, float], Few, Field(max_length=MAX_FIELDS)] | None = None
     response_format: ResponseFormat | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True, max_length=1024)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -115,17 +130,21 @@ class Common(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-TokenIds = Annotated[list[int], Field(min_length=1)]
+TokenIds = Annotated[list[int], Field(fail_fast=True, min_length=1)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 
 
 class CompletionRequest(Common):
     """POST /v1/completions."""
 
-    prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | TokenIds | Texts | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     suffix: Annotated[Any, AfterValidator(_neutral(""))] = None
+
+
+Parts = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 
 
 class Message(BaseModel):
@@ -134,13 +153,16 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Parts | None = None
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
 class ChatRequest(Common):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -190,14 +212,12 @@ class TextOptions(Strict):
     verbosity: Annotated[Any, AfterValidator(_neutral("medium"))] = None
 
 
-class InputItem(BaseModel):
+class InputItem(Strict):
     """One message of a response's input."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[dict[str, Any]]
+    content: str | Parts
     id: Ignored = None
     status: Ignored = None
     phase: Ignored = None
@@ -207,7 +227,7 @@ class ResponsesRequest(Strict):
     """POST /v1/responses: text in, text out. Nothing is kept, so nothing can be continued by its id."""
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(fail_fast=True, min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = None
     temperature: float | None = None
@@ -228,7 +248,7 @@ class ResponsesRequest(Strict):
     max_tool_calls: Ignored = None
     truncation: Annotated[Any, AfterValidator(_neutral("disabled"))] = None
     parallel_tool_calls: Ignored = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Few] | None = None
     service_tier: Ignored = None
     user: Ignored = None
     prompt_cache_key: Ignored = None
@@ -242,7 +262,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
@@ -250,7 +270,7 @@ class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 class GenerateRequest(Strict):

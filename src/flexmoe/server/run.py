@@ -24,7 +24,7 @@ from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError, EngineError
 from flexmoe.planned import make_engine
 from flexmoe.server.app import build_app
-from flexmoe.server.connection import patient_protocol
+from flexmoe.server.connection import patient_protocol, room_for_connections
 from flexmoe.server.logs import JSONFormatter
 from flexmoe.server.rivals import rival_of
 from flexmoe.server.service import Service
@@ -70,11 +70,11 @@ class Server(uvicorn.Server):
         self.service.compare = rival_of(config, engine)
         self._drain_seconds, self._url, self._announce = config.drain_seconds, _url(listener), announce
         self._drain: asyncio.Task[None] | None = None
-        self.died = False
+        self._told = self.died = False  # told: by a signal, to end
         super().__init__(
             uvicorn.Config(
                 build_app(self.service),
-                http=patient_protocol(config.receive_seconds),
+                http=patient_protocol(config.receive_seconds, room_for_connections()),
                 lifespan="off",
                 ws="none",
                 log_config=None,
@@ -108,10 +108,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the drain; uvicorn's own way would end the process by the signal, not with 0."""
-        if self.should_exit:
+        if self._told:
             os.write(2, b"stopped at once, by a second signal\n")
             os._exit(128 + sig)
-        self.should_exit = True
+        self._told = self.should_exit = True
 
     def _on_death(self, error: EngineError) -> None:
         self.died = self.should_exit = True

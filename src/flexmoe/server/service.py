@@ -16,6 +16,7 @@ from starlette.requests import Request
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.config.server import ServerConfig
 from flexmoe.engine.async_engine import AsyncEngine, Job, Stream
+from flexmoe.engine.grammar import schema_text
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import RequestError
@@ -25,6 +26,9 @@ from flexmoe.server.rival import Rival
 # Shorter texts are encoded where they are; for longer ones a thread is cheaper than a loop that stands still.
 _ENCODE_HERE = 2000
 _RETRY_SECONDS = "1"
+# Characters of a JSON schema. Where a name may come next of thousands, each token of its answer costs the engine's
+# thread, and with it everybody, hundreds of milliseconds; with as many as fit into this, six.
+_MOST_SCHEMA = 2**15
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,9 @@ class Service:
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Prompt:
         """A conversation as a prompt. variables: further names that the model's own template reads."""
-        taken = sorted({"messages", "tools", "template", "documents", "add_generation_prompt"} & variables.keys())
+        taken = sorted(
+            {"self", "messages", "tools", "template", "documents", "add_generation_prompt"} & variables.keys()
+        )
         if taken:
             raise RequestError(f"chat_template_kwargs may not set {', '.join(taken)}; leave it out.")
         template = self.engine.engine.chat_template
@@ -147,6 +153,9 @@ class Service:
         grammars = self.engine.engine.admission.grammars
         if grammars is None:
             raise RequestError("response_format needs a tokenizer, and this model has none; leave it out.")
+        size = len(schema_text(schema))
+        if size > _MOST_SCHEMA:
+            raise RequestError(f"the JSON schema has {size} characters; this server takes at most {_MOST_SCHEMA}.")
         await asyncio.to_thread(grammars.check, schema)
 
     def check_length(self, length: int) -> None:

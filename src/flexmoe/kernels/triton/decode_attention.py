@@ -84,20 +84,6 @@ def workspace_shapes(
     return (batch, num_heads, splits, head_dim), (batch, num_heads, splits)
 
 
-def default_workspace(
-    max_batch: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """A workspace that is enough for the default tiles of all batches up to max_batch."""
-    rows = max(
-        batch * default_tile(batch, num_heads, num_kv_heads, head_dim, dtype=dtype).splits
-        for batch in range(1, max_batch + 1)
-    )  # of one head
-    partial, logsum = workspace_shapes(rows, num_heads, head_dim, 1)
-    return torch.empty(partial, dtype=torch.float32, device=device), torch.empty(
-        logsum, dtype=torch.float32, device=device
-    )
-
-
 def decode_attention(
     qkv: Tensor,
     cache: Tensor,

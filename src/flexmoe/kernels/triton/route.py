@@ -135,9 +135,10 @@ def _route_many(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    row_ptr = normed_ptr + t.to(tl.int64)[:, None] * H  # of some hundred thousand rows 2^31 numbers are not enough
     for start in range(0, H, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        rows = tl.load(normed_ptr + t[:, None] * H + k[None, :], mask=(t[:, None] < T) & (k[None, :] < H), other=0.0)
+        rows = tl.load(row_ptr + k[None, :], mask=(t[:, None] < T) & (k[None, :] < H), other=0.0)
         weight = tl.load(weight_ptr + e[None, :] * H + k[:, None], mask=(e[None, :] < E) & (k[:, None] < H), other=0.0)
         if WIDEN:
             rows, weight = rows.to(tl.float32), weight.to(tl.float32)
