@@ -62,6 +62,8 @@ def test_layer_types_are_cut_with_the_layers() -> None:
 
 
 def test_weights_fit_one_configuration_only() -> None:
+    with pytest.raises(ConfigError, match="layers=4 is above the model's 3"):
+        open_subject(str(tiny("qwen3-odd")), "dummy", Changes(layers=4)).__enter__()
     with pytest.raises(ConfigError, match="give a preset"), open_subject(None, changes=Changes(layers=1)):
         pass
 

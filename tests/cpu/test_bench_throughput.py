@@ -39,6 +39,15 @@ def test_the_command_appends_a_row_for_each_engine_and_prints_a_table(tmp_path: 
     assert "% busy: of the time that the device worked" in " ".join(done.stdout.split())
 
 
+def test_a_preset_with_fewer_layers(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = "bench throughput tinymistral-6x248m --layers 1 --requests 2 --prompt-len 4 --output-len 2 --device cpu"
+    done = CliRunner().invoke(main, [*words.split(), "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    (row,) = (json.loads(line) for line in out.read_text().splitlines())
+    assert (row["model"]["layers"], row["model"]["label"]) == (1, "tinymistral-6x248m with 1 of 12 layers")
+
+
 def test_an_engine_that_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ConfigError, match="engine='hf-best' is not one of flexmoe, hf-default"):
         ThroughputOptions(engine="hf-best")

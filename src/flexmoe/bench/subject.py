@@ -76,7 +76,8 @@ class Subject:
 def open_subject(model: str | None, load_format: str = "auto", changes: Changes | None = None) -> Iterator[Subject]:
     """The model, for as long as the context is open. A preset has random weights without being asked.
 
-    Raises ConfigError if the configuration of a model with weights is to be changed, and what `open_model` raises.
+    Raises ConfigError if the configuration of a model with weights is to be changed, or to have more layers than it
+    has, and what `open_model` raises.
     """
     changes = changes or Changes()
     if model in PRESETS and not Path(str(model)).is_dir():
@@ -84,6 +85,8 @@ def open_subject(model: str | None, load_format: str = "auto", changes: Changes 
     if changes and load_format != "dummy":
         raise ConfigError("changes of a model fit no stored weights; give a preset, or load_format='dummy'.")
     source = open_model(LoadConfig(model=model, load_format=load_format))
+    if (changes.layers or 0) > source.config.num_layers:
+        raise ConfigError(f"layers={changes.layers} is above the model's {source.config.num_layers}; use fewer.")
     if source.folder is not None and not changes:
         yield Subject(source.name, source.name, source.folder, load_format, source.config)
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flexmoe.cli.bench_machine import machine
-from flexmoe.cli.bench_options import positive, some_of, subject_options
+from flexmoe.cli.bench_options import layers_option, positive, some_of, subject_options
 from flexmoe.cli.bench_serve import serve
 from flexmoe.cli.bench_suite import suite
 from flexmoe.cli.bench_throughput import throughput
@@ -50,7 +50,7 @@ bench.add_command(throughput)
     help="Several with commas between: flexmoe, hf-best, hf-default. The latter two are Hugging Face transformers, on "
     "the same weights: in the fastest configuration that is found, and as it comes.",
 )
-@click.option("--layers", type=positive, help="Change a preset: how many layers.")
+@layers_option
 @click.option("--experts", type=positive, help="Change a preset: how many experts in a layer.")
 @click.option("--top-k", type=positive, help="Change a preset: how many experts a token.")
 @click.option("--expert-width", type=positive, help="Change a preset: how wide an expert's hidden layer is.")

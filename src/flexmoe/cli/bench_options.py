@@ -12,6 +12,7 @@ from flexmoe.config.engine import DTYPES, LOAD_FORMATS
 Function = Callable[..., Any]
 
 positive = click.IntRange(min=1)
+layers_option = click.option("--layers", type=positive, help="Change a preset: how many layers.")
 
 _SUBJECT = (
     click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from flexmoe.cli.bench_options import positive, some_of, subject_options
+from flexmoe.cli.bench_options import layers_option, positive, some_of, subject_options
 from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
@@ -37,10 +37,13 @@ _ENGINES = ("flexmoe", "hf-default")
 @click.option(
     "--prompts-ahead/--no-prompts-ahead", default=True, show_default=True, help="Launch steps with prompts ahead, too."
 )
+@layers_option
 @subject_options
 @click.option("--out", type=OUTPUT, help="File to append a JSON row an engine to.")
 @debug_option
-def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], load_format: str, **options: Any) -> None:
+def throughput(
+    model: str | None, out: Path | None, engines: tuple[str, ...], load_format: str, layers: int | None, **options: Any
+) -> None:
     """Serve many requests of MODEL together, and count tokens a second.
 
     MODEL is a folder, a name on the Hub, a preset (`flexmoe models` lists them) or nothing for the built-in model. All
@@ -52,13 +55,14 @@ def throughput(model: str | None, out: Path | None, engines: tuple[str, ...], lo
     Examples:
       flexmoe bench throughput --requests 64 --prompt-len 64 --output-len 64
       flexmoe bench throughput olmoe-1b-7b --engine flexmoe,hf-default --out rows.jsonl
+      flexmoe bench throughput mixtral-8x7b --layers 16
     """
     from flexmoe.bench.record import append
-    from flexmoe.bench.subject import open_subject
+    from flexmoe.bench.subject import Changes, open_subject
     from flexmoe.bench.throughput import ThroughputOptions, measure
 
     rows = []
-    with open_subject(model, load_format) as subject:
+    with open_subject(model, load_format, Changes(layers=layers)) as subject:
         for engine in engines:
             asked = ThroughputOptions(engine=engine, **options)
             lengths = f"{asked.prompt_len} + {asked.output_len} tokens"
