@@ -48,7 +48,7 @@ def test_one_prompt(llm: LLM) -> None:
     assert result.stdout == greedy(llm, "Once upon a time") + "\n"
     model, machine, speed = result.stderr.splitlines()
     assert model.startswith("builtin: MixtralForCausalLM, 18.4M parameters")
-    assert machine.startswith("cpu float32, 1 threads, experts: cpu, decode: ")
+    assert machine.startswith("cpu float32, 1 thread, experts: cpu, decode: ")
     assert speed.startswith("5 + 12 tokens, first after ")
     assert speed.endswith(" tok/s")
 

@@ -17,7 +17,7 @@ from flexmoe.cli.planning import (
     workload_of,
     workload_options,
 )  # fmt: skip
-from flexmoe.cli.terminal import note
+from flexmoe.cli.terminal import note, several
 from flexmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def _check_lengths(question: Question) -> None:
 
 
 def _engines(best: Estimate) -> str:
-    count = best.candidate.replicas
-    return f" Start {count} engines with it, on {best.candidate.plan.num_ranks} GPUs each." if count > 1 else ""
+    count, each = best.candidate.replicas, several(best.candidate.plan.num_ranks, "GPU")
+    return f" Start {count} engines with it, on {each} each." if count > 1 else ""
 
 
 def _as_json(found: Found) -> dict[str, Any]:

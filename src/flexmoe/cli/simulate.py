@@ -22,7 +22,7 @@ from flexmoe.cli.planning import (
     workload_of,
     workload_options,
 )  # fmt: skip
-from flexmoe.cli.terminal import note
+from flexmoe.cli.terminal import note, several
 from flexmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _simulated(setting: Setting, workload: Workload, options: dict[str, Any]) ->
         rates: Sequence[float | None] = options["rates"] or ((own * gpus) if own else workload.rate,)
         for rate in rates:
             asked = replace(workload, rate=rate)
-            note(f"{gpus} GPUs{f', {rate:g} requests/s' if rate else ''}: simulating")
+            note(f"{several(gpus, 'GPU')}{f', {rate:g} requests/s' if rate else ''}: simulating")
             candidate = sized.candidate(options["plan_file"], asked, limits_of(options, setting.model.max_position))
             points.append(
                 sized.simulate(
@@ -160,12 +160,13 @@ def _print(points: Sequence[Point], setting: Setting, seconds: float) -> None:
         markup=False,
     )
     for gpus, plan in dict.fromkeys((point.gpus, point.plan) for point in points if point.plan):
-        note(f"{gpus} GPUs: {plan}")
+        note(f"{several(gpus, 'GPU')}: {plan}")
     for point in points:
+        on = several(point.gpus, "GPU")
         if point.simulated < point.replicas:
-            note(f"{point.gpus} GPUs: {point.simulated} of {point.replicas} replicas simulated, with their share.")
+            note(f"{on}: {point.simulated} of {point.replicas} replicas simulated, with their share.")
         if point.cut_tokens:
-            note(f"{point.gpus} GPUs: {point.cut_tokens} tokens were left out, for requests longer than fit.")
+            note(f"{on}: {point.cut_tokens} tokens were left out, for requests longer than fit.")
     note(f"{sum(point.requests for point in points)} requests simulated in {seconds:.1f} s.")
 
 

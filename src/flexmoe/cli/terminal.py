@@ -42,7 +42,7 @@ def note(text: str) -> None:
 
 def summary(about: Mapping[str, Any]) -> str:
     """Two lines of what `LLM.describe` tells: the model, and what computes it."""
-    threads = f", {about['threads']} threads" if about["device"] == "cpu" else ""
+    threads = f", {several(about['threads'], 'thread')}" if about["device"] == "cpu" else ""
     weights = f" with {about['quantization']} weights" if about["quantization"] else ""
     return (
         f"{about['model']}: {about['architecture']}, {count(about['parameters'])} parameters "
@@ -50,6 +50,11 @@ def summary(about: Mapping[str, Any]) -> str:
         f"{about['device']} {about['dtype']}{weights}{threads}, experts: {about['expert_backend']}, "
         f"decode: {about['decode_kernels']}, KV cache {size(about['kv_cache_bytes'])}"
     )
+
+
+def several(number: int, thing: str) -> str:
+    """1 GPU, 2 GPUs."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def count(number: int) -> str:
