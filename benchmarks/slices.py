@@ -30,7 +30,6 @@ from flexmoe.bench.kernel_timer import Launch, time_launches
 from flexmoe.bench.record import append, facts
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
-from flexmoe.layers.forward_batch import ForwardBatch
 from flexmoe.models.presets import PRESETS
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.dispatch import Routed
@@ -147,8 +146,6 @@ class Layer:
         self.blocks = blocks
         ids, self.weights = choose(config, batch, x.device)
         self.ids = busiest_first(ids, share)
-        nothing = torch.empty(0, device=x.device)
-        self._batch = ForwardBatch(nothing, nothing, nothing, {})
 
     def routed(self) -> Routed:
         """The rows as the backend gets them: choices of other ranks' experts are -1."""
@@ -159,7 +156,7 @@ class Layer:
         for block in self.blocks:
             router = block.router.router if isinstance(block.router, Routing) else block.router
             block.router = Routing(router, self.ids, self.weights)  # type: ignore[assignment]
-        return [functools.partial(block, self.x, self._batch) for block in self.blocks]
+        return [functools.partial(block, self.x) for block in self.blocks]
 
     def grouped(self) -> list[Callable[[], Tensor]]:
         """The backend alone."""

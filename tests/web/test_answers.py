@@ -48,7 +48,7 @@ def test_ten_thousand_tokens_keep_the_page_responsive(page: Page) -> None:
 
 
 def test_finished_blocks_are_made_once(page: Page) -> None:
-    fake_answer(page, ["First.\n\n", *(f"Word {n} " for n in range(40))], delay=10)
+    fake_answer(page, ["First.\n\n", *(f"Word {n} " for n in range(60))], delay=50)  # longer than between two looks
     say(page, "Go on")
     expect(page.locator(".turn.assistant p")).to_have_count(2, timeout=PATIENCE)
     page.evaluate("document.querySelector('.turn.assistant p').marked = true")
