@@ -267,9 +267,10 @@ class Scheduler:
         ended: of the running requests those that will have ended by then, gain: blocks that will be free besides.
         """
         left = self.max_tokens - len(decodes)
-        if any(chunk.request.watched for chunk in decodes):
-            return min(left, self._pace.limit(len(decodes)))
-        if not decodes or self._num_watched or self._one_pass:
+        if self._num_watched:
+            watched = any(chunk.request.watched for chunk in decodes)
+            return min(left, self._pace.limit(len(decodes))) if watched else left
+        if not decodes or self._one_pass:
             return left
         running, free = len(self._running) - ended, self.blocks.num_free + gain
         ready, more = self._ready(begun, running, free)
