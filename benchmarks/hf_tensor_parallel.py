@@ -16,19 +16,19 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
+from harness.step_times import add_question, asked, step_times
 
 from flexmoe.bench.bandwidth import read_bandwidth
-from flexmoe.bench.record import append, facts, summary
+from flexmoe.bench.record import append, facts
 from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.workload import make_prompts
-
-_REPEATS = 3
 
 
 def checkpoint(subject: Subject, folder: Path, dtype: torch.dtype, device: torch.device) -> Path:
@@ -58,20 +58,6 @@ def timed(model: Any, prompts: Sequence[list[int]], count: int) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: Any, prompts: Sequence[list[int]], count: int) -> dict[str, Any]:
-    """A decode step, (time for N + 1 tokens - time for 1) / N, and the first tokens of all prompts."""
-    timed(model, prompts, count + 1)
-    firsts = [timed(model, prompts, 1) for _ in range(_REPEATS)]
-    steps = [(timed(model, prompts, count + 1) - first) / count for first in firsts]
-    step = summary([1e3 * each for each in steps])
-    return {
-        "step_ms": step,
-        "tokens_per_s": round(1e3 * len(prompts) / step["median"], 1),
-        "first_token_ms": summary([1e3 * each for each in firsts]),
-        "samples": _REPEATS,
-    }
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Measure; the first process prints, and appends rows."""
     args = _arguments(words)
@@ -94,10 +80,9 @@ def main(words: Sequence[str] | None = None) -> None:
         for batch in args.batch:
             prompts = make_prompts(subject.config.vocab_size, batch, args.prompt_len, args.seed)
             with torch.inference_mode():
-                result = measure(model, prompts, args.output_len)
-            asked = {name: getattr(args, name) for name in ("prompt_len", "output_len", "dtype", "seed")}
+                result = step_times(partial(timed, model, prompts), batch, args.output_len)
             row = {"benchmark": "strategies", "engine": "hf-tensor", "model": subject.facts()}
-            row |= {"params": {"batch": batch} | asked, "result": result} | about
+            row |= {"params": {"batch": batch} | asked(args), "result": result} | about
             row |= {"config": {"strategy": "tensor", "ranks": dist.get_world_size()}}
             if rank == 0:
                 step = result["step_ms"]["median"]
@@ -108,21 +93,9 @@ def main(words: Sequence[str] | None = None) -> None:
     dist.destroy_process_group()
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("model", nargs="?", help="a folder, a preset or a name on the Hub; none: the built-in model")
-    parser.add_argument("--layers", type=int, help="of a preset: only so many")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=_numbers, default=[1, 8])
-    parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--output-len", type=int, default=32)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    add_question(parser)
     return parser.parse_args(words)
 
 

@@ -24,11 +24,11 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from harness.predicted import Expected
+from harness.predicted import Expected, middle
+from harness.step_times import REPEATS, add_question, asked, numbers, step_times
 from harness.traffic import Bytes, Choices, formula, imbalance
 
 from flexmoe import LLM, SamplingParams
@@ -49,7 +49,6 @@ from flexmoe.errors import ConfigError
 
 Row = dict[str, Any]
 
-_REPEATS = 3
 _MANY = (512, 128)  # tokens of each of many requests, and of their answers
 
 
@@ -198,8 +197,8 @@ class Bench:
         for length in self.args.prompts:
             yield self._row("flexmoe", config, {"batch": 1, "prompt_len": length}, self._first_token(engine, length))
         if self.args.requests:
-            asked = {"batch": self.args.requests, "prompt_len": _MANY[0], "output_len": _MANY[1]}
-            yield self._row("flexmoe", config, asked, self._many(engine))
+            many = {"batch": self.args.requests, "prompt_len": _MANY[0], "output_len": _MANY[1]}
+            yield self._row("flexmoe", config, many, self._many(engine))
         if setup == AS_IT_COMES and self.args.hf:
             yield from self._hugging_face(engine)
 
@@ -207,8 +206,8 @@ class Bench:
         (prompt,) = make_prompts(self.subject.config.vocab_size, 1, length, self.args.seed)
         for _ in range(2):  # a GPU computes a length first as it comes, then records it
             engine.generate([prompt], 1)
-        seconds = [_clock(engine, [prompt], 1)[0] for _ in range(_REPEATS)]
-        return {"first_token_ms": summary([1e3 * each for each in seconds]), "samples": _REPEATS}
+        seconds = [_clock(engine, [prompt], 1)[0] for _ in range(REPEATS)]
+        return {"first_token_ms": summary([1e3 * each for each in seconds]), "samples": REPEATS}
 
     def _many(self, engine: Ours) -> Row:
         """Once after a run of the same."""
@@ -253,30 +252,25 @@ class Bench:
 
     def _timed(self, engine: TimedEngine, batch: int) -> Row:
         prompts, count = self.prompts[batch], self.args.output_len
-        engine.generate(prompts, count + 1)
-        steps, firsts, tokens = [], [], []
-        for _ in range(_REPEATS):
-            first, _ = _clock(engine, prompts, 1)
-            total, tokens = _clock(engine, prompts, count + 1)
-            steps.append((total - first) / count)
-            firsts.append(first)
+        tokens: list[list[int]] = []
+
+        def seconds_for(length: int) -> float:
+            nonlocal tokens
+            seconds, tokens = _clock(engine, prompts, length)
+            return seconds
+
+        figures = step_times(seconds_for, batch, count)
         reference = self.answers.setdefault(batch, tokens)
         places = [first_difference(*pair) for pair in zip(reference, tokens, strict=True)]
-        step = summary([1e3 * step for step in steps])
-        return {
-            "step_ms": step,
-            "tokens_per_s": round(1e3 * batch / step["median"], 1),
-            "first_token_ms": summary([1e3 * first for first in firsts]),
-            "samples": _REPEATS,
+        return figures | {
             "equal_answers": places.count(None),
             "first_difference": min((place for place in places if place is not None), default=None),
         }
 
     def _row(self, engine: str, config: Row, params: Row, result: Row) -> Row:
         args = self.args
-        asked = {"prompt_len": args.prompt_len, "output_len": args.output_len, "dtype": args.dtype, "seed": args.seed}
         kind = "strategies" if "step_ms" in result or "error" in result else "strategies_prompts"
-        row = {"benchmark": kind, "engine": engine, "model": self.subject.facts(), "params": asked | params}
+        row = {"benchmark": kind, "engine": engine, "model": self.subject.facts(), "params": asked(args) | params}
         note = {"note": args.note} if args.note else {}
         return row | {"config": config, "result": result} | note | self.facts
 
@@ -290,7 +284,6 @@ def chosen(args: argparse.Namespace) -> list[Setup]:
 def predictions(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
     """Rows of what the planner expects where a run would measure."""
     machine = Machine.load(args.predict)
-    asked = {"output_len": args.output_len, "dtype": args.dtype, "seed": args.seed}
     for setup in chosen(args):
         config = {"strategy": setup.name, "ranks": setup.plan.num_ranks, "plan": setup.plan.to_json()}
         row = {"benchmark": "strategies_predicted", "engine": "flexmoe", "model": subject.facts()}
@@ -299,19 +292,16 @@ def predictions(subject: Subject, args: argparse.Namespace) -> Iterator[Row]:
         try:
             expected = Expected(subject.name, subject.config, machine, setup.plan, args.dtype, limits)
         except ConfigError as error:
-            yield row | {"params": asked, "result": {"error": str(error)}}
+            yield row | {"params": asked(args), "result": {"error": str(error)}}
             continue
         context = args.prompt_len + (args.output_len + 1) // 2
-        steps = [
-            ({"batch": batch, "prompt_len": args.prompt_len}, expected.decode(batch, context)) for batch in args.batch
-        ]
-        figures: list[tuple[Row, Row]] = steps
+        figures: list[tuple[Row, Row]] = [({"batch": batch}, expected.decode(batch, context)) for batch in args.batch]
         figures += [({"batch": 1, "prompt_len": length}, expected.first_token(length)) for length in args.prompts]
         if args.requests:
             many = {"batch": args.requests, "prompt_len": _MANY[0], "output_len": _MANY[1]}
             figures.append((many, expected.many(args.requests, *_MANY)))
         for params, result in figures:
-            yield row | {"params": asked | params, "result": result}
+            yield row | {"params": asked(args) | params, "result": result}
 
 
 def _clock(engine: TimedEngine, prompts: Sequence[list[int]], count: int) -> tuple[float, list[list[int]]]:
@@ -330,9 +320,7 @@ def _line(row: Row) -> str:
     if "error" in result:
         return f"{name}: {result['error']}"
     if "first_token_ms" in result and "step_ms" not in result:
-        first = result["first_token_ms"]
-        milliseconds = first["median"] if isinstance(first, dict) else first
-        return f"{name}, a prompt of {row['params']['prompt_len']}: {milliseconds:.2f} ms"
+        return f"{name}, a prompt of {row['params']['prompt_len']}: {middle(result['first_token_ms']):.2f} ms"
     if "seconds" in result:
         return f"{name}, {row['params']['batch']} requests: {result['output_tokens_per_s']} tokens/s"
     if "terms_ms" in result:
@@ -346,30 +334,18 @@ def _line(row: Row) -> str:
     )
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("model", nargs="?", help="a folder, a preset or a name on the Hub; none: the built-in model")
-    parser.add_argument("--ranks", type=_numbers, default=[2], help="numbers of ranks, e.g. 2,4")
+    add_question(parser)
+    parser.add_argument("--ranks", type=numbers, default=[2], help="numbers of ranks, e.g. 2,4")
     parser.add_argument("--only", default="", help="strategies with one of these in their name, e.g. tensor,all-reduce")
-    parser.add_argument("--layers", type=int, help="of a preset: only so many")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=_numbers, default=[1, 8])
-    parser.add_argument("--prompt-len", type=int, default=64)
-    parser.add_argument("--output-len", type=int, default=32)
-    parser.add_argument("--prompts", type=_numbers, default=[], help="lengths of single prompts, e.g. 2048,8192")
+    parser.add_argument("--prompts", type=numbers, default=[], help="lengths of single prompts, e.g. 2048,8192")
     parser.add_argument("--requests", type=int, default=0, help="so many at once, of 512 tokens and 128 more")
     parser.add_argument("--predict", metavar="MACHINE", help="measure nothing; say what the planner expects there")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--kv-cache-memory", type=int, default=2**26, help="bytes of each process on a CPU")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hf", action="store_true", help="Hugging Face transformers beside it")
     parser.add_argument("--note", help="goes into every row: what else the machine was doing")
-    parser.add_argument("--out", type=Path)
     return parser.parse_args(words)
 
 

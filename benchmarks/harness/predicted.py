@@ -6,8 +6,7 @@ And how far that was off, once it has been measured.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flexmoe.config.engine import SchedulerConfig
@@ -25,46 +24,36 @@ from flexmoe.planner.validation import Check
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
 class Expected:
-    """A plan of a model on a machine's first devices. limits: of the engine that would run it.
+    """A plan of a model on a machine's first devices."""
 
-    Raises ConfigError if the plan misfits the model.
-    """
-
-    name: str
-    model: ModelConfig
-    machine: Machine
-    plan: ParallelPlan
-    dtype: str
-    limits: SchedulerConfig
-
-    def __post_init__(self) -> None:
-        check(self.plan, self.model)
-
-    @property
-    def _setting(self) -> Setting:
-        return Setting.of(self.name, self.model, self.machine, self.dtype).resized(self.plan.num_ranks)
+    def __init__(
+        self, name: str, model: ModelConfig, machine: Machine, plan: ParallelPlan, dtype: str, limits: SchedulerConfig
+    ) -> None:
+        """limits: of the engine that would run it. Raises ConfigError if the plan misfits the model."""
+        check(plan, model)
+        self._plan, self._limits = plan, limits
+        self._setting = Setting.of(name, model, machine, dtype).resized(plan.num_ranks)
+        self._steps = self._setting.steps(plan, limits)
 
     def decode(self, batch: int, context: int) -> Row:
         """A step that gives each of so many requests a token."""
-        rows = -(-batch // self.plan.data_parallel_size)
-        return _figures("step_ms", self._setting.steps(self.plan, self.limits).decode(rows, context))
+        rows = -(-batch // self._plan.data_parallel_size)
+        return _figures("step_ms", self._steps.decode(rows, context))
 
     def first_token(self, length: int) -> Row:
         """Of one prompt."""
-        return _figures("first_token_ms", self._setting.steps(self.plan, self.limits).prompt(length))
+        return _figures("first_token_ms", self._steps.prompt(length))
 
     def many(self, requests: int, prompt_len: int, output_len: int) -> Row:
         """All at once, nobody watching. Raises ConfigError if one of them does not fit."""
-        setting = self._setting
-        steps = setting.steps(self.plan, self.limits)
+        steps = self._steps
         engine = EngineLimits(
-            scheduler=self.limits, num_blocks=steps.kv_tokens // BLOCK, block_size=BLOCK,
-            data_ranks=self.plan.data_parallel_size, tokens=setting.step_tokens, watched=False, ahead=steps.ahead,
+            scheduler=self._limits, num_blocks=steps.kv_tokens // BLOCK, block_size=BLOCK, watched=False,
+            data_ranks=self._plan.data_parallel_size, tokens=self._setting.step_tokens, ahead=steps.ahead,
         )  # fmt: skip
         asked = [TraceRequest(0.0, prompt_len, output_len)] * requests
-        served = simulate(Fleet(engine, steps.seconds, self.plan.num_ranks, 1, 1), asked).served
+        served = simulate(Fleet(engine, steps.seconds, self._plan.num_ranks, 1, 1), asked).served
         seconds = max(one.end for one in served if one.end is not None)
         tokens = sum(one.output_len for one in served)
         return {"seconds": round(seconds, 4), "output_tokens_per_s": round(tokens / seconds, 2)}
@@ -88,7 +77,7 @@ def foretold(predicted: Sequence[Row], measured: Sequence[Row]) -> Iterator[tupl
         if row["engine"] != "flexmoe" or ours is None or "error" in theirs:
             continue
         name = next(name for name in ("step_ms", "first_token_ms", "seconds") if name in ours)
-        took = theirs[name]["median"] if isinstance(theirs[name], dict) else theirs[name]
+        took = middle(theirs[name])
         unit = 1.0 if name == "seconds" else 1e-3
         checks[name].append(Check(" ".join(map(str, _key(row))), unit * ours[name], unit * took))
         if row["config"].get("ranks", 1) > 1:
@@ -99,6 +88,11 @@ def foretold(predicted: Sequence[Row], measured: Sequence[Row]) -> Iterator[tupl
         Check(" ".join(map(str, asked)), min(pairs)[1], min(took for _, took in pairs))  # type: ignore[arg-type]
         for asked, pairs in rivals.items() if len(pairs) > 1
     ]  # fmt: skip
+
+
+def middle(figure: float | Mapping[str, float]) -> float:
+    """Of what was measured several times the median."""
+    return figure["median"] if isinstance(figure, Mapping) else figure
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -98,19 +98,18 @@ class Recording:
             getattr(self, stage).append(tensor[:ROWS].clone())
 
 
-def make(model: ModelConfig, mesh: Mesh, grouped: bool) -> tuple[FusedDecoder, KVCache]:
+def share_of(model: ModelConfig, mesh: Mesh) -> tuple[Decoder, KVCache]:
     """This rank's share of a model with dummy weights."""
     decoder = Decoder(model, mesh.plan, "reference", 64, dtype=torch.float32, device=CPU, mesh=mesh).eval()
     fill_dummy({name: p.data for name, p in decoder.named_parameters()}, 7, torch.float32, mesh.shard(model))
     decoder.pack(in_place=True)
-    local = mesh.shard(model).local
-    fused = FusedDecoder(decoder, 64, CPU, Coarse(grouped), max_rows=BUCKET)
-    return fused, KVCache(local, 40, BLOCK_SIZE, torch.float32, CPU)
+    return decoder, KVCache(mesh.shard(model).local, 40, BLOCK_SIZE, torch.float32, CPU)
 
 
 def decode(mesh: Mesh, model: ModelConfig, grouped: bool) -> Decoded:
     torch.manual_seed(1)
-    fused, cache = make(model, mesh, grouped)
+    decoder, cache = share_of(model, mesh)
+    fused = FusedDecoder(decoder, 64, CPU, Coarse(grouped), max_rows=BUCKET)
     requests, _ = scattered([1] * ROWS, BLOCK_SIZE, model.vocab_size)
     states = [SamplingState(SamplingParams(temperature=0.9, top_k=20), seed) for seed in range(ROWS)]
     probe, counter, tokens = Recording(), ExpertCounter(model, CPU), []

@@ -16,21 +16,17 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.engine.batch import build_batch
 from flexmoe.engine.prompt_graphs import GraphedPrompts
-from flexmoe.layers.kv_cache import KVCache
-from flexmoe.models.decoder import Decoder
 from flexmoe.models.fused_prompts import PromptDecoder
-from flexmoe.models.loader import fill_dummy
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.paging import scattered
 from tests.cpu.tiny_decoders import CPU, Recording
 from tests.multi.pool import Pool
-from tests.multi.test_fused_ranks import MODELS
+from tests.multi.test_fused_ranks import BLOCK_SIZE, MODELS, share_of
 from tests.multi.worker import PoolWorker
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 
-BLOCK_SIZE = 4
 LENGTHS = (5, 3, 9)  # of three prompts, which take two steps: all but one token, then a decode and two whole prompts
 TRAVEL: dict[str, Any] = {"moe_dispatch": "all_to_all"}
 
@@ -44,19 +40,11 @@ def steps(model: ModelConfig, which: tuple[int, ...]) -> list[list[ScheduledChun
     return [first, decode + [ScheduledChunk(requests[i], 0, LENGTHS[i] + 1, True) for i in which if i]]
 
 
-def make(model: ModelConfig, mesh: Mesh) -> tuple[Decoder, KVCache]:
-    """This rank's share of a model with dummy weights."""
-    decoder = Decoder(model, mesh.plan, "reference", 64, dtype=torch.float32, device=CPU, mesh=mesh).eval()
-    fill_dummy({name: p.data for name, p in decoder.named_parameters()}, 7, torch.float32, mesh.shard(model))
-    decoder.pack(in_place=True)
-    return decoder, KVCache(mesh.shard(model).local, 40, BLOCK_SIZE, torch.float32, CPU)
-
-
 @functools.cache
 def in_one_process(name: str) -> list[Tensor]:
     """Logits of the three requests, in torch."""
     model = MODELS[name]
-    decoder, cache = make(model, Mesh(ParallelPlan()))
+    decoder, cache = share_of(model, Mesh(ParallelPlan()))
     with torch.inference_mode():
         for chunks in steps(model, (0, 1, 2)):
             batch = build_batch(Step(chunks, 0, []), BLOCK_SIZE, [None], CPU, None)
@@ -67,7 +55,7 @@ def in_one_process(name: str) -> list[Tensor]:
 def in_kernels(worker: PoolWorker, plan: ParallelPlan, model: ModelConfig, shares: Any) -> tuple[Tensor, Any, int]:
     """shares: the numbers of each data rank's requests. Logits of this one's, its place, and how many layers it saw."""
     mesh = worker.mesh_of(plan)
-    decoder, cache = make(model, mesh)
+    decoder, cache = share_of(model, mesh)
     prompts = GraphedPrompts(PromptDecoder(decoder, 64, CPU), cache, CPU, graphs=False)
     seen, all_steps = Recording(), [steps(model, share) for share in shares]
     for number, chunks in enumerate(all_steps[mesh.place.dp]):
