@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -39,8 +40,17 @@ def compiling_ahead(started: Started | StartedRanks, options: EngineConfig, toke
         hf_config=dict(started.source.hf_config), dtype=str(started.dtype).removeprefix("torch."),
         gpu=torch.cuda.get_device_name(device), capability=torch.cuda.get_device_capability(device), shared=shared,
         block_size=started.cache.block_size, max_position=started.max_model_len, rows=rows, tokens=tokens,
+        exact_router=_has_exact_router(started),
     )  # fmt: skip
     return CompilingAhead(job)
+
+
+def _has_exact_router(started: Started) -> bool:
+    """Of its layers with experts the first one tells: a checkpoint has all routers in one dtype."""
+    from flexmoe.models.fused import narrowest
+
+    routers = (layer.moe.router.weight.data for layer in started.model.decoder_layers if layer.moe is not None)
+    return all(narrowest(weight, started.dtype).dtype is started.dtype for weight in islice(routers, 1))
 
 
 class CompilingAhead:
