@@ -239,9 +239,10 @@ class AsyncEngine:
 
     def _obey(self) -> bool:
         """Carry out the commands that are there; if there is nothing else to do, wait for one. False: it is over."""
+        prepares = False
         while True:
             try:
-                if self.engine.has_unfinished:
+                if self.engine.has_unfinished or prepares:
                     command = self._inbox.get_nowait()
                 else:
                     command = self._inbox.get(timeout=_WATCH_SECONDS)
@@ -249,6 +250,7 @@ class AsyncEngine:
                 if self.engine.has_unfinished:
                     return True
                 self.engine.check()
+                prepares = self.engine.prepare()
                 continue
             if command is None:
                 return False

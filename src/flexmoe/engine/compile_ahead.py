@@ -73,6 +73,11 @@ class CompilingAhead:
         except OSError as error:
             _log.debug("kernels are not compiled ahead: %s", error)
 
+    @property
+    def busy(self) -> bool:
+        """Whether any is still at work."""
+        return any(worker.poll() is None for worker in self._workers)
+
     def wait(self) -> None:
         """Until all has been compiled."""
         for worker in self._workers:

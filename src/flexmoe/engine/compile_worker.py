@@ -32,7 +32,7 @@ from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import PDL_CAPABILITY, Sampling
 from flexmoe.models.families import read_config
 from flexmoe.moe.load import ExpertCounter
-from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, graph_form
+from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, forms_up_to
 
 _CPU = torch.device("cpu")
 _FEW = 4  # rows of the steps that come first
@@ -132,10 +132,7 @@ def _not_graphed(most: int, top_k: int) -> Iterator[int]:
 
 def _graphed(tokens: int) -> Iterator[int]:
     """Tokens of the forms that steps are padded to."""
-    rows = 0
-    while (form := graph_form(rows + 1, 1)) is not None and form[0] <= tokens:
-        rows = form[0]
-        yield rows
+    return (rows for rows, _ in forms_up_to(tokens, (1,)))
 
 
 class _Decodes:
