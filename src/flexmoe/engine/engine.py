@@ -206,7 +206,7 @@ class Engine:
             self._compiling.close()
             self.discard(list(self._tracked))
             self._closed, self._ahead, runner = True, None, self.runner
-            del self.runner, self._started
+            del self.runner, self._started, self._recording
             if isinstance(runner, RankedRunner):
                 runner.close()
 
