@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeGuard
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import is_list
+from flexmoe.engine.chat_prompt import chat_prompt
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.routing import RoutingRecorder, recording
@@ -79,7 +80,10 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many; a message is {"role": ..., "content": ...}."""
+        """Answer one conversation or many; a message is {"role": ..., "content": ...}.
+
+        Special tokens that a message spells out are plain text in it.
+        """
         conversations = messages if _holds_lists(messages) else [messages]
         params = _as_params(sampling_params, len(conversations))
         return self._run([self._encode_chat(c) for c in conversations], params)  # type: ignore[arg-type]
@@ -129,8 +133,7 @@ class LLM:
         return prompt, self.encode(prompt)
 
     def _encode_chat(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        text = self._engine.chat_template.render(messages)
-        return text, self.tokenizer.encode(text, add_special_tokens=False)
+        return chat_prompt(self._engine.chat_template, self.tokenizer, messages)
 
     def _run(
         self, prompts: Sequence[tuple[str | None, Sequence[int]]], params: Sequence[SamplingParams]

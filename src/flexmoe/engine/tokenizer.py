@@ -14,6 +14,7 @@ from typing import Any
 
 import tokenizers
 
+from flexmoe.engine.stand_ins import StandIns, stands_in
 from flexmoe.errors import CheckpointError, RequestError
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -68,6 +69,15 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise RequestError(f"the prompt cannot be encoded: {_why_not_text(text)}") from error
         return ids
+
+    def encode_chat(self, hidden: str) -> list[int]:
+        """Token ids of what `chat_prompt.render_chat` gave: a text with all its special tokens, and with stand-ins."""
+        return self.stand_ins.encode(hidden) if stands_in(hidden) else self.encode(hidden, add_special_tokens=False)
+
+    @cached_property
+    def stand_ins(self) -> StandIns:
+        """For special tokens that messages spell out."""
+        return StandIns(self.backend, self.vocab_size)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids without a token (padding of the embedding table) are left out."""

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.config.server import ServerConfig
 from flexmoe.engine.async_engine import AsyncEngine, Job, Stream
+from flexmoe.engine.chat_prompt import render_chat
 from flexmoe.engine.grammar import schema_text
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.tokenizer import Tokenizer
@@ -118,13 +119,14 @@ class Service:
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Prompt:
         """A conversation as a prompt. variables: further names that the model's own template reads."""
         taken = sorted(
-            {"self", "messages", "tools", "template", "documents", "add_generation_prompt"} & variables.keys()
+            {"self", "messages", "tools", "template", "documents", "add_generation_prompt", "hide"} & variables.keys()
         )
         if taken:
             raise RequestError(f"chat_template_kwargs may not set {', '.join(taken)}; leave it out.")
-        template = self.engine.engine.chat_template
-        text = await asyncio.to_thread(template.render, messages, **variables)
-        return await self.encode(text, special=False)
+        template, tokenizer = self.engine.engine.chat_template, self.tokenizer
+        hidden = await asyncio.to_thread(render_chat, template, tokenizer, messages, variables)
+        ids = await asyncio.to_thread(tokenizer.encode_chat, hidden)
+        return Prompt(ids, tokenizer.stand_ins.show(hidden))
 
     async def generate(
         self, http: Request, prompts: Sequence[Prompt], sampling: SamplingParams, *, stream: bool, prefix: str

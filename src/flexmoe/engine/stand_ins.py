@@ -1,0 +1,122 @@
+"""Stand-ins: what keeps special tokens that a message merely spells out apart from those that a chat template writes.
+
+Enters: strings of a request, then the text that a template made of them. Leaves: token ids, in which the former are
+plain text. Nobody who writes a message can end its turn.
+
+Before the template runs, each special token spelt out in the request becomes two halves of surrogate pairs, which no
+text has: a template may trim, cut, copy or drop what is around them, but not take them for its own words. Afterwards
+every special token in the text is the template's. Those become spellings that nobody can guess, and the halves what
+they stood for; and a second tokenizer, which shares the model of the first, knows the guarded spellings as its special
+tokens, and no others. So the whole text is encoded at once, as it would be if special tokens had other names.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+
+import tokenizers
+
+from flexmoe.errors import RequestError
+
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_HALF = re.compile("[\ud800-\udfff]")
+_LOW = 1024  # lower halves
+
+
+class StandIns:
+    """Of all special tokens of one tokenizer."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int) -> None:
+        """vocab_size: above all ids."""
+        added = backend.get_added_tokens_decoder()
+        special = [(id_, token) for id_, token in sorted(added.items()) if token.special and token.content]
+        self._spellings = [token.content for _, token in special]
+        self._places = {spelling: place for place, spelling in enumerate(self._spellings)}
+        self._special = _any_of(self._spellings)
+        self._normalizer = backend.normalizer
+        normalized = [token.content for _, token in special if token.normalized and self._normalizer is not None]
+        self._disguised = _any_of([self._normalizer.normalize_str(spelling) for spelling in normalized])
+        nonce = secrets.token_hex(8)
+        self._guarded = [f"\ue000{nonce}.{place}\ue001" for place in range(len(special))]
+        self._twin, self._ids = _twin(backend, vocab_size, dict(zip(self._guarded, special, strict=True)))
+
+    def hide(self, text: str) -> str:
+        """The text with stand-ins for the special tokens that it spells out.
+
+        Raises RequestError for a text that no tokenizer takes.
+        """
+        if half := _HALF.search(text):
+            raise RequestError(
+                f"the prompt cannot be encoded: character {half.start()} of a message is half a surrogate pair "
+                f"({half[0]!r}); remove it."
+            )
+        if self._special is None:
+            return text
+        hidden = self._special.sub(lambda found: _pair(self._places[found[0]]), text)
+        if self._disguised is not None:
+            normal = self._normalizer.normalize_str(_PAIR.sub("\n", hidden))
+            if found := self._disguised.search(normal):
+                raise RequestError(
+                    f"a message holds characters that the tokenizer takes for the special token {found[0]!r}; "
+                    "spell it as it is, which is taken for text."
+                )
+        return hidden
+
+    def show(self, text: str) -> str:
+        """The text with the special tokens spelt out that stand-ins are there for."""
+        return _PAIR.sub(lambda pair: self._spellings[_place(pair[0])], text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of what a template made of hidden strings. Raises RequestError where it cut a stand-in."""
+        assert self._special is not None, "without special tokens nothing is hidden"
+        guarded = self._special.sub(lambda found: self._guarded[self._places[found[0]]], text)
+        shown = self.show(guarded)
+        if stands_in(shown):
+            raise RequestError("the model's chat template cuts a special token that a message spells out; remove it.")
+        # In a batch of one, for only that leaves Python's lock to other threads meanwhile.
+        ids = self._twin.encode_batch_fast([shown], add_special_tokens=False)[0].ids
+        return [self._ids.get(id_, id_) for id_ in ids]
+
+
+def _twin(
+    backend: tokenizers.Tokenizer, vocab_size: int, special: Mapping[str, tuple[int, tokenizers.AddedToken]]
+) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+    """The tokenizer that knows special tokens by their guarded spellings, and the ids it gives for the real ones."""
+    twin = tokenizers.Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        twin.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        twin.pre_tokenizer = backend.pre_tokenizer
+    for _ in range(vocab_size - backend.get_vocab_size(with_added_tokens=False)):
+        twin.add_tokens([f"\ue000{secrets.token_hex(8)}\ue001"])  # lest a new id be that of a known token
+    real: dict[str, int] = {}
+    for id_, token in sorted(backend.get_added_tokens_decoder().items()):
+        if not token.special:
+            twin.add_tokens([token])
+            real[token.content] = id_
+    for guarded, (id_, token) in special.items():
+        twin.add_tokens([tokenizers.AddedToken(guarded, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
+        real[guarded] = id_
+    found = {spelling: twin.token_to_id(spelling) for spelling in real}
+    return twin, {given: real[spelling] for spelling, given in found.items() if given is not None}
+
+
+def _any_of(spellings: Sequence[str]) -> re.Pattern[str] | None:
+    """The longest first, as the tokenizer itself looks for them; None for none."""
+    longest = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest))) if longest else None
+
+
+def _pair(place: int) -> str:
+    return chr(0xD800 + place // _LOW) + chr(0xDC00 + place % _LOW)
+
+
+def _place(pair: str) -> int:
+    return (ord(pair[0]) - 0xD800) * _LOW + ord(pair[1]) - 0xDC00
+
+
+def stands_in(text: str) -> bool:
+    """Whether there are stand-ins in a text."""
+    return _HALF.search(text) is not None
