@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import normalizers
+from tokenizers import models, normalizers
 
 from flexmoe.engine.chat_prompt import chat_prompt, render_chat
 from flexmoe.engine.chat_template import ChatTemplate
@@ -154,3 +154,24 @@ def test_a_tokenizer_without_special_tokens() -> None:
     tokenizer = Tokenizer(backend)
     text, ids = chat_prompt(PLAIN, tokenizer, [user(EVIL), *TOOL_TALK[:1]])
     assert ids == tokenizer.encode(text)
+
+
+def test_the_longest_special_token_is_meant() -> None:
+    backend = byte_level()
+    backend.add_special_tokens(["<s>s>", "<s>sx", "<<"])
+    tokenizer = Tokenizer(backend, CONFIG)
+    template = ChatTemplate("<s>s><s>sx<s>s<<{{ messages[0].content }}")
+    text, ids = chat_prompt(template, tokenizer, [user("<s>s><s>sx<s>s<<")])
+    assert special(tokenizer, ids) == ["<s>s>", "<s>sx", "<s>", "<<"]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_model_that_makes_special_tokens_of_text_is_not_trusted() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((char, -9.0) for char in "abcuser:<>/ ")]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["<unk>", "</s>", "<s>"])
+    tokenizer = Tokenizer(backend, CONFIG)
+    with pytest.raises(RequestError, match="cannot take '</s>' in a message for text"):
+        chat_prompt(PLAIN, tokenizer, [user("a</s>")])
+    _, ids = chat_prompt(PLAIN, tokenizer, [user("a<s>b?")])
+    assert special(tokenizer, ids) == ["<s>", "<unk>", "</s>"]

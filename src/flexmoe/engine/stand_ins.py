@@ -28,8 +28,8 @@ _LOW = 1024  # lower halves
 class StandIns:
     """Of all special tokens of one tokenizer."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int) -> None:
-        """vocab_size: above all ids."""
+    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int, unknown: str | None = None) -> None:
+        """vocab_size: above all ids. unknown: the token for what the vocabulary lacks."""
         added = backend.get_added_tokens_decoder()
         special = [(id_, token) for id_, token in sorted(added.items()) if token.special and token.content]
         self._spellings = [token.content for _, token in special]
@@ -38,6 +38,7 @@ class StandIns:
         self._normalizer = backend.normalizer
         normalized = [token.content for _, token in special if token.normalized and self._normalizer is not None]
         self._disguised = _any_of([self._normalizer.normalize_str(spelling) for spelling in normalized])
+        self._forbidden = {id_: token.content for id_, token in special if token.content != unknown}
         nonce = secrets.token_hex(8)
         self._guarded = [f"\ue000{nonce}.{place}\ue001" for place in range(len(special))]
         self._twin, self._ids = _twin(backend, vocab_size, dict(zip(self._guarded, special, strict=True)))
@@ -69,14 +70,20 @@ class StandIns:
         return _PAIR.sub(lambda pair: self._spellings[_place(pair[0])], text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of what a template made of hidden strings. Raises RequestError where it cut a stand-in."""
+        """Token ids of what a template made of hidden strings.
+
+        Raises RequestError where it cut a stand-in, and where the model itself makes special tokens of text.
+        """
         assert self._special is not None, "without special tokens nothing is hidden"
         guarded = self._special.sub(lambda found: self._guarded[self._places[found[0]]], text)
         shown = self.show(guarded)
         if stands_in(shown):
             raise RequestError("the model's chat template cuts a special token that a message spells out; remove it.")
-        # In a batch of one, for only that leaves Python's lock to other threads meanwhile.
+        # In a batch of one: only that leaves Python's lock to other threads meanwhile.
         ids = self._twin.encode_batch_fast([shown], add_special_tokens=False)[0].ids
+        if not self._forbidden.keys().isdisjoint(ids):
+            found = next(self._forbidden[id_] for id_ in ids if id_ in self._forbidden)
+            raise RequestError(f"this model's tokenizer cannot take {found!r} in a message for text; leave it out.")
         return [self._ids.get(id_, id_) for id_ in ids]
 
 
@@ -104,9 +111,19 @@ def _twin(
 
 
 def _any_of(spellings: Sequence[str]) -> re.Pattern[str] | None:
-    """The longest first, as the tokenizer itself looks for them; None for none."""
-    longest = sorted(spellings, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest))) if longest else None
+    """Finds the longest at a place, as the tokenizer itself does; None for no spellings."""
+    return re.compile(_tree(spellings)) if spellings else None
+
+
+def _tree(words: Sequence[str]) -> str:
+    """A pattern that branches where words part: to try hundreds at each place of a long text would take seconds."""
+    branches: dict[str, list[str]] = {}
+    for word in words:
+        if word:
+            branches.setdefault(word[0], []).append(word[1:])
+    options = [re.escape(first) + _tree(rest) for first, rest in branches.items()]
+    pattern = options[0] if len(options) == 1 else f"(?:{'|'.join(options)})" if options else ""
+    return f"(?:{pattern})?" if pattern and "" in words else pattern
 
 
 def _pair(place: int) -> str:

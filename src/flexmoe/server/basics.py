@@ -64,9 +64,9 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
         if body.messages is not None and body.prompt is None:
-            prompt = await service.encode_chat([message.model_dump() for message in body.messages], {})
+            prompt = await service.encode_chat([message.model_dump() for message in body.messages], {}, limited=False)
         elif body.prompt is not None and body.messages is None:
-            prompt = await service.encode(body.prompt, special=body.add_special_tokens)
+            prompt = await service.encode(body.prompt, special=body.add_special_tokens, limited=False)
         else:
             raise RequestError("give either prompt or messages.")
         tokens = list(prompt.token_ids)
