@@ -144,7 +144,7 @@ def test_a_schema_may_not_be_huge(server: Running) -> None:
     assert "at most 32768" in error["message"]
 
 
-@pytest.mark.parametrize("text", ["Hello world " * 300_000, "</s>" * 900_000], ids=["words", "special tokens"])
+@pytest.mark.parametrize("text", ["Hello world " * 300_000, "</s>" * 90_000], ids=["words", "special tokens"])
 def test_a_text_that_is_far_too_long_is_refused_unread(
     server: Running, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:

@@ -67,6 +67,12 @@ _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
     "--drain-seconds", type=float, default=30.0, show_default=True, help="How long requests may go on after SIGTERM."
 )
 @click.option(
+    "--step-seconds",
+    type=float,
+    help="How long a step may take before the engine counts as hung and health checks fail; 0: any time.  "
+    "[default: 1800 on a CPU, else 300]",
+)
+@click.option(
     "--expert-interval",
     type=float,
     default=1.0,

@@ -93,8 +93,10 @@ class Service:
 
     @property
     def status(self) -> str:
-        """ok, draining or dead."""
-        return "dead" if self.engine.error is not None else "draining" if self.draining else "ok"
+        """ok, draining, hung or dead."""
+        if self.engine.error is not None:
+            return "dead"
+        return "hung" if self.engine.hang is not None else "draining" if self.draining else "ok"
 
     @property
     def tokenizer(self) -> Tokenizer:
