@@ -132,7 +132,13 @@ def test_flexflow_s_endpoint(server: Running) -> None:
 
 
 def test_the_page_of_the_interface(server: Running) -> None:
-    assert "swagger" in server.get("/docs").text
+    text = server.get("/docs").text
+    assert "swagger" in text
+    parts = re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert len(parts) >= 3
+    for part in parts:
+        assert part.startswith("/"), "from elsewhere"
+        assert server.get(part).status_code == 200
     page: dict[str, Any] = server.get("/openapi.json").json()
     for path, operations in page["paths"].items():
         for operation in operations.values():

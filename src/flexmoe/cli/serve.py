@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flexmoe.server.service import Service
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
+_PACKAGES = ("fastapi", "fastapi_offline", "uvicorn", "httptools", "prometheus_client")
 _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
 
 
