@@ -7,14 +7,17 @@ Before the template runs, each special token spelt out in the request becomes tw
 text has: a template may trim, cut, copy or drop what is around them, but not take them for its own words. Afterwards
 every special token in the text is the template's. Those become spellings that nobody can guess, and the halves what
 they stood for; and a second tokenizer, which shares the model of the first, knows the guarded spellings as its special
-tokens, and no others. So the whole text is encoded at once, as it would be if special tokens had other names.
+tokens, and no others. So the whole text is encoded at once, as it would be if special tokens had other names. Added
+tokens that the tokenizer does not call special, such as <think>, stay what they are.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import tokenizers
 
@@ -36,12 +39,10 @@ class StandIns:
         self._places = {spelling: place for place, spelling in enumerate(self._spellings)}
         self._special = _any_of(self._spellings)
         self._normalizer = backend.normalizer
-        normalized = [token.content for _, token in special if token.normalized and self._normalizer is not None]
-        self._disguised = _any_of([self._normalizer.normalize_str(spelling) for spelling in normalized])
+        self._disguised = None if backend.normalizer is None else _any_of(_normalized(backend.normalizer, special))
         self._forbidden = {id_: token.content for id_, token in special if token.content != unknown}
-        nonce = secrets.token_hex(8)
-        self._guarded = [f"\ue000{nonce}.{place}\ue001" for place in range(len(special))]
-        self._twin, self._ids = _twin(backend, vocab_size, dict(zip(self._guarded, special, strict=True)))
+        self._guarded = [_unguessable() for _ in special]
+        self._backend, self._vocab_size, self._tokens = backend, vocab_size, special
 
     def hide(self, text: str) -> str:
         """The text with stand-ins for the special tokens that it spells out.
@@ -80,34 +81,45 @@ class StandIns:
         if stands_in(shown):
             raise RequestError("the model's chat template cuts a special token that a message spells out; remove it.")
         # In a batch of one: only that leaves Python's lock to other threads meanwhile.
-        ids = self._twin.encode_batch_fast([shown], add_special_tokens=False)[0].ids
+        twin, real = self._twin
+        ids = twin.encode_batch_fast([shown], add_special_tokens=False)[0].ids
         if not self._forbidden.keys().isdisjoint(ids):
             found = next(self._forbidden[id_] for id_ in ids if id_ in self._forbidden)
             raise RequestError(f"this model's tokenizer cannot take {found!r} in a message for text; leave it out.")
-        return [self._ids.get(id_, id_) for id_ in ids]
+        return [real.get(id_, id_) for id_ in ids]
+
+    @cached_property
+    def _twin(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """The tokenizer that knows special tokens by their guarded spellings, and the ids that its own stand for."""
+        backend = self._backend
+        twin = tokenizers.Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            twin.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            twin.pre_tokenizer = backend.pre_tokenizer
+        known = self._vocab_size - backend.get_vocab_size(with_added_tokens=False)
+        twin.add_tokens([_unguessable() for _ in range(known)])  # lest a new id be another token's
+        added = sorted(backend.get_added_tokens_decoder().items())
+        plain = [(id_, token) for id_, token in added if not token.special]
+        twin.add_tokens([token for _, token in plain])
+        twin.add_tokens([_guarded(name, token) for name, (_, token) in zip(self._guarded, self._tokens, strict=True)])
+        real = {token.content: id_ for id_, token in plain}
+        real |= {name: id_ for name, (id_, _) in zip(self._guarded, self._tokens, strict=True)}
+        found = {twin.token_to_id(spelling): id_ for spelling, id_ in real.items()}
+        return twin, {given: id_ for given, id_ in found.items() if given is not None}
 
 
-def _twin(
-    backend: tokenizers.Tokenizer, vocab_size: int, special: Mapping[str, tuple[int, tokenizers.AddedToken]]
-) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-    """The tokenizer that knows special tokens by their guarded spellings, and the ids it gives for the real ones."""
-    twin = tokenizers.Tokenizer(backend.model)
-    if backend.normalizer is not None:
-        twin.normalizer = backend.normalizer
-    if backend.pre_tokenizer is not None:
-        twin.pre_tokenizer = backend.pre_tokenizer
-    for _ in range(vocab_size - backend.get_vocab_size(with_added_tokens=False)):
-        twin.add_tokens([f"\ue000{secrets.token_hex(8)}\ue001"])  # lest a new id be that of a known token
-    real: dict[str, int] = {}
-    for id_, token in sorted(backend.get_added_tokens_decoder().items()):
-        if not token.special:
-            twin.add_tokens([token])
-            real[token.content] = id_
-    for guarded, (id_, token) in special.items():
-        twin.add_tokens([tokenizers.AddedToken(guarded, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)])
-        real[guarded] = id_
-    found = {spelling: twin.token_to_id(spelling) for spelling in real}
-    return twin, {given: real[spelling] for spelling, given in found.items() if given is not None}
+def _normalized(normalizer: Any, special: Sequence[tuple[int, tokenizers.AddedToken]]) -> list[str]:
+    """What those special tokens look like that are looked for in normalized text."""
+    return [text for _, token in special if token.normalized and (text := normalizer.normalize_str(token.content))]
+
+
+def _unguessable() -> str:
+    return f"\ue000{secrets.token_hex(8)}\ue001"
+
+
+def _guarded(name: str, token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(name, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False)
 
 
 def _any_of(spellings: Sequence[str]) -> re.Pattern[str] | None:
