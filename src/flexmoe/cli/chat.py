@@ -148,9 +148,7 @@ class Session:
         return ids, replace(self.sampling, max_tokens=min(wanted, context - len(ids)))
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
-        from flexmoe.engine.chat_prompt import chat_prompt
-
-        return chat_prompt(self.llm.engine.chat_template, self.llm.tokenizer, messages)[1]
+        return self.llm.encode_chat(messages)[1]
 
     def _stream(self, ids: list[int], sampling: SamplingParams) -> tuple[RequestOutput, bool]:
         """Print an answer. Returns it, and whether Ctrl-C stopped it; white space around it is not shown."""

@@ -108,9 +108,7 @@ def _is_prompt(value: object) -> bool:
 def _chat_ids(llm: LLM, prompt: Prompt) -> Prompt:
     if not isinstance(prompt, str):
         raise RequestError("--chat needs prompts that are texts; token ids are complete prompts already.")
-    from flexmoe.engine.chat_prompt import chat_prompt
-
-    return chat_prompt(llm.engine.chat_template, llm.tokenizer, [{"role": "user", "content": prompt}])[1]
+    return llm.encode_chat([{"role": "user", "content": prompt}])[1]
 
 
 def _stream(llm: LLM, prompt: Prompt, sampling: SamplingParams, echo: Prompt | None) -> RequestOutput:

@@ -204,14 +204,12 @@ class LLM:
 
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
         """A conversation's prompt and its token ids."""
-        from flexmoe.engine.chat_prompt import chat_prompt
-
         llm = self._server().llm
         if not llm.engine.chat_template:
             raise RequestError(
                 f"{self.model_name} has no chat template, so it cannot chat; give the prompt as a string."
             )
-        return chat_prompt(llm.engine.chat_template, llm.tokenizer, messages)
+        return llm.encode_chat(messages)
 
     def _new_tokens(self, request: Request, prompt: Sequence[int]) -> int:
         if not prompt:
