@@ -97,6 +97,7 @@ def test_who_clears_triton_s_cache_has_kernels_compiled_anew(tmp_path: Path) -> 
     remember(job())
     assert CompilingAhead(job(), workers=2)._workers == []
     shutil.rmtree(tmp_path / "triton")
+    (tmp_path / "triton").mkdir()  # by whoever compiles next
     compiling = CompilingAhead(job(), workers=2)
     assert len(compiling._workers) == 2
     compiling.close()
