@@ -108,8 +108,8 @@ class Admission:
                 "no rank sees the experts of all layers; use pipeline_parallel_size=1 to ask for routing."
             )
 
-    def check_length(self, length: int) -> None:
-        """Raises RequestError for a prompt of so many tokens that leaves no room for a new one."""
+    def check_length(self, length: int, *, least: bool = False) -> None:
+        """Raises RequestError for a prompt of so many tokens that leaves no room for a new one. least: or of more."""
         limit = self.max_model_len
         if length < limit:
             return
@@ -119,7 +119,7 @@ class Admission:
         else:
             holder, remedy = f"the context of max_model_len={limit}", ""
         raise RequestError(
-            f"the prompt has {length} tokens, but {holder} must also hold at least one new token; "
+            f"the prompt has {'at least ' * least}{length} tokens, but {holder} must also hold at least one new token; "
             f"shorten it to {limit - 1} tokens{remedy and ' or ' + remedy}."
         )
 

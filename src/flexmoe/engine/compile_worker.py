@@ -194,6 +194,7 @@ def main() -> None:
     compile_only(job.capability, lambda name: zlib.crc32(name.encode()) % workers == number)
     compile_all(job)
     if order["done"]:
+        Path(order["done"]).parent.mkdir(parents=True, exist_ok=True)
         Path(order["done"]).touch()
 
 
