@@ -146,14 +146,17 @@ def test_while_dead_everything_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_that_hangs_is_told_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(step_seconds=0.5) as server:
-        blocked, step = threading.Event(), server.engine.step
+        begun, blocked, step = threading.Event(), threading.Event(), server.engine.step
 
         def hang(**options: Any) -> Any:
+            begun.set()
             blocked.wait(PATIENCE)
             return step(**options)
 
         monkeypatch.setattr(server.engine, "step", hang)
-        clients = [Client(server.url, LONG), Client(server.url, PLAIN)]
+        clients = [Client(server.url, LONG)]
+        assert begun.wait(PATIENCE)
+        clients.append(Client(server.url, PLAIN))  # which is not even queued: the engine's thread does not answer
         for client in clients:
             client.join(5)
             assert "the engine hangs: a step has been running for" in client.text
