@@ -17,7 +17,7 @@ from flexmoe.report.strategies import spread as spread_figure
 from flexmoe.report.strategies import strategies
 from flexmoe.report.table import markdown, three
 from flexmoe.report.tables import cpu as cpu_table
-from flexmoe.report.tables import first_tokens, llama_cpp, slices, spread
+from flexmoe.report.tables import first_tokens, latency_elsewhere, llama_cpp, slices, spread
 from flexmoe.report.tables import latency as latency_table
 from flexmoe.report.tables import throughput as throughput_table
 
@@ -58,6 +58,38 @@ def test_rows_of_a_changed_model_an_error_or_another_prompt_length_stay_out() ->
     assert figure is not None
     assert len(figure.panels) == 1
     assert [point.value.cells[0].line for point in figure.panels[0].series[1].points] == [1, 2]
+
+
+def test_steps_on_other_gpus_have_a_table_of_their_own() -> None:
+    big, small = {"kind": "cuda", "name": "A GPU"}, {"kind": "cuda", "name": "B GPU"}
+    part = row(0).data["model"] | {"label": "builtin with 2 of 4 layers", "parameters": 5}
+    rows = [
+        row(1, device=big), row(2, device=big, batch=8), row(3, device=small, ms=4.0, time="2026-11-19"),
+        row(4, device=small, ms=5.0), row(5, device=small, batch=8, model=part, ms=8.0), row(6, ms=9.0),
+        row(7, device=small, engine="hf-best"),
+    ]  # fmt: skip
+    table = latency_elsewhere(rows)
+    assert table is not None
+    shown = [[cell.text for cell in line] for line in table.lines]
+    assert shown == [
+        ["B GPU", "builtin", "1", "5.00", "1.00", "20", "2.0"],
+        ["B GPU", "builtin with 2 of 4 layers", "8", "8.00", "1.00", "12", "2.0"],
+    ]
+    assert latency_elsewhere(rows[:2]) is None
+
+
+def test_experts_are_compared_at_the_lengths_measured_last() -> None:
+    def course(line: int, count: int, length: int, day: int) -> Row:
+        model = {
+            "name": "tinymistral-6x248m", "label": "tinymistral-6x248m", "layers": 12, "experts": count, "top_k": 2,
+            "parameters": 10,
+        }  # fmt: skip
+        params = {"batch": 1, "prompt_len": length, "output_len": 128, "dtype": "bfloat16"}
+        return row(line, model=model, params=params, time=f"2026-11-{day}", device={"kind": "cuda", "name": "A GPU"})
+
+    figure = experts([course(1, 2, 13, 22), course(2, 4, 13, 22), course(3, 2, 64, 20), course(4, 16, 64, 20)])
+    assert figure is not None
+    assert [point.x for point in figure.panels[-1].series[0].points] == ["2", "4"]
 
 
 def test_strategies_on_gpus_stand_beside_one_gpu_of_the_same_run() -> None:

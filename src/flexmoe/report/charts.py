@@ -26,6 +26,7 @@ from flexmoe.report.strategies import spread, strategies
 _SHOWN_BATCHES = (1, 8, 32, 128)
 _MOST_PANELS = 3
 _COURSE_MODEL = "tinymistral-6x248m"
+_LENGTHS = ("params.prompt_len", "params.output_len")
 OPERATIONS = {
     "qkv": "Q, K, V with norm",
     "decode_attention": "attention",
@@ -81,6 +82,17 @@ def latency_groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return groups
 
 
+def elsewhere(rows: Sequence[Row]) -> list[Row]:
+    """Of our engine's steps on GPUs that `latency_groups` leaves out the newest, also of models with fewer layers."""
+    main = {row.get("device.name") for _, group in latency_groups(rows) for row in group}
+    found = [row for row in _timed_steps(rows) if row.get("device.kind") == "cuda" and not row.is_cited]
+    found = [row for row in found if row.get("device.name") not in main and engine_key(row) == "flexmoe"]
+    found = newest(found, ("device.name", "model.label", "params.batch", "params.prompt_len"))
+    return sorted(
+        found, key=lambda row: (row.get("device.name"), -row.get("model.parameters"), row.get("params.batch"))
+    )
+
+
 def _timed_steps(rows: Sequence[Row]) -> list[Row]:
     """Rows of latency with a time. On a machine that is too busy a difference of two times may be none."""
     return [row for row in rows if row.get("benchmark") == "latency" and (row.get("result.ms") or 0) > 0]
@@ -131,10 +143,9 @@ def experts(rows: Sequence[Row]) -> Figure | None:
     cited = [row for row in rows if row.get("benchmark") == "course_experts"]
     panels = []
     for device in dict.fromkeys(row.get("device.name") for row in found):
-        of_device = newest(
-            [row for row in found if row.get("device.name") == device],
-            ("engine", "model.experts"),
-        )
+        of_device = [row for row in found if row.get("device.name") == device]
+        of_device = _like_the_last(sorted(of_device, key=lambda row: str(row.get("time"))), _LENGTHS)
+        of_device = newest(of_device, ("engine", "model.experts"))
         series = _expert_series(of_device)
         if max((len(one.points) for one in series), default=0) > 1:
             panels.append(Panel(f"here, {short_device(str(device)).removeprefix('NVIDIA ')}", series))

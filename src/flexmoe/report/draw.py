@@ -17,6 +17,7 @@ _INCHES = {
     "operations": (6.2, 3.1),
     "profiled": (6.2, 3.1),
 }
+_HIGHEST = 1.4  # times of one GPU that a bar shows
 _INCHES |= {"strategies": (9.6, 2.7), "spread": (9.6, 2.8), "throughput": (9.6, 1.8), "served": (7.4, 2.9)}
 
 
@@ -224,20 +225,38 @@ def _stack(axes: Any, panel: Panel, _: int) -> None:
 
 
 def _spread(axes: Any, panel: Panel, column: int) -> None:
-    """Groups of bars, one a batch size; a line at 1, the time of one GPU. Inside a bar the milliseconds."""
+    """Groups of bars, one a batch size; a line at 1, the time of one GPU. Inside a bar the milliseconds.
+
+    What takes much longer than one GPU is cut off, and says by how much.
+    """
     batches = list(dict.fromkeys(point.x for one in panel.series for point in one.points))
-    width = 0.84 / len(panel.series)
-    for number, one in enumerate(panel.series):
-        for point in one.points:
-            x, height = batches.index(point.x) + (number - (len(panel.series) - 1) / 2) * width, point.value.number
-            axes.bar(x, height, width * 0.92, label=one.label, color=_bar_colour(one.key))
-            axes.text(x, height + 0.02, f"{height:.2f}", ha="center", va="bottom", fontsize=11, color=style.INK)
+    for at, batch in enumerate(batches):
+        here = [(one, point) for one in panel.series for point in one.points if point.x == batch]
+        width, narrow = 0.88 / max(2, len(here)), len(here) > 3
+        for number, (one, point) in enumerate(here):
+            x, ratio = at + (number - (len(here) - 1) / 2) * width, point.value.number
+            axes.bar(x, ratio, width * 0.92, label=one.label, color=_bar_colour(one.key))
+            times = f"{ratio:.2f}" if ratio < _HIGHEST else f"{ratio:.1f}"
+            size = 8.5 if narrow else 11
+            axes.text(
+                x,
+                min(ratio, _HIGHEST) + 0.02,
+                times,
+                ha="center",
+                va="bottom",
+                fontsize=size,
+                color=style.INK,
+                bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.5} if ratio > _HIGHEST else None,
+            )
             if point.note is not None:
-                axes.text(x, 0.04, short(point.note.number), ha="center", fontsize=9.5, color=style.PAPER)
+                turned = {"rotation": 90, "fontsize": 8.5} if narrow else {"fontsize": 9.5}
+                axes.text(x, 0.04, short(point.note.number), ha="center", color=style.PAPER, **turned)
     axes.axhline(1, color=style.INK, lw=1.5)
-    axes.set_ylim(0, 1.12 * max(1.0, *(point.value.number for one in panel.series for point in one.points)))
+    highest = max(1.0, *(point.value.number for one in panel.series for point in one.points))
+    axes.set_ylim(0, 1.12 * min(highest, _HIGHEST))
     axes.set_yticks([0, 0.5, 1], ["0", "½", "1"] if column == 0 else ["", "", ""])
-    axes.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches], color=style.INK, fontsize=12)
+    axes.set_xticks(range(len(batches)), batches, color=style.INK, fontsize=12)
+    axes.set_xlabel("batch", fontsize=12)
     axes.title.set_fontsize(12.5)
 
 

@@ -13,6 +13,7 @@ STRATEGIES = {
     "expert, all-to-all": "expert, all-to-all",
     "hybrid, all-reduce": "hybrid, all-reduce",
     "hybrid, all-to-all": "hybrid, all-to-all",
+    "data, experts spread": "data, experts spread",
 }
 
 

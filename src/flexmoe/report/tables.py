@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flexmoe.report.charts import CPU_METRICS, course_rows, cpu_pairs, engine_key, latency_groups, throughput_rows
+from flexmoe.report.charts import (
+    CPU_METRICS,
+    course_rows,
+    cpu_pairs,
+    elsewhere,
+    engine_key,
+    latency_groups,
+    throughput_rows,
+)
 from flexmoe.report.figure import ENGINES, MODELS, model_name, short_device
 from flexmoe.report.prompts import prompt_operations
 from flexmoe.report.rows import Row, newest
@@ -30,7 +38,10 @@ _PRECISIONS = (("bfloat16", "bf16", "bf16"), ("int8", "q8_0", "8 bits"))
 def tables(rows: Sequence[Row]) -> list[Table]:
     """All that these rows can fill."""
     makers: tuple[Callable[[Sequence[Row]], Table | None], ...]
-    makers = (latency, first_tokens, prompt_operations, throughput, spread, slices, experts, cpu, llama_cpp, published)
+    makers = (
+        latency, latency_elsewhere, first_tokens, prompt_operations, throughput, spread, slices, experts, cpu,
+        llama_cpp, published,
+    )  # fmt: skip
     return [table for make in makers if (table := make(rows)) is not None]
 
 
@@ -53,6 +64,26 @@ def latency(rows: Sequence[Row]) -> Table | None:
         "“Goal missed”: the time that was set as a goal before measuring, in ms, where it was not reached."
     )
     return Table("latency", "A decode step", header, tuple(lines), about)
+
+
+def latency_elsewhere(rows: Sequence[Row]) -> Table | None:
+    """The same on other GPUs, beside nothing but the floor."""
+    found = elsewhere(rows)
+    lines = tuple(
+        (
+            Shown(short_device(str(row.get("device.name")))),
+            Shown(model_name(row)),
+            Shown(str(row.get("params.batch")), row.value("params.batch")),
+            number(row.value("result.ms")),
+            number(row.value("result.floor_ms")),
+            number(row.value("result.percent_of_floor"), "{:.0f}"),
+            number(row.value("result.distinct_experts"), "{:.1f}"),
+        )
+        for row in found
+    )
+    header = ("GPU", "model", "batch", "FlexMoE, ms", "floor, ms", "% of floor", "experts read")
+    title = "A decode step on other GPUs"
+    return Table("latency_elsewhere", title, header, lines, f"{versions(found[0])} {dates(found)}") if found else None
 
 
 def rows_of(groups: Sequence[tuple[str, list[Row]]]) -> list[Row]:
