@@ -64,13 +64,13 @@ def test_steps_on_other_gpus_have_a_table_of_their_own() -> None:
     big, small = {"kind": "cuda", "name": "A GPU"}, {"kind": "cuda", "name": "B GPU"}
     part = row(0).data["model"] | {"label": "builtin with 2 of 4 layers", "parameters": 5}
     rows = [
-        row(1, device=big), row(2, device=big, batch=8), row(3, device=small, ms=4.0, time="2026-11-19"),
+        *(row(1, device=big, batch=batch) for batch in (1, 2, 4, 8)), row(3, device=small, ms=4.0, time="2026-11-19"),
         row(4, device=small, ms=5.0), row(5, device=small, batch=8, model=part, ms=8.0), row(6, ms=9.0),
         row(7, device=small, engine="hf-best"),
     ]  # fmt: skip
     table = latency_elsewhere(rows)
     assert table is not None
-    shown = [[cell.text for cell in line] for line in table.lines]
+    shown = [[cell.text for cell in line] for line in table.rows]
     assert shown == [
         ["B GPU", "builtin", "1", "5.00", "1.00", "20", "2.0"],
         ["B GPU", "builtin with 2 of 4 layers", "8", "8.00", "1.00", "12", "2.0"],
