@@ -13,6 +13,7 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.triton.tiles import TileTable
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models import fused as fused_module
+from flexmoe.models import fused_experts as experts_module
 from flexmoe.models import fused_vocabulary as vocabulary_module
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
@@ -28,9 +29,10 @@ GROUPED = [
     *ATTENTION, "route", "topk", "group_by_expert", "expert_gate_up_grouped", "expert_down_grouped", "combine_norm",
 ]  # fmt: skip
 HEAD = ["norm_linear", "greedy"]
-OF_FUSED = (
-    "combine", "combine_norm", "count_choices", "decode_attention", "expert_down_gemv", "expert_down_grouped",
-    "expert_gate_up_gemv", "expert_gate_up_grouped", "group_by_expert", "rms_norm", "route", "topk", "topk_by_expert",
+OF_FUSED = ("combine_norm", "count_choices", "decode_attention", "rms_norm")
+OF_EXPERTS = (
+    "combine", "combine_norm", "expert_down_gemv", "expert_down_grouped", "expert_gate_up_gemv",
+    "expert_gate_up_grouped", "group_by_expert", "route", "topk", "topk_by_expert",
 )  # fmt: skip
 VIEWS = {
     "_unsafe_view", "alias", "as_strided", "detach", "expand", "select", "slice", "split", "t", "transpose",
@@ -62,6 +64,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in OF_FUSED:
         replace(fused_module, name)
+    for name in OF_EXPERTS:
+        replace(experts_module, name)
     replace(fused_module.norm_linear, "norm_linear")
     replace(vocabulary_module, "embed")
     for name in ("greedy", "best", "winner"):

@@ -13,6 +13,7 @@ from flexmoe.engine.ranks import RankedRunner
 from tests.cpu.tiny_models import tiny
 from tests.multi.test_models import OPTIONS, PLANS, PROMPTS
 
+DATA = {"data_parallel_size": 2, "expert_parallel_size": 2}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 MIXED = [
     SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=14, ignore_eos=True),
@@ -24,11 +25,11 @@ MIXED = [
 ON_HOST = SamplingParams(temperature=0, repetition_penalty=1.3, logprobs=1, max_tokens=6, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
+@pytest.fixture(scope="module", params=[PLANS["expert-2"], DATA], ids=["expert", "data"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_MODULE", "tests.multi.ahead_ranks")
-        with LLM(tiny("qwen2_moe"), **OPTIONS, **PLANS["expert-2"]) as made:
+        with LLM(tiny("qwen2_moe"), **OPTIONS, **request.param) as made:
             yield made
 
 

@@ -130,7 +130,7 @@ class _Tables:
         """Each row's blocks, as far apart as the longest table is long; returns that."""
         tables = [chunk.request.blocks for chunk in chunks]
         lengths = list(map(len, tables))
-        width = _padded(max(lengths))
+        width = _padded(max(lengths, default=0))
         there, self._rows = self._rows, []  # until all are written: Ctrl-C may come between
         if width != self._width:
             self._stride[0] = self._width = width

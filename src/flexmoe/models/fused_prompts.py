@@ -32,7 +32,8 @@ from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import PromptRows
-from flexmoe.models.fused import narrowest, qk_norm, weight_of
+from flexmoe.models.fused import qk_norm, weight_of
+from flexmoe.models.fused_experts import narrowest
 from flexmoe.models.fused_ranks import slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.seen import Seen

@@ -21,6 +21,7 @@ from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.norm_linear import NormAfter
 from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
 from flexmoe.layers.attention import Attention
+from flexmoe.models.decoder import Decoder
 from flexmoe.moe.slots import SlotTable
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.peers import share, why_not_shared
@@ -35,6 +36,7 @@ class SharedSums:
 
     def __init__(self, mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int) -> None:
         self._tensor, self._stage = mesh.tp, mesh.stage
+        self._experts = mesh.tp if mesh.dp.size > 1 else mesh.stage  # of which data ranks add up before
         self._part = torch.empty(max_rows, hidden_size, dtype=dtype, device=device)
 
     def start(self) -> None:
@@ -62,9 +64,9 @@ class SharedSums:
         x += self._tensor.all_reduce(self.part(len(x)), "linear")
 
     def add_experts(self, x: Tensor, norm: NormAfter | None = None) -> None:
-        """x += the sum of what the experts of all ranks of the stage give."""
+        """x += the sum of what the experts give, of all ranks that have these rows."""
         assert norm is None
-        x += self._stage.all_reduce(self.part(len(x)), "combine")
+        x += self._experts.all_reduce(self.part(len(x)), "combine")
 
 
 class OneShotSums(SharedSums):
@@ -135,8 +137,8 @@ class OneShotSums(SharedSums):
 def sums_of(
     mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int, *, pdl: bool
 ) -> SharedSums | None:
-    """How the ranks of this stage add up; None for one rank. All of them call this together."""
-    if mesh.stage.size == 1:
+    """How the ranks that have the same rows add up; None for one rank. All of the stage call this together."""
+    if mesh.tp.size == 1:
         return None
     why_not = why_not_shared(mesh.stage, device, one_machine=mesh.machine_size == mesh.plan.num_ranks)
     if mesh.tp.size == mesh.stage.size and not why_not:
@@ -144,6 +146,51 @@ def sums_of(
     sums = SharedSums(mesh, hidden_size, dtype, device, max_rows)
     sums.how = f"all-reduce: {why_not}" if why_not else "all-reduce"
     return sums
+
+
+class GatheredRows:
+    """The rows of R data ranks, for the experts of each; and the way back of what all ranks' experts give for them.
+
+    Data ranks have the same number T of rows, padded ones among them, so that no shape depends on the routing. how: in
+    words, for people.
+    """
+
+    how = "all-gather"
+
+    def __init__(self, mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int) -> None:
+        """max_rows: of one data rank."""
+        self._data, self.max_rows = mesh.dp, mesh.dp.size * max_rows
+        self._part = torch.empty(self.max_rows, hidden_size, dtype=dtype, device=device)
+
+    def lengths(self, own: Tensor) -> Tensor:
+        """At the beginning of a step, int32 [R T]: of the rows of all, 0 for padding; 1 for others, it may be."""
+        return self._data.all_gather(own, "routing").clamp(
+            max=1
+        )  # and what is launched next is not behind a collective
+
+    def rows(self, normed: Tensor) -> Tensor:
+        """normed [T, H] of all data ranks, one after the other: [R T, H]."""
+        return self._data.all_gather(normed, "dispatch")
+
+    def own(self, rows: int) -> slice:
+        """Which of the rows of all are this data rank's, if each has so many."""
+        return slice(self._data.index * rows, (self._data.index + 1) * rows)
+
+    def part(self, rows: int) -> Tensor:
+        """Where what this rank's experts give for the rows of all goes: [rows, H]."""
+        return self._part[:rows]
+
+    def own_sums(self, part: Tensor) -> Tensor:
+        """Of the sum over data ranks of part [R T, H] the own rows: [T, H]."""
+        return self._data.reduce_scatter(part, "combine")
+
+
+def gathered_of(model: Decoder, dtype: torch.dtype, device: torch.device, max_rows: int) -> GatheredRows | None:
+    """None for one data rank, and for a model without experts, whose data ranks have nothing to tell each other."""
+    config = model.config
+    if model.mesh.dp.size == 1 or config.moe is None:
+        return None
+    return GatheredRows(model.mesh, config.hidden_size, dtype, device, max_rows)
 
 
 class SlotsByRow:
