@@ -163,10 +163,10 @@ class CostModel:
     # ------------------------------------------------------------------------------------------------ passes
 
     def _passes(self, shape: StepShape) -> list[_Pass]:
-        """Decodes that have a path of their own, and all the rest."""
+        """Decodes that have a path of their own, and all the rest; of data ranks one pass if there are prompts."""
         context, decodes = _rounded(shape.context), shape.decodes
         chunks = tuple(Chunk(_rounded(c.tokens), _rounded(c.cached) if c.cached else 0) for c in shape.chunks)
-        fused = 0 < decodes <= self._most_fused()
+        fused = 0 < decodes <= self._most_fused() and not (chunks and self.plan.data_parallel_size > 1)
         found = [_Pass("fused", decodes, decodes, decodes, context, ())] if fused else []
         rest = 0 if fused else decodes
         rows = rest + sum(chunk.tokens for chunk in shape.chunks)
@@ -180,7 +180,7 @@ class CostModel:
         """Decodes up to which the fused kernels take them; 0 where they are not used at all."""
         plan, most = self.plan, _FUSED_ROWS[self.machine.device.kind]
         if self.machine.device.kind == "cuda":
-            return 0 if plan.moves_tokens or plan.pipeline_parallel_size > 1 else most
+            return 0 if plan.uses_all_to_all or plan.pipeline_parallel_size > 1 else most
         if plan.num_ranks > 1 or self.dtype not in _WORTH_TORCH:
             return 0
         if self.quantization is not None:
@@ -231,8 +231,9 @@ class CostModel:
         moe, hidden = stage.config.moe, self.model.hidden_size
         assert moe is not None
         assert placement is not None
-        load = self._load(placement, rows * self.plan.data_parallel_size)
-        cost = self._price(path, "router", Operation("router", rows, (moe.num_experts, hidden, moe.top_k)))
+        of_all = rows * self.plan.data_parallel_size
+        load, routed = self._load(placement, of_all), of_all if path == "fused" else rows  # gathered, then routed
+        cost = self._price(path, "router", Operation("router", routed, (moe.num_experts, hidden, moe.top_k)))
         if load.active:
             experts = Operation("experts", load.pairs, (load.active, hidden, moe.expert_width))
             cost = cost.plus(self._price(path, "experts", experts))
