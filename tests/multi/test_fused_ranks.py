@@ -7,7 +7,9 @@ Data ranks have some of the rows each, or none, and are padded alike.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -37,6 +39,7 @@ from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered
 from tests.cpu.tiny_decoders import CPU, config
 from tests.multi.pool import Pool
+from tests.multi.shared_files import shared_files
 from tests.multi.worker import PoolWorker
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -134,8 +137,10 @@ def decode(mesh: Mesh, model: ModelConfig, grouped: bool, shares: Shares = ((0, 
     return Decoded(orders, tokens, probe.logits, probe.topk_ids, counter.loads("m"), mesh.traffic.take())
 
 
-def decode_share(worker: PoolWorker, plan: ParallelPlan, **how: Any) -> Decoded:
-    return decode(worker.mesh_of(plan), **how)
+def decode_share(worker: PoolWorker, plan: ParallelPlan, folder: Path | None = None, **how: Any) -> Decoded:
+    """folder: for memory that ranks share, and exchange in single launches."""
+    with nullcontext() if folder is None else shared_files(folder):
+        return decode(worker.mesh_of(plan), **how)
 
 
 @functools.cache
@@ -152,9 +157,9 @@ def in_one_process(name: str, grouped: bool) -> Decoded:
     return found
 
 
-def check(pool: Pool, plan: ParallelPlan, name: str, *, grouped: bool) -> list[Decoded]:
+def check(pool: Pool, plan: ParallelPlan, name: str, *, grouped: bool, folder: Path | None = None) -> list[Decoded]:
     wanted = in_one_process(name, grouped)
-    ranks = pool.call(decode_share, plan=plan, model=MODELS[name], grouped=grouped)
+    ranks = pool.call(decode_share, plan=plan, model=MODELS[name], grouped=grouped, folder=folder)
     for found in ranks:
         assert found.tokens == wanted.tokens
         assert found.loads == wanted.loads
@@ -201,10 +206,11 @@ SPREAD = DATA | {"expert_parallel_size": 2}
 
 
 def check_data(
-    pool: Pool, plan: ParallelPlan, name: str, *, grouped: bool, shares: Shares = ((0, 2), (1,))
-) -> list[Decoded]:
+    pool: Pool, plan: ParallelPlan, name: str, *, grouped: bool, shares: Shares = ((0, 2), (1,)),
+    folder: Path | None = None,
+) -> list[Decoded]:  # fmt: skip
     wanted = in_one_process(name, grouped)
-    ranks = pool.call(decode_share, plan=plan, model=MODELS[name], grouped=grouped, shares=shares)
+    ranks = pool.call(decode_share, plan=plan, model=MODELS[name], grouped=grouped, shares=shares, folder=folder)
     layers = len(wanted.topk_ids) // STEPS
     for found in ranks:
         for step, order in enumerate(found.orders):
@@ -246,4 +252,28 @@ def test_bytes_of_data_ranks_are_those_of_the_bucket(pools: dict[int, Pool]) -> 
     """Whatever rows are in it. Lengths are told once a step; attention and vocabulary send nothing."""
     rows = STEPS * BUCKET * MODELS["plain"].hidden_size * 4
     for found in check_data(pools[2], ParallelPlan(**SPREAD), "plain", grouped=False, shares=((), (0, 1, 2))):
+        assert found.sent == {"routing": STEPS * BUCKET * 4, "dispatch": rows, "combine": rows}
+
+
+@pytest.mark.parametrize("name", ["tied-full-norm", "shared"])
+def test_sums_in_one_launch(pools: dict[int, Pool], tmp_path: Path, name: str) -> None:
+    """Ranks wait for each other in the kernels; the bytes are those of the formula for it."""
+    rows = STEPS * BUCKET * MODELS[name].hidden_size * 4
+    for found in check(pools[2], ParallelPlan(2, 2), name, grouped=False, folder=tmp_path):
+        assert {label: found.sent[label] for label in ("embedding", "linear", "combine")} == {
+            "embedding": rows, "linear": 2 * rows, "combine": 2 * rows,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "grouped"), [("plain", ((0, 2), (1,)), False), ("shared", ((), (0, 1, 2)), True)],
+    ids=["plain", "idle"],
+)  # fmt: skip
+def test_data_ranks_in_single_launches(
+    pools: dict[int, Pool], tmp_path: Path, name: str, shares: Shares, grouped: bool
+) -> None:
+    plan, layers = ParallelPlan(**SPREAD), sum(layer.is_moe for layer in MODELS[name].layers)
+    rows = STEPS * BUCKET * MODELS[name].hidden_size * 4 * layers
+    for found in check_data(pools[2], plan, name, grouped=grouped, shares=shares, folder=tmp_path):
+        del found.sent["control"]  # of when memory was made
         assert found.sent == {"routing": STEPS * BUCKET * 4, "dispatch": rows, "combine": rows}

@@ -10,7 +10,7 @@ Where the one ends, and how each launch is cut, is measured (`fused_tiles.py`). 
 residual stream in hand norms them for what comes next.
 
 On several ranks the same kernels compute a rank's heads, columns and experts; what ranks then exchange is in
-`fused_ranks.py` and `fused_vocabulary.py`. One rank launches nothing for it.
+`fused_ranks.py`, `fused_data_ranks.py` and `fused_vocabulary.py`. One rank launches nothing for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.swiglu import swiglu
 from flexmoe.kernels.triton import norm_linear
 from flexmoe.kernels.triton.cache_keys import fix_cache_keys
-from flexmoe.kernels.triton.combine import combine_norm
 from flexmoe.kernels.triton.count_choices import count_choices
 from flexmoe.kernels.triton.decode_attention import decode_attention
 from flexmoe.kernels.triton.rms_norm import rms_norm
@@ -39,8 +38,9 @@ from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused_buffers import Buffers
+from flexmoe.models.fused_data_ranks import GatheredRows, gathered_of
 from flexmoe.models.fused_experts import FusedExperts
-from flexmoe.models.fused_ranks import GatheredRows, SharedSums, gathered_of, sums_of
+from flexmoe.models.fused_ranks import SharedSums, sums_of
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.fused_vocabulary import Vocabulary
 from flexmoe.models.seen import Seen
@@ -151,35 +151,43 @@ class FusedLayer:
 
         Returns as `feed`.
         """
-        count, part = len(x), sums.part(len(x))
-        if self._shared is not None:
-            normed = self._buffers.normed[:count]
-            self._linear(self._hidden(self._shared, normed, self._shared_gate), self._shared.down, normed)
-            part += normed
+        count, shared = len(x), self._shared_part(len(x))
+        if shared is not None:
+            part = sums.part(count)
+            part += shared
         norms = sums.norms(count)
         sums.add_experts(x, self._norm_after(self._following, count) if norms else None)
         return norms
+
+    def _shared_part(self, count: int) -> Tensor | None:
+        """What this rank's share of the expert that every token takes gives for the normed rows, in their place."""
+        if self._shared is None:
+            return None
+        normed = self._buffers.normed[:count]
+        self._linear(self._hidden(self._shared, normed, self._shared_gate), self._shared.down, normed)
+        return normed
 
     def _feed_gathered(
         self, experts: FusedExperts, lengths: Tensor, x: Tensor, gathered: GatheredRows, *, is_normed: bool
     ) -> bool:
         """The experts here see the rows of all data ranks, which then each get the sums of their own.
 
-        Returns as `feed`. What is launched behind a collective begins when that has ended: no PDL.
+        Returns as `feed`.
         """
-        rows = self._buffers.normed[: len(x)]
+        count, rows = len(x), self._buffers.normed[: len(x)]
         if not is_normed:
             self._norm(x, rows)
-        everybody = gathered.rows(rows)  # [R T, H]
-        part = gathered.part(len(everybody))
-        experts.route(everybody, everybody, is_normed=True, pdl=False)
-        experts.add(everybody, lengths, part, accumulate=False)
+        everybody, pdl = gathered.rows(count), self._pdl and gathered.may_overlap(count)  # [R T, H]
+        experts.route(everybody, everybody, is_normed=True, pdl=pdl)
+        experts.add(everybody, lengths, gathered.part(count), accumulate=False)
         if self._sums is not None:
-            self._sums.part(len(x)).copy_(gathered.own_sums(part))
-            return self._add_parts(x, self._sums)
+            shared, own = self._shared_part(count), gathered.own_sums(count)  # [T, H]
+            self._sums.part(count).copy_(own if shared is None else own + shared)
+            self._sums.add_experts(x)
+            return False
         if self._shared is not None:
             self._add_mlp(self._shared, rows, x, self._shared_gate)
-        combine_norm(gathered.own_sums(part), None, x, self._following.weight.data, self._following.eps, rows)
+        gathered.add(x, self._norm_after(self._following, count))
         return True
 
     def _add_mlp(self, mlp: GatedMLP, normed: Tensor, x: Tensor, gate: Linear | None) -> None:
@@ -260,9 +268,11 @@ class FusedDecoder:
             (len(layer.moe.experts.gate_up) for layer in model.decoder_layers if layer.moe is not None), default=0
         )
         sums = sums_of(mesh, config.hidden_size, dtype, device, max_rows, pdl=self._pdl)
-        self._gathered = gathered = gathered_of(model, dtype, device, max_rows)
+        self._gathered = gathered = gathered_of(model, dtype, device, max_rows, pdl=self._pdl)
         seen_rows = max_rows if gathered is None else gathered.max_rows
         self._buffers = b = Buffers(config, shapes, slots, tiles, dtype, device, max_rows, seen_rows)
+        if gathered is not None:
+            b.normed = gathered.normed
         self._vocabulary = Vocabulary(model, sums, device, max_rows, pdl=self._pdl)
         self.logits, self.sampled = self._vocabulary.whole, self._vocabulary.sampled
         self.spread = sums is not None

@@ -21,12 +21,12 @@ from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.norm_linear import NormAfter
 from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
 from flexmoe.layers.attention import Attention
-from flexmoe.models.decoder import Decoder
 from flexmoe.moe.slots import SlotTable
+from flexmoe.parallel.comm import Group
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.peers import share, why_not_shared
 
-_MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others; an all-reduce in rings sends less of large parts
+MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others; an all-reduce in rings sends less of large parts
 
 
 class SharedSums:
@@ -85,12 +85,8 @@ class OneShotSums(SharedSums):
         super().__init__(mesh, hidden_size, dtype, device, max_rows)
         self._pdl, self._turn, self._memories = pdl, 0, []
         for _ in range(2):
-            self._memories.append(self._shared(max_rows, hidden_size, dtype, device))
-        self._squares = self._shared(max_rows, 2, torch.float32, device)  # two sums lie between its uses
-
-    def _shared(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> PeerRows:
-        shared = share(self._stage, rows, width, dtype, device)
-        return PeerRows(shared.own, shared.rows, shared.flags, self._stage.index)
+            self._memories.append(peers_of(self._stage, max_rows, hidden_size, dtype, device))
+        self._squares = peers_of(self._stage, max_rows, 2, torch.float32, device)  # two sums lie between its uses
 
     def start(self) -> None:
         self._turn = 0
@@ -107,7 +103,7 @@ class OneShotSums(SharedSums):
 
     def norms(self, rows: int) -> bool:
         """Small parts are exchanged like that."""
-        return (self._stage.size - 1) * rows * self._part.shape[1] * self._part.itemsize <= _MOST_ONE_SHOT
+        return (self._stage.size - 1) * rows * self._part.shape[1] * self._part.itemsize <= MOST_ONE_SHOT
 
     def begin(self, x: Tensor) -> None:
         if self.norms(len(x)):
@@ -148,49 +144,10 @@ def sums_of(
     return sums
 
 
-class GatheredRows:
-    """The rows of R data ranks, for the experts of each; and the way back of what all ranks' experts give for them.
-
-    Data ranks have the same number T of rows, padded ones among them, so that no shape depends on the routing. how: in
-    words, for people.
-    """
-
-    how = "all-gather"
-
-    def __init__(self, mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int) -> None:
-        """max_rows: of one data rank."""
-        self._data, self.max_rows = mesh.dp, mesh.dp.size * max_rows
-        self._part = torch.empty(self.max_rows, hidden_size, dtype=dtype, device=device)
-
-    def lengths(self, own: Tensor) -> Tensor:
-        """At the beginning of a step, int32 [R T]: of the rows of all, 0 for padding; 1 for others, it may be."""
-        return self._data.all_gather(own, "routing").clamp(
-            max=1
-        )  # and what is launched next is not behind a collective
-
-    def rows(self, normed: Tensor) -> Tensor:
-        """normed [T, H] of all data ranks, one after the other: [R T, H]."""
-        return self._data.all_gather(normed, "dispatch")
-
-    def own(self, rows: int) -> slice:
-        """Which of the rows of all are this data rank's, if each has so many."""
-        return slice(self._data.index * rows, (self._data.index + 1) * rows)
-
-    def part(self, rows: int) -> Tensor:
-        """Where what this rank's experts give for the rows of all goes: [rows, H]."""
-        return self._part[:rows]
-
-    def own_sums(self, part: Tensor) -> Tensor:
-        """Of the sum over data ranks of part [R T, H] the own rows: [T, H]."""
-        return self._data.reduce_scatter(part, "combine")
-
-
-def gathered_of(model: Decoder, dtype: torch.dtype, device: torch.device, max_rows: int) -> GatheredRows | None:
-    """None for one data rank, and for a model without experts, whose data ranks have nothing to tell each other."""
-    config = model.config
-    if model.mesh.dp.size == 1 or config.moe is None:
-        return None
-    return GatheredRows(model.mesh, config.hidden_size, dtype, device, max_rows)
+def peers_of(group: Group, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> PeerRows:
+    """Memory of so many rows on each rank of the group, which all call this together, after `why_not_shared`."""
+    shared = share(group, rows, width, dtype, device)
+    return PeerRows(shared.own, shared.rows, shared.flags, group.index)
 
 
 class SlotsByRow:
