@@ -1,4 +1,4 @@
-"""PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them; and where tokens travel, all.
+"""PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them; with all-to-all, all steps.
 
 Enters: a loaded Decoder, whose weights it reads where they are, and rows on the device. Leaves: logits of the rows that
 ask for them. Dense products are torch's; everything between them are Triton kernels, some ten launches a layer. None
