@@ -111,7 +111,7 @@ class FusedLayer:
     def _norm_after_attention(self, count: int) -> norm_linear.NormAfter | None:
         """The norm of the feed-forward, where a launch that there is anyway can do it and the router need not."""
         experts = self._experts
-        if experts is None or not (self._gathered is not None or experts.norms_first(count)):
+        if experts is None or (self._gathered is None and not experts.norms_first(count)):
             return None
         if self._sums is None:
             can = norm_linear.norms_after(self._tile(count, self._out, norm=False))
@@ -272,7 +272,7 @@ class FusedDecoder:
         seen_rows = max_rows if gathered is None else gathered.max_rows
         self._buffers = b = Buffers(config, shapes, slots, tiles, dtype, device, max_rows, seen_rows)
         if gathered is not None:
-            b.normed = gathered.normed
+            b.normed = gathered.normed  # which other ranks may read
         self._vocabulary = Vocabulary(model, sums, device, max_rows, pdl=self._pdl)
         self.logits, self.sampled = self._vocabulary.whole, self._vocabulary.sampled
         self.spread = sums is not None
