@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import tempfile
@@ -20,6 +21,8 @@ from flexmoe.config.plan import ExpertPlacement
 from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.ranks import RankedRunner
 from flexmoe.errors import RankError
+from flexmoe.models import fused_data_ranks
+from flexmoe.parallel.peers import why_not_shared
 from tests.cpu.tiny_models import tiny
 from tests.multi.pool import Pool
 from tests.multi.test_supervisor import Nothing
@@ -125,16 +128,28 @@ def steps_seen(worker: PoolWorker) -> tuple[int, int]:
     return found
 
 
+def share_memory(worker: PoolWorker, on: bool) -> None:
+    """Whether data ranks of models to come may read each other's memory."""
+    fused_data_ranks.why_not_shared = why_not_shared if on else lambda *_, **__: "left out"
+
+
+@pytest.fixture(params=["one launch", "all-gather: left out"], ids=["one-launch", "nccl"])
+def gathered_by(request: pytest.FixtureRequest, pool: Pool) -> Iterator[str]:
+    pool.call(share_memory, on=request.param == "one launch")
+    yield request.param
+    pool.call(share_memory, on=True)
+
+
 @pytest.mark.parametrize("plan", [DATA, DATA_SLICED], ids=["spread", "sliced"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_decode_steps_of_data_ranks_are_replays(pool: Pool, name: str, plan: dict[str, Any]) -> None:
+def test_decode_steps_of_data_ranks_are_replays(pool: Pool, gathered_by: str, name: str, plan: dict[str, Any]) -> None:
     """All take the same graphs, also where one has more rows, draws, is sampled on the host, or has nothing to do."""
     mixed = [GREEDY, DRAWN, GREEDY, GREEDY]  # who draws is on the second data rank
     with LLM(tiny(name), **OPTIONS) as one:
         expected = all_answers(one)
         expected_mixed = [output.token_ids for output in one.generate(PROMPTS, mixed)]
     with pool.llm(tiny(name), **OPTIONS, **plan) as llm:
-        assert llm.describe()["decode_kernels"].startswith("Triton, rows of data ranks by ")
+        assert llm.describe()["decode_kernels"] == f"Triton, rows of data ranks by {gathered_by}"
         pool.call(watch_steps)
         assert all_answers(llm) == expected
         assert [output.token_ids for output in llm.generate(PROMPTS, mixed)] == expected_mixed
@@ -148,6 +163,25 @@ def test_decode_steps_of_data_ranks_are_replays(pool: Pool, name: str, plan: dic
         assert answers(llm, GREEDY, PROMPTS[:1]) == expected[0][:1]
         assert all(replays > 40 and launched == 0 for replays, launched in pool.call(steps_seen))
         assert pool.call(num_graphs) == graphs
+
+
+def test_data_ranks_whose_requests_come_one_by_one(pool: Pool) -> None:
+    """One idles, decodes or has a prompt while the other decodes: graphs and passes of prompts take turns."""
+    with LLM(tiny("mixtral"), **OPTIONS) as one:
+        expected = answers(one, GREEDY)
+    with pool.llm(tiny("mixtral"), **OPTIONS, **DATA) as llm:
+        engine, names, found = llm.engine, list[str](), dict[str, tuple[int, ...]]()
+        pool.call(watch_steps)
+        for number in itertools.count():
+            if number % 5 == 0 and len(names) < len(PROMPTS):
+                names.append(engine.add_request(PROMPTS[len(names)], GREEDY))
+            found |= {output.request_id: output.token_ids for output in engine.step()}
+            if len(found) == len(PROMPTS):
+                break
+        assert [found[name] for name in names] == expected
+        first, second = pool.call(steps_seen)
+        assert first == second
+        assert first[0] > 10
 
 
 @pytest.mark.parametrize("plan", [TENSOR, EXPERT, DATA], ids=["tensor", "expert", "data"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,22 @@ def test_a_step_that_is_given_up_does_no_harm(llm: LLM, ahead: list[bool]) -> No
     stream.close()
     assert llm.generate(PROMPTS[1], GREEDY)[0].token_ids == whole
     assert any(ahead)
+
+
+def test_requests_come_and_go_while_steps_are_ahead(llm: LLM, ahead: list[bool]) -> None:
+    """So that of two data ranks one idles, decodes or has a prompt while the other decodes."""
+    with LLM(tiny("qwen2_moe"), **OPTIONS) as one:
+        expected = [output.token_ids for output in one.generate(PROMPTS, GREEDY)]
+    engine, names, found = llm.engine, list[str](), dict[str, tuple[int, ...]]()
+    for number in itertools.count():
+        if number % 5 == 0 and len(names) < len(PROMPTS):
+            names.append(engine.add_request(PROMPTS[len(names)], GREEDY))
+        found |= {output.request_id: output.token_ids for output in engine.step()}
+        engine.scheduler.check_integrity()
+        if len(found) == len(PROMPTS):
+            break
+    assert [found[name] for name in names] == expected
+    assert sum(ahead) > 5
 
 
 def test_ranks_are_asked_while_a_step_is_on_its_way(llm: LLM, ahead: list[bool]) -> None:
