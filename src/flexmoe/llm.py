@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeGuard
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.admission import is_list
+from flexmoe.engine.chat_prompt import chat_prompt
 from flexmoe.engine.engine import Engine
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.routing import RoutingRecorder, recording
@@ -60,6 +61,10 @@ class LLM:
         """Token ids of a prompt, with the special tokens that the model expects."""
         return self.tokenizer.encode(text)
 
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """A conversation as a prompt: its text and its token ids. Special tokens in these are the template's alone."""
+        return chat_prompt(self._engine.chat_template, self.tokenizer, messages)
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -79,10 +84,13 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or many; a message is {"role": ..., "content": ...}."""
+        """Answer one conversation or many; a message is {"role": ..., "content": ...}.
+
+        Special tokens that a message spells out are plain text in it.
+        """
         conversations = messages if _holds_lists(messages) else [messages]
         params = _as_params(sampling_params, len(conversations))
-        return self._run([self._encode_chat(c) for c in conversations], params)  # type: ignore[arg-type]
+        return self._run([self.encode_chat(c) for c in conversations], params)  # type: ignore[arg-type]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, yielding the whole output so far after each step. Closing the iterator aborts it.
@@ -95,7 +103,7 @@ class LLM:
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answer one conversation like `stream`."""
-        return self._stream(*self._encode_chat(messages), sampling_params)
+        return self._stream(*self.encode_chat(messages), sampling_params)
 
     @contextmanager
     def record_routing(self, path: str | PathLike[str] | None = None) -> Iterator[RoutingRecorder]:
@@ -127,10 +135,6 @@ class LLM:
         if not prompt:
             raise RequestError("the prompt is an empty string; give at least one character.")
         return prompt, self.encode(prompt)
-
-    def _encode_chat(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        text = self._engine.chat_template.render(messages)
-        return text, self.tokenizer.encode(text, add_special_tokens=False)
 
     def _run(
         self, prompts: Sequence[tuple[str | None, Sequence[int]]], params: Sequence[SamplingParams]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexmoe import LLM
 from flexmoe.engine import device as module
 from flexmoe.engine.device import choose_device, choose_dtype, physical_cores, set_threads
 from flexmoe.errors import ConfigError
@@ -201,3 +202,14 @@ def test_a_real_measurement(checkpoint: str, caplog: pytest.LogCaptureFixture) -
     assert chosen in (FULL, getattr(torch, checkpoint))
     assert f"using {chosen}" in caplog.text
     assert 0 < module._probe(own, chosen, (1, 64)) < 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("dtype", "lines"), [("float16", 1), ("float32", 0), ("auto", 0)])
+def test_fp16_on_a_cpu_is_told_to_be_slow_once(
+    dtype: str, lines: int, ranks: int, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with LLM(dtype=dtype, device="cpu", num_blocks=16, tensor_parallel_size=ranks):
+        told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [line.startswith("dtype=float16 is slow on a CPU; use dtype=auto") for line in told] == [True] * lines
+    assert "dtype=float16" not in capfd.readouterr().err  # of the ranks

@@ -111,6 +111,21 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["benchmark"] == "profile"
 
 
+def test_a_preset_with_fewer_layers(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    words = "profile tinymistral-6x248m --layers 2 --prompt-len 4 --steps 1 --device cpu --threads 1 --dtype float32"
+    done = CliRunner().invoke(main, [*words.split(), "--out", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "tinymistral-6x248m with 2 of 12 layers" in done.output
+    row = json.loads(out.read_text())
+    assert row["model"]["layers"] == 2
+    (attention,) = (one for one in row["result"]["operations"] if one["operation"] == "attention with projections")
+    assert attention["calls"] == 2
+    refused = CliRunner().invoke(main, "profile --layers 2 --device cpu".split())
+    assert refused.exit_code == 1
+    assert "changes of a model fit no stored weights" in refused.output
+
+
 def test_the_path_in_torch_is_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "choose_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(profile, "set_threads", lambda _: None)

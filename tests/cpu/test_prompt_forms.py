@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flexmoe.engine.prompt_graphs import form_of
-from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack
-from flexmoe.scheduling.prompt_forms import MOST_GRAPHED
+from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack, pack_nothing
+from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, forms_up_to, graph_form
 from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered
 
@@ -68,3 +68,23 @@ def test_padding_is_in_no_span_and_has_no_place() -> None:
     assert blocks[:4] == exact.spans.blocks.tolist()
     assert all(rows.spans.spans[span].tolist() == [0, 0, 0, 0] for span, _ in blocks[4:])
     assert torch.equal(rows.spans.tables, exact.spans.tables)
+
+
+def test_a_form_of_padding_alone_has_no_token() -> None:
+    form = form_of(chunks_of((0, 20)), ROWS)
+    assert form is not None
+    rows = form.rows_of(pack_nothing(form, pinned=False), ROWS, BLOCK)
+    assert rows.lengths is not None
+    assert rows.lengths.tolist() == rows.token_ids.tolist() == [0] * form.rows
+    assert rows.slots.tolist() == [-1] * form.rows
+    assert rows.spans.spans[:, 1].tolist() == [0] * form.spans
+    assert rows.spans.blocks[:, 0].tolist() == [0] * form.blocks
+
+
+def test_forms_up_to_some_tokens_are_those_of_their_steps() -> None:
+    steps = [(tokens, chunks) for tokens in range(1, 601) for chunks in (1, 3) if tokens >= chunks]
+    of_steps = {graph_form(tokens, chunks) for tokens, chunks in steps}
+    found = list(forms_up_to(640, (1, 4)))
+    assert len(set(found)) == len(found)
+    assert set(found) == {form for form in of_steps if form is not None and form[0] <= 640}
+    assert list(forms_up_to(2**20, (1,)))[-1] == (MOST_GRAPHED, 1)

@@ -21,7 +21,7 @@ from tests.kernels.unforeseen_launches import MIXED, Engine
 
 def main() -> None:
     with torch.inference_mode():
-        Engine(MIXED)  # as in every process that launches
+        Engine(MIXED, 0.0)  # as in every process that launches
     names = [f"{kernels.__name__}.{found.name}" for found in pkgutil.iter_modules(kernels.__path__)]
     found = [value for name in names for value in vars(importlib.import_module(name)).values()]
     functions = [value for value in found if isinstance(value, JITFunction)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flexmoe.engine import compile_ahead
@@ -52,7 +55,7 @@ def work(done: Path) -> None:
 
 
 def test_a_worker_compiles_its_share_once(tmp_path: Path) -> None:
-    done = tmp_path / "done"
+    done = tmp_path / "triton" / "folder" / "done"
     work(done)
     assert done.exists()
     assert 1 <= len(list((tmp_path / "triton").rglob("*.cubin"))) <= 20
@@ -68,6 +71,13 @@ def test_a_worker_ends_with_its_engine() -> None:
     assert worker.wait(timeout=30) == 0
 
 
+def remember(work: Job) -> None:
+    """As two workers do that are through."""
+    for path in compile_ahead._done(work, 2):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 @pytest.mark.usefixtures("asleep")
 def test_workers_are_ended_with_the_engine_and_not_started_again_once_they_were_through() -> None:
     compiling = CompilingAhead(job(), workers=2)
@@ -75,12 +85,39 @@ def test_workers_are_ended_with_the_engine_and_not_started_again_once_they_were_
     assert [worker.poll() for worker in at_work] == [None, None]
     compiling.close()
     assert all(worker.poll() is not None for worker in at_work)
-    for path in compile_ahead._done(job(), 2):
-        path.touch()
+    remember(job())
     assert CompilingAhead(job(), workers=2)._workers == []
     other = CompilingAhead(job(rows=8), workers=2)
     assert len(other._workers) == 2
     other.close()
+
+
+@pytest.mark.usefixtures("asleep")
+def test_who_clears_triton_s_cache_has_kernels_compiled_anew(tmp_path: Path) -> None:
+    remember(job())
+    assert CompilingAhead(job(), workers=2)._workers == []
+    shutil.rmtree(tmp_path / "triton")
+    (tmp_path / "triton").mkdir()  # by whoever compiles next
+    compiling = CompilingAhead(job(), workers=2)
+    assert len(compiling._workers) == 2
+    compiling.close()
+
+
+@pytest.mark.usefixtures("asleep")
+def test_a_worker_that_is_through_leaves_no_zombie() -> None:
+    compiling = CompilingAhead(job(), workers=2)
+    first, second = (psutil.Process(worker.pid) for worker in compiling._workers)
+    last = compiling._workers[1].stdin
+    assert last is not None
+    last.close()
+    for _ in range(1000):
+        if not second.is_running():
+            break
+        time.sleep(0.01)
+    assert not psutil.pid_exists(second.pid)
+    assert first.is_running()
+    compiling.close()
+    assert not psutil.pid_exists(first.pid)
 
 
 def test_engines_without_a_gpu_compile_nothing() -> None:

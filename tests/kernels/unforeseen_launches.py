@@ -52,11 +52,11 @@ MIXED = config(layers=tuple(LayerConfig(is_moe=i % 3 > 0, window=8 if i % 2 else
 class Engine:
     """What an engine on a GPU launches, step by step."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, router: float) -> None:
         decoder = Decoder(model, ParallelPlan(), "reference", MOST_TOKENS, dtype=torch.bfloat16, device=CPU).eval()
         for layer in decoder.decoder_layers:
             if layer.moe is not None:
-                layer.moe.router.weight.data.zero_()
+                layer.moe.router.weight.data.fill_(router)
         decoder.pack(in_place=True)
         table = tiles_of(GPU)
         self._fused = FusedDecoder(decoder, MOST_TOKENS, CPU, table, max(ROWS), pdl=True)
@@ -83,22 +83,24 @@ class Engine:
         self._prompts.logits(laid_out, self._cache)
 
 
-def job(hf_config: dict[str, Any]) -> Job:
+def job(hf_config: dict[str, Any], *, exact_router: bool) -> Job:
     return Job(
         hf_config=hf_config, dtype="bfloat16", gpu=GPU, capability=PDL_CAPABILITY, shared=227 * 1024,
         block_size=BLOCK_SIZE, max_position=MOST_TOKENS, rows=max(ROWS), tokens=MOST_TOKENS,
+        exact_router=exact_router,
     )  # fmt: skip
 
 
-def unforeseen(preset: str, seen: list[str]) -> Iterator[str]:
+def unforeseen(preset: str, seen: list[str], router: float) -> Iterator[str]:
+    """router: all of its weights."""
     hf_config = dict(PRESETS[preset].hf_config) | {"num_hidden_layers": _LAYERS}
-    compile_all(job(hf_config))
-    foreseen, engine = len(seen), Engine(read_config(hf_config))
+    compile_all(job(hf_config, exact_router=router == 0.0))
+    foreseen, engine = len(seen), Engine(read_config(hf_config), router)
     assert foreseen > 0, "no launch was seen"
     for take, sizes in ((engine.decode, ROWS), (engine.prompts, PROMPTS)):
         for size in sizes:
             take(size)  # type: ignore[operator]
-            yield from (f"{preset}, a step of {size}: {name}" for name in seen[foreseen:])
+            yield from (f"{preset}, routers of {router}, a step of {size}: {name}" for name in seen[foreseen:])
             foreseen = len(seen)
 
 
@@ -106,7 +108,8 @@ def main() -> None:
     seen: list[str] = []
     compile_only(PDL_CAPABILITY, lambda name: bool(seen.append(name)))  # type: ignore[func-returns-value]
     with torch.inference_mode(), WithoutProducts():
-        found = [line for preset in _PRESETS for line in unforeseen(preset, seen)]
+        found = [line for preset in _PRESETS for line in unforeseen(preset, seen, 0.0)]
+        found += unforeseen(_PRESETS[0], seen, 1 / 3)  # as of a checkpoint in fp32
     sys.stdout.write(json.dumps(found) + "\n")
 
 

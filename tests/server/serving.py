@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +95,8 @@ def running(engine: dict[str, Any] | None = None, **config: Any) -> Iterator[Run
 class Process:
     """`flexmoe serve` in a process of its own, on a free port."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "flexmoe", "serve", "--port", "0", "--threads", "1", *arguments]
+    def __init__(self, *arguments: str, program: Sequence[str] = ("-m", "flexmoe")) -> None:
+        command = [sys.executable, *program, "serve", "--port", "0", "--threads", "1", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
         self.lines: list[str] = []
         self.url = ""
@@ -126,9 +126,9 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(*arguments: str) -> Iterator[Process]:
+def process(*arguments: str, program: Sequence[str] = ("-m", "flexmoe")) -> Iterator[Process]:
     """A server that is gone afterwards."""
-    server = Process(*arguments)
+    server = Process(*arguments, program=program)
     try:
         yield server
     finally:

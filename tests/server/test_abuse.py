@@ -18,6 +18,8 @@ import psutil
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from flexmoe.engine.stand_ins import StandIns
+from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.server.connection import Patient, room_for_connections
 from flexmoe.server.logs import Logged
 from tests.server.serving import PATIENCE, Running, running, wait_for
@@ -140,6 +142,29 @@ def test_a_schema_may_not_be_huge(server: Running) -> None:
     body = {"prompt": "x", "max_tokens": 1, "response_format": {"type": "json_schema", "json_schema": schema}}
     error = error_of(server.post(COMPLETIONS, body), 400)
     assert "at most 32768" in error["message"]
+
+
+@pytest.mark.parametrize("text", ["Hello world " * 300_000, "</s>" * 90_000], ids=["words", "special tokens"])
+def test_a_text_that_is_far_too_long_is_refused_unread(
+    server: Running, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("it was encoded"))
+    monkeypatch.setattr(StandIns, "encode", lambda *_, **__: pytest.fail("it was encoded"))
+    for path, body in (
+        (COMPLETIONS, {"prompt": text}),
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/responses", {"input": text}),
+        ("/generate/", {"prompt": text}),
+    ):
+        error = error_of(server.post(path, body), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert "the prompt has at least " in error["message"]
+
+
+def test_the_tokens_of_a_long_text_are_told_all_the_same(server: Running) -> None:
+    assert server.post("/tokenize", {"prompt": "Hello world " * 9000}).json()["count"] > server.engine.max_model_len
+    message = {"role": "user", "content": "Hello world " * 9000}
+    assert server.post("/tokenize", {"messages": [message]}).json()["count"] > server.engine.max_model_len
 
 
 def test_the_nearest_name_is_offered(server: Running) -> None:

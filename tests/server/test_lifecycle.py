@@ -144,6 +144,58 @@ def test_while_dead_everything_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "flexmoe_engine_up{" in server.get("/metrics").text
 
 
+def test_a_step_that_hangs_is_told_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(step_seconds=0.5) as server:
+        blocked, step = threading.Event(), server.engine.step
+
+        def hang(**options: Any) -> Any:
+            blocked.wait(PATIENCE)
+            return step(**options)
+
+        monkeypatch.setattr(server.engine, "step", hang)
+        clients = [Client(server.url, LONG), Client(server.url, PLAIN)]
+        for client in clients:
+            client.join(5)
+            assert "the engine hangs: a step has been running for" in client.text
+        assert clients[0].events[-1] == "[DONE]"
+        assert clients[1].status == 503
+        for path in ("/health", "/health/live", "/health/ready"):
+            answer = server.get(path)
+            assert answer.status_code == 503
+            assert answer.json()["status"] == "hung"
+            assert "longer than step_seconds=0.5" in answer.json()["reason"]
+        assert server.post("/v1/completions", PLAIN).status_code == 503
+        metrics = server.get("/metrics").text
+        assert 'flexmoe_engine_up{model="builtin"} 0.0' in metrics
+        assert float(metrics.split('flexmoe_step_running_seconds{model="builtin"} ')[1].split()[0]) > 0.5
+        blocked.set()
+        wait_for(lambda: server.get("/health").json() == {"status": "ok"})
+        server.assert_idle()
+        assert server.post("/v1/completions", {**PLAIN, "max_tokens": 4}).status_code == 200
+
+
+HUNG = """
+import sys, time
+from flexmoe.engine.engine import Engine
+from flexmoe.cli.main import main
+Engine.step = lambda *_, **__: time.sleep(1000)
+sys.argv[0] = "flexmoe"
+main()
+"""
+
+
+def test_a_server_does_not_wait_for_a_step_that_hangs() -> None:
+    with process("--step-seconds", "0.5", program=("-c", HUNG)) as server:
+        client = Client(server.url, PLAIN)
+        client.join(PATIENCE)
+        assert client.status == 503
+        server.signal(signal.SIGTERM)
+        start = time.monotonic()
+        assert server.wait(30) == 1
+        assert time.monotonic() - start < 20
+        assert any('"engine": "hung"' in line for line in server.lines)
+
+
 def test_a_dead_worker_is_told_within_five_seconds_and_the_status_is_1() -> None:
     with process("--tensor-parallel-size", "2") as server:
         clients = clients_of(server, 3)

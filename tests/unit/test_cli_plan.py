@@ -63,7 +63,14 @@ def test_a_workload_comes_from_a_file_and_options_go_before_it(machine_file: str
     [
         (("mixtral-8x7b", "--machine", "none.json"), "Error: the machine 'none.json' is neither a file"),
         (("no/such/model", "--machine", "h200x8"), "Error: the folder no/such/model does not exist"),
-        (("mixtral-8x7b", "--machine", "h200x8", "--gpus", "64"), "are 8 nodes, but its links reach 8"),
+        (
+            ("mixtral-8x7b", "--machine", "h200x8", "--gpus", "64"),
+            "64 devices of h200x8 are 8 nodes, but its links reach 8; use fewer, the machine h200x64, or a machine",
+        ),
+        (
+            ("mixtral-8x7b", "--machine", "h100x8", "--gpus", "64"),
+            "64 devices of h100x8 are 8 nodes, but its links reach 8; use fewer, or a machine file",
+        ),
         (("builtin", "--machine", "cpu2", "--input-len", "900"), "900 + 128 tokens do not fit a context of 1024"),
     ],
 )

@@ -31,6 +31,7 @@ def test_what_is_not_given_is_safe() -> None:
         ({"max_waiting": -1}, "max_waiting=-1"),
         ({"drain_seconds": -0.5}, "drain_seconds=-0.5"),
         ({"drain_seconds": float("nan")}, "drain_seconds=nan"),
+        ({"step_seconds": -1.0}, "step_seconds=-1.0"),
         ({"receive_seconds": 0.0}, "receive_seconds=0.0"),
         ({"max_chunk_rate": 0.0}, "max_chunk_rate=0.0"),
         ({"expert_interval": -1.0}, "expert_interval=-1.0"),

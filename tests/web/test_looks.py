@@ -108,3 +108,13 @@ def test_headers(server: Running) -> None:
         assert headers["x-frame-options"] == "DENY"
     assert server.get("/static/nothing.js").status_code == 404
     assert server.get("/static/../app.py").status_code == 404
+
+
+def test_the_page_of_the_interface_needs_no_network(new_context: Any, server: Running) -> None:
+    context = new_context()
+    asked: list[str] = []
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.goto(f"{server.url}/docs")
+    expect(page.locator(".opblock-summary-path", has_text="/v1/completions")).to_be_visible()
+    assert [url for url in asked if not url.startswith((server.url, "data:"))] == []

@@ -11,7 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from flexmoe.bench.engines import FlexMoE
 from flexmoe.bench.floor import floor
 from flexmoe.bench.kernel_operations import Kernel, operations_of
 from flexmoe.bench.record import facts
-from flexmoe.bench.subject import Subject, open_subject
+from flexmoe.bench.subject import Changes, Subject, open_subject
 from flexmoe.bench.timeline import Mark, trace_step
 from flexmoe.bench.workload import make_prompts
 from flexmoe.config.model import ModelConfig
@@ -45,6 +45,7 @@ class ProfileOptions:
     """torch_path: on a CPU decode in PyTorch, where router, dispatch, experts and combine are calls of their own."""
 
     model: str | None = None
+    changes: Changes = field(default_factory=Changes)
     load_format: str = "auto"
     batch: int = 1
     prompt_len: int = 128
@@ -96,7 +97,7 @@ def measure(options: ProfileOptions) -> Profile:
     if options.torch_path and device.type == "cuda":
         raise ConfigError("the path in PyTorch is for a CPU; on a GPU all operations are kernels of their own.")
     ceiling = read_bandwidth(device)
-    with open_subject(options.model, options.load_format) as subject:
+    with open_subject(options.model, options.load_format, options.changes) as subject:
         engine = FlexMoE(subject, _llm_options(options))
         try:
             return _profiled(options, subject, engine, ceiling)

@@ -148,8 +148,7 @@ class Session:
         return ids, replace(self.sampling, max_tokens=min(wanted, context - len(ids)))
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
-        text = self.llm.engine.chat_template.render(messages)
-        return self.llm.tokenizer.encode(text, add_special_tokens=False)
+        return self.llm.encode_chat(messages)[1]
 
     def _stream(self, ids: list[int], sampling: SamplingParams) -> tuple[RequestOutput, bool]:
         """Print an answer. Returns it, and whether Ctrl-C stopped it; white space around it is not shown."""

@@ -108,8 +108,7 @@ def _is_prompt(value: object) -> bool:
 def _chat_ids(llm: LLM, prompt: Prompt) -> Prompt:
     if not isinstance(prompt, str):
         raise RequestError("--chat needs prompts that are texts; token ids are complete prompts already.")
-    text = llm.engine.chat_template.render([{"role": "user", "content": prompt}])
-    return llm.tokenizer.encode(text, add_special_tokens=False)
+    return llm.encode_chat([{"role": "user", "content": prompt}])[1]
 
 
 def _stream(llm: LLM, prompt: Prompt, sampling: SamplingParams, echo: Prompt | None) -> RequestOutput:

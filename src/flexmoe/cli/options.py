@@ -141,8 +141,8 @@ _MODEL_OPTIONS = (
     click.option(
         "--compile-ahead/--no-compile-ahead",
         default=None,
-        help="On one GPU, compile kernels that later steps may need in the background, from the start on; else each "
-        "when it is needed first.  [default: compile-ahead]",
+        help="On one GPU, compile kernels that later steps may need in the background, from the start on, and record "
+        "their graphs while a server has nothing to do; else each when it is needed first.  [default: compile-ahead]",
     ),
     click.option(
         "--kv-cache-memory",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from flexmoe.cli.bench_options import positive, subject_options
+from flexmoe.cli.bench_options import layers_option, positive, subject_options
 from flexmoe.cli.files import OUTPUT
 from flexmoe.cli.options import debug_option
 from flexmoe.cli.terminal import note
@@ -19,6 +19,7 @@ from flexmoe.cli.terminal import note
 @click.option("--batch", type=positive, default=1, show_default=True, help="Sequences that decode together.")
 @click.option("--prompt-len", type=positive, default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--steps", type=positive, default=16, show_default=True, help="Steps that are watched.")
+@layers_option
 @subject_options
 @click.option(
     "--torch",
@@ -29,7 +30,7 @@ from flexmoe.cli.terminal import note
 @click.option("--trace", type=OUTPUT, help="File for a trace that chrome://tracing and ui.perfetto.dev open.")
 @click.option("--out", type=OUTPUT, help="File to append a JSON row to.")
 @debug_option
-def profile(trace: Path | None, out: Path | None, **options: Any) -> None:
+def profile(layers: int | None, trace: Path | None, out: Path | None, **options: Any) -> None:
     """Show where the time of a decode step of MODEL goes.
 
     MODEL is a folder, a name on the Hub, a preset or nothing for the built-in model. On a GPU kernels are watched
@@ -39,11 +40,13 @@ def profile(trace: Path | None, out: Path | None, **options: Any) -> None:
     Examples:
       flexmoe profile --torch
       flexmoe profile olmoe-1b-7b --batch 8 --trace olmoe.json
+      flexmoe profile mixtral-8x7b --layers 8
     """
     from flexmoe.bench.profile import ProfileOptions, measure
     from flexmoe.bench.record import append
+    from flexmoe.bench.subject import Changes
 
-    found = measure(ProfileOptions(**options))
+    found = measure(ProfileOptions(changes=Changes(layers=layers), **options))
     if out is not None:
         append(out, found.row)
     if trace is not None:

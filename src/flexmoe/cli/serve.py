@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flexmoe.server.service import Service
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client")
+_PACKAGES = ("fastapi", "fastapi_offline", "uvicorn", "httptools", "prometheus_client")
 _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
 
 
@@ -65,6 +65,12 @@ _natural, _positive = click.IntRange(min=0), click.IntRange(min=1)
 )
 @click.option(
     "--drain-seconds", type=float, default=30.0, show_default=True, help="How long requests may go on after SIGTERM."
+)
+@click.option(
+    "--step-seconds",
+    type=float,
+    help="How long a step may take before the engine counts as hung and health checks fail; 0: any time.  "
+    "[default: 1800 on a CPU, else 300]",
 )
 @click.option(
     "--expert-interval",

@@ -69,7 +69,8 @@ class DeviceConfig:
     checkpoint does. one_pass: compute decodes beside prompts in the prompts' pass, which reads all weights once, not
     twice; then a request's rounding, in bf16 its tokens too, depends on whether others' prompts come meanwhile.
     prompts_ahead: on one GPU, launch steps with prompts, too, before the tokens of the step before are known.
-    compile_ahead: on one GPU, compile kernels that later steps may need in processes of their own from the start on.
+    compile_ahead: on one GPU, compile kernels that later steps may need in processes of their own from the start on,
+    and record their graphs while a server has nothing to do.
     """
 
     device: str = "auto"

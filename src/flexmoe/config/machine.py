@@ -144,6 +144,10 @@ class Machine:
                 return link
         return self.links[-1]
 
+    def reach(self, devices: int) -> int:
+        """How many of so many devices have a link in common."""
+        return max((min(link.size or devices, devices) for link in self.links), default=1)
+
     def resized(self, devices: int) -> Machine:
         """So many of these devices: nodes as here, the last of them full. What is larger than here is extrapolated."""
         per_node = min(devices, self.devices_per_node)

@@ -17,9 +17,10 @@ class ServerConfig:
     of one prompt; None: what the model's context allows. max_waiting: samples that may wait beyond the max_num_seqs
     that run; more are refused with status 429.
     receive_seconds: how long a client may take to send its request. drain_seconds: how long requests may go on after
-    SIGTERM. expert_interval: seconds between looks at which experts are chosen; 0: never. max_chunk_rate: pieces of
-    streams a second in all; where tokens come more quickly, a piece holds several of them. None: 1,000 for a model on a
-    CPU, which needs the same cores, else 10,000.
+    SIGTERM. step_seconds: how long a step of the engine may take before it counts as hung: then health checks fail and
+    requests are refused; 0: any time; None: 1,800 on a CPU, else 300. expert_interval: seconds between looks at which
+    experts are chosen; 0: never. max_chunk_rate: pieces of streams a second in all; where tokens come more quickly, a
+    piece holds several of them. None: 1,000 for a model on a CPU, which needs the same cores, else 10,000.
     compare: what the web page compares with: "hf", or the URL of an OpenAI endpoint, whose key is compare_key.
     """
 
@@ -35,6 +36,7 @@ class ServerConfig:
     max_waiting: int = 256
     receive_seconds: float = 20.0
     drain_seconds: float = 30.0
+    step_seconds: float | None = None
     expert_interval: float = 1.0
     max_chunk_rate: float | None = None
     log_prompts: bool = False
@@ -50,9 +52,10 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not a positive integer.")
-        for name in ("max_waiting", "drain_seconds", "expert_interval"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} is below 0.")
+        for name in ("max_waiting", "drain_seconds", "step_seconds", "expert_interval"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name}={value} is below 0.")
         for name in ("receive_seconds", "max_chunk_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:

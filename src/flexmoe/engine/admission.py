@@ -25,7 +25,8 @@ _SAMPLE_STRIDE = 0x9E3779B97F4A7C15
 class Admission:
     """Checks requests and makes their samples.
 
-    context, cache: tokens that prompt and output may have together, by the model and by the KV cache.
+    context, cache: tokens that prompt and output may have together, by the model and by the KV cache. stages: of the
+    pipeline.
     """
 
     config: ModelConfig
@@ -34,6 +35,7 @@ class Admission:
     seed: int
     context: int
     cache: int
+    stages: int = 1
 
     @property
     def max_model_len(self) -> int:
@@ -61,6 +63,8 @@ class Admission:
                     f"use 0 to {vocab - 1}."
                 )
         self._check_tokenizer(sampling)
+        if sampling.routing:
+            self._check_routing()
         return tuple(prompt)
 
     def sample(
@@ -96,8 +100,16 @@ class Admission:
         if sampling.json_schema is not None:
             raise RequestError("a JSON schema needs a tokenizer, and this model has none; leave it out.")
 
-    def check_length(self, length: int) -> None:
-        """Raises RequestError for a prompt of so many tokens that leaves no room for a new one."""
+    def _check_routing(self) -> None:
+        if self.config.moe is None:
+            raise RequestError(f"{self.config.architecture} has no experts, so no routing to tell.")
+        if self.stages > 1:
+            raise RequestError(
+                "no rank sees the experts of all layers; use pipeline_parallel_size=1 to ask for routing."
+            )
+
+    def check_length(self, length: int, *, least: bool = False) -> None:
+        """Raises RequestError for a prompt of so many tokens that leaves no room for a new one. least: or of more."""
         limit = self.max_model_len
         if length < limit:
             return
@@ -107,7 +119,7 @@ class Admission:
         else:
             holder, remedy = f"the context of max_model_len={limit}", ""
         raise RequestError(
-            f"the prompt has {length} tokens, but {holder} must also hold at least one new token; "
+            f"the prompt has {'at least ' * least}{length} tokens, but {holder} must also hold at least one new token; "
             f"shorten it to {limit - 1} tokens{remedy and ' or ' + remedy}."
         )
 

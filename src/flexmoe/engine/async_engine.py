@@ -8,7 +8,9 @@ Each output that crosses costs the event loop tens of microseconds, on cores tha
 more than some thousands cross in a second: a few streams get every token by itself, of many quick ones several tokens
 cross as one output. First and last tokens never wait.
 
-If a step fails the engine is dead: every stream ends with the error, and so does each later request.
+If a step fails the engine is dead: every stream ends with the error, and so does each later request. A step that does
+not come back can be ended by nobody: past a bound the engine counts as hung, what waits ends with an error, later
+requests are refused, and all goes on if the step should end after all.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ T = TypeVar("T")
 
 # An idle engine looks so often whether its processes still live.
 _WATCH_SECONDS = 1.0
+# How long the thread may take to come back from its last step, once all is over.
+_END_SECONDS = 10.0
 # Looking at experts slows the steps looked at, most of all on a GPU where it needs a graph that counts, to be captured
 # first; this bounds what that costs in all.
 _EXPERT_SHARE = 0.01
@@ -121,10 +125,12 @@ class AsyncEngine:
         *,
         expert_interval: float = 0.0,
         max_output_rate: float = 2000.0,
+        step_seconds: float = 0.0,
         on_death: Callable[[EngineError], None] | None = None,
     ) -> None:
         """expert_interval: seconds between looks at which experts are chosen, 0 for none. max_output_rate: outputs a
-        second that cross to the event loop, first and last ones not counted. on_death: called in the event loop.
+        second that cross to the event loop, first and last ones not counted. step_seconds: that a step may take before
+        the engine counts as hung, 0 for any time. on_death: called in the event loop.
         """
         self.engine = engine
         self.experts = ExpertMetrics()
@@ -136,6 +142,9 @@ class AsyncEngine:
         self._on_death = on_death
         self._seconds_each, self._next_crossing = 1 / max_output_rate, 0.0
         self._step_seconds = 0.0  # that the latest step took
+        self._most_seconds, self._since = step_seconds, 0.0  # since: when the step in progress began; 0: there is none
+        self._watching: asyncio.Task[None] | None = None
+        self._asked: set[asyncio.Future[Any]] = set()  # commands that somebody waits for
         self._streams: dict[str, Stream] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop
@@ -151,6 +160,20 @@ class AsyncEngine:
         """Samples of these."""
         return sum(stream.num_samples for stream in self._streams.values())
 
+    @property
+    def running_seconds(self) -> float:
+        """How long the step in progress has taken so far; 0 between two."""
+        since = self._since
+        return time.monotonic() - since if since else 0.0
+
+    @property
+    def hang(self) -> str | None:
+        """Why the engine counts as hung; None if it does not."""
+        seconds, most = self.running_seconds, self._most_seconds
+        if not 0 < most < seconds:
+            return None
+        return f"the engine hangs: a step has been running for {seconds:.0f} s, longer than step_seconds={most:g}."
+
     def look_every(self, seconds: float | None) -> None:
         """Look at the experts more often while somebody watches; None: as usual. An engine that never looks does not.
 
@@ -164,6 +187,8 @@ class AsyncEngine:
         """Begin to work for the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        if self._most_seconds > 0:
+            self._watching = self._loop.create_task(self._watch())
 
     async def submit(self, jobs: Sequence[Job]) -> list[Stream]:
         """Queue all of the jobs or, if one of them is refused, none. Raises RequestError, EngineError."""
@@ -178,12 +203,21 @@ class AsyncEngine:
         return streams
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Let the engine's thread do something between two steps. Raises what it raises, EngineError if it is dead."""
+        """Let the engine's thread do something between two steps.
+
+        Raises what it raises, EngineError if the engine is dead or hangs.
+        """
         if self.error is not None:
             raise self.error
+        if (hang := self.hang) is not None:
+            raise EngineError(hang)
         future: asyncio.Future[T] = self._loop.create_future()
-        self._inbox.put(lambda: self._carry_out(work, future))
-        return await future
+        self._asked.add(future)
+        try:
+            self._inbox.put(lambda: self._carry_out(work, future))
+            return await future
+        finally:
+            self._asked.discard(future)
 
     async def drain(self, seconds: float) -> None:
         """Wait until all streams have ended; those that have not after so many seconds end with an EngineError."""
@@ -192,11 +226,17 @@ class AsyncEngine:
             await asyncio.sleep(0.05)
         self._fail_all(EngineError("the server shuts down, and this request was not finished in time."))
 
-    async def close(self) -> None:
-        """End what runs, and the engine. Raises nothing: an engine that died has said why."""
+    async def close(self) -> bool:
+        """End what runs, and the engine. Raises nothing: an engine that died has said why.
+
+        False: its thread does not come back from a step, and is left to the end of the process.
+        """
         self._fail_all(EngineError("the engine was closed."))
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        if self._watching is not None:
+            self._watching.cancel()
+        await asyncio.to_thread(self._thread.join, _END_SECONDS)
+        return not self._thread.is_alive()
 
     # ------------------------------------------------------------------------------------------- in the event loop
 
@@ -216,6 +256,21 @@ class AsyncEngine:
         for request_id, stream in list(self._streams.items()):
             stream.fail(error)
             self._abort(request_id)
+
+    async def _watch(self) -> None:
+        """End what waits for an engine that hangs, once each time."""
+        told = False
+        while True:
+            await asyncio.sleep(min(_WATCH_SECONDS, self._most_seconds / 4))
+            hang, before = self.hang, told
+            told = hang is not None
+            if hang is not None and not before:
+                _log.critical(hang)
+                self._fail_all(EngineError(hang))
+                for future in self._asked:
+                    _settle(future, None, EngineError(hang))
+            elif before and not told:
+                _log.warning("the engine goes on: the step that hung has ended.")
 
     def _bury(self, error: EngineError) -> None:
         self._fail_all(error)
@@ -239,9 +294,10 @@ class AsyncEngine:
 
     def _obey(self) -> bool:
         """Carry out the commands that are there; if there is nothing else to do, wait for one. False: it is over."""
+        prepares = False
         while True:
             try:
-                if self.engine.has_unfinished:
+                if self.engine.has_unfinished or prepares:
                     command = self._inbox.get_nowait()
                 else:
                     command = self._inbox.get(timeout=_WATCH_SECONDS)
@@ -249,6 +305,7 @@ class AsyncEngine:
                 if self.engine.has_unfinished:
                     return True
                 self.engine.check()
+                prepares = self.engine.prepare()
                 continue
             if command is None:
                 return False
@@ -256,9 +313,12 @@ class AsyncEngine:
 
     def _advance(self) -> None:
         """Compute a step or two, and let cross what is due."""
-        start = time.monotonic()
+        start = self._since = time.monotonic()
         report = start + self._step_seconds >= self._next_crossing  # which will be true once the step is over
-        outputs = self._look_at_experts(report) if self._wants_look() else self.engine.step(report=report)
+        try:
+            outputs = self._look_at_experts(report) if self._wants_look() else self.engine.step(report=report)
+        finally:
+            self._since = 0.0
         end = time.monotonic()
         self._step_seconds = end - start
         if report:

@@ -1,13 +1,14 @@
 """Messages to prompt text by the model's own Jinja template. Enters: role and content. Leaves: text to encode.
 
-The text spells out every special token, so encode it with `add_special_tokens=False`. Templates come with the
-model and are foreign code: they run in Jinja's sandbox and see plain values only.
+The text spells out every special token; `chat_prompt.py` encodes it so that those of the template are special, and no
+others. Templates come with the model and are foreign code: they run in Jinja's sandbox and see plain values only.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from flexmoe.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]
 
+_NOT_ASCII = re.compile("[^\x00-\x7f\ud800-\udfff]+")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -54,18 +56,20 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
+        hide: Callable[[str], str] = str,
         **variables: Any,
     ) -> str:
         """Prompt text of a conversation.
 
         messages: mappings with `role` and `content` (a string, or text parts as in OpenAI's API).
         add_generation_prompt: end with the opening of an assistant turn. template: name of another than the
-        default one. variables: further names the template reads, such as `enable_thinking`.
+        default one. hide: what to do with each string of the request before the template sees it. variables: further
+        names the template reads, such as `enable_thinking`.
         Raises RequestError, with the index of the message at fault where there is one.
         """
         chosen = self._choose(template, bool(tools))
-        cleaned = [_clean(i, message, self.sources[chosen]) for i, message in enumerate(_as_list(messages))]
-        values = {**self._variables, **variables, "tools": _plain(tools), "documents": None}
+        cleaned = [_clean(i, message, self.sources[chosen], hide) for i, message in enumerate(_as_list(messages))]
+        values = {**self._variables, **_plain(variables, hide), "tools": _plain(tools, hide), "documents": None}
         values["add_generation_prompt"] = add_generation_prompt
         compiled = self._templates[chosen]
         try:
@@ -112,7 +116,9 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    # Halves of surrogate pairs are no text but stand-ins (stand_ins.py), to be replaced.
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _raise_exception(message: str) -> None:
@@ -162,11 +168,11 @@ def _as_list(messages: Sequence[Message]) -> list[Message]:
     return list(messages)
 
 
-def _clean(index: int, message: object, source: str) -> dict[str, Any]:
+def _clean(index: int, message: object, source: str, hide: Callable[[str], str]) -> dict[str, Any]:
     """A checked copy made of plain values. Keys that hold None are dropped: templates ask whether a key exists."""
     if not isinstance(message, Mapping):
         raise RequestError(f"messages[{index}] is a {type(message).__name__}, not a mapping with role and content.")
-    cleaned = {str(key): _plain(value) for key, value in message.items() if value is not None}
+    cleaned = {hide(str(key)): _plain(value, hide) for key, value in message.items() if value is not None}
     role = cleaned.get("role")
     if not isinstance(role, str) or not (role in _ROLES or f"'{role}'" in source or f'"{role}"' in source):
         raise RequestError(f"messages[{index}] has role {role!r}; use system, user, assistant or tool.")
@@ -196,15 +202,15 @@ def _part(index: int, place: int, part: object) -> str:
     raise RequestError(f"messages[{index}].content[{place}] is a {kind!r} part; this engine reads text parts only.")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, hide: Callable[[str], str]) -> Any:
     """A copy of JSON-like data, so that a template never meets an object with methods of its own."""
-    if value is None or type(value) in (str, int, float, bool):
+    if value is None or type(value) in (int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {hide(str(key)): _plain(item, hide) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value)
+        return [_plain(item, hide) for item in value]
+    return hide(str(value))
 
 
 def _explain(template: Template, messages: list[dict[str, Any]], values: dict[str, Any], error: Exception) -> str:

@@ -13,7 +13,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +25,6 @@ from flexmoe.engine.compile_worker import Job
 from flexmoe.engine.ranks import StartedRanks
 from flexmoe.engine.startup import Started
 from flexmoe.kernels import gpu
-from flexmoe.kernels.cpu.library import cache_folder
 
 _log = logging.getLogger(__name__)
 _MOST_WORKERS = 8
@@ -39,8 +40,17 @@ def compiling_ahead(started: Started | StartedRanks, options: EngineConfig, toke
         hf_config=dict(started.source.hf_config), dtype=str(started.dtype).removeprefix("torch."),
         gpu=torch.cuda.get_device_name(device), capability=torch.cuda.get_device_capability(device), shared=shared,
         block_size=started.cache.block_size, max_position=started.max_model_len, rows=rows, tokens=tokens,
+        exact_router=_has_exact_router(started),
     )  # fmt: skip
     return CompilingAhead(job)
+
+
+def _has_exact_router(started: Started) -> bool:
+    """Of its layers with experts the first one tells: a checkpoint has all routers in one dtype."""
+    from flexmoe.models.fused import narrowest
+
+    routers = (layer.moe.router.weight.data for layer in started.model.decoder_layers if layer.moe is not None)
+    return all(narrowest(weight, started.dtype).dtype is started.dtype for weight in islice(routers, 1))
 
 
 class CompilingAhead:
@@ -55,13 +65,20 @@ class CompilingAhead:
     def _start(self, job: Job, workers: int | None) -> None:
         count = workers or max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // 2))
         done = _done(job, count)
-        if done and all(path.exists() for path in done):
+        if all(path.exists() for path in done):
             return
         try:
-            for number in range(count):
-                self._workers.append(_worker(job.line(number, count, done[number] if done else None)))
+            for number, path in enumerate(done):
+                self._workers.append(_worker(job.line(number, count, path)))
+                # One that is through would stay in the table of processes until somebody asks how it ended.
+                threading.Thread(target=self._workers[-1].wait, name="flexmoe.compiling", daemon=True).start()
         except OSError as error:
             _log.debug("kernels are not compiled ahead: %s", error)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any is still at work."""
+        return any(worker.poll() is None for worker in self._workers)
 
     def wait(self) -> None:
         """Until all has been compiled."""
@@ -95,22 +112,16 @@ def _worker(line: str) -> subprocess.Popen[str]:
 
 
 def _done(job: Job, workers: int) -> list[Path]:
-    """Files that workers make when they are through; none where there is no place for them."""
+    """Files that workers make when they are through: among the kernels, so that whoever deletes those deletes them."""
     import triton  # whoever compiles ahead for a GPU has it already
 
     from flexmoe.kernels.triton.tiles import tiles_of
 
-    folder, kernels = cache_folder(), Path(triton.knobs.cache.dir)
-    if folder is None or not kernels.is_dir():
-        return []
     tiles = [repr(measured) for measured in tiles_of(job.gpu).measured()]
-    about = [asdict(job), tiles, str(kernels), torch.__version__, triton.__version__, _sources()]
+    about = [asdict(job), tiles, torch.__version__, triton.__version__, _sources()]
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    try:
-        (folder / "compiled").mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return []
-    return [folder / "compiled" / f"{key}-{number + 1}-of-{workers}" for number in range(workers)]
+    folder = Path(triton.knobs.cache.dir) / "flexmoe-compiled"
+    return [folder / f"{key}-{number + 1}-of-{workers}" for number in range(workers)]
 
 
 def _sources() -> str:

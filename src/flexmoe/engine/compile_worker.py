@@ -32,13 +32,14 @@ from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import PDL_CAPABILITY, Sampling
 from flexmoe.models.families import read_config
 from flexmoe.moe.load import ExpertCounter
-from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, graph_form
+from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, forms_up_to
 
 _CPU = torch.device("cpu")
 _FEW = 4  # rows of the steps that come first
 _ALIKE = 4  # layers of a kind: in that many every alignment of a layer's part of a shared buffer has come up
 _DIVISOR = 16  # Triton compiles numbers that it divides apart from others
 _GROWTH = 1.04  # between sizes of steps: tiles serve larger ranges
+_INEXACT = 1 / 3  # in bf16 and fp16
 _NICE = 15  # below everything that somebody waits for
 
 
@@ -46,7 +47,8 @@ _NICE = 15  # below everything that somebody waits for
 class Job:
     """What is to be compiled, and for which GPU. shared: bytes of memory that a block may take there.
 
-    rows: of a decode step, at most. tokens: of a step with prompts, at most.
+    rows: of a decode step, at most. tokens: of a step with prompts, at most. exact_router: the routers' weights lose
+    nothing in dtype; kernels read fp32 ones where they would.
     """
 
     hf_config: dict[str, Any]
@@ -58,6 +60,7 @@ class Job:
     max_position: int
     rows: int
     tokens: int
+    exact_router: bool = True
 
     @staticmethod
     def read(made: dict[str, Any]) -> Job:
@@ -89,7 +92,7 @@ def compile_all(job: Job) -> None:
         model = Decoder(config, ParallelPlan(), "reference", job.max_position, dtype=dtype, device=_CPU).eval()
         for layer in model.decoder_layers:
             if layer.moe is not None:
-                layer.moe.router.weight.data.zero_()  # as exact in few bits as routers of checkpoints are
+                layer.moe.router.weight.data.fill_(0.0 if job.exact_router else _INEXACT)
         model.pack(in_place=True)
         cache = KVCache(config, 1, job.block_size, dtype, _CPU)
         decodes = _Decodes(job, model, cache)
@@ -129,10 +132,7 @@ def _not_graphed(most: int, top_k: int) -> Iterator[int]:
 
 def _graphed(tokens: int) -> Iterator[int]:
     """Tokens of the forms that steps are padded to."""
-    rows = 0
-    while (form := graph_form(rows + 1, 1)) is not None and form[0] <= tokens:
-        rows = form[0]
-        yield rows
+    return (rows for rows, _ in forms_up_to(tokens, (1,)))
 
 
 class _Decodes:
@@ -194,6 +194,7 @@ def main() -> None:
     compile_only(job.capability, lambda name: zlib.crc32(name.encode()) % workers == number)
     compile_all(job)
     if order["done"]:
+        Path(order["done"]).parent.mkdir(parents=True, exist_ok=True)
         Path(order["done"]).touch()
 
 

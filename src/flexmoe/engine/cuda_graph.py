@@ -188,6 +188,18 @@ class GraphedDecoder:
         return self._fly(step, len(states), ())
 
     @torch.inference_mode()
+    def record(self, states: Sequence[SamplingState], *, long: bool) -> None:
+        """The graph of steps of such states, unless it is there; by a step of padding alone. No step may be under way.
+
+        long: of steps that look far back.
+        """
+        form = _Form(bucket_of(len(states)), long, False, *self._sampled(states, True))
+        if form not in self._graphs:
+            packed = self._inputs(form.bucket)
+            packed.load((), (), ())
+            self._run(form, packed, None, None)
+
+    @torch.inference_mode()
     def tokens_of(self, sources: Sequence[int]) -> Tensor:
         """On the device, of the step launched last the tokens with these places, -1 where that is -1: int64 [n]."""
         places = to_device(torch.tensor(sources, dtype=torch.int64), self._device)

@@ -140,6 +140,15 @@ def choose_dtype(
     return chosen
 
 
+def tell_of_slow_dtype(name: str, device: torch.device) -> None:
+    """A warning for whoever asks for fp16 on a CPU; called once for an engine, however many ranks it has."""
+    if name == "float16" and device.type == "cpu":
+        _log.warning(
+            "dtype=float16 is slow on a CPU; use dtype=auto, which takes the checkpoint's own format or float32, "
+            "whichever is quicker here."
+        )
+
+
 @torch.inference_mode()
 def _probe(config: ModelConfig, dtype: torch.dtype, rows: Sequence[int]) -> float:
     """Seconds for projections of the model's size on so many rows each, with weights that come from memory."""

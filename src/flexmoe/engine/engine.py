@@ -38,6 +38,7 @@ from flexmoe.engine.metrics import EngineMetrics
 from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.engine.ranks import RankedRunner, StartedRanks, start_ranks
+from flexmoe.engine.record_ahead import RecordingAhead
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.startup import Started, start
 from flexmoe.engine.tracking import Sample, Tracked
@@ -80,6 +81,8 @@ class Engine:
         self.drift: Drift | None = None
         self._start_anew()
         self._compiling = compiling_ahead(self._started, options, self.scheduler.max_tokens)
+        ahead = options.device.compile_ahead
+        self._recording = RecordingAhead(self._started, self.scheduler.max_tokens, wanted=ahead)
         self._numbers = itertools.count()
         self._closed = False
 
@@ -113,7 +116,8 @@ class Engine:
         tokenizer, config = self.tokenizer, self.config
         grammars = None if tokenizer is None else Grammars(tokenizer, config.vocab_size, config.eos_token_ids)
         limits = self._started.max_model_len, self.scheduler.num_tokens
-        return Admission(config, tokenizer, grammars, self.options.seed, *limits)
+        stages = self.options.parallel.pipeline_parallel_size
+        return Admission(config, tokenizer, grammars, self.options.seed, *limits, stages)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
@@ -139,8 +143,6 @@ class Engine:
         """
         self._check_open()
         ids = self.admission.check(prompt_token_ids, sampling)
-        if sampling.routing:
-            self._check_routing()
         request_id = request_id or self.new_id()
         number = next(self._numbers)
         samples = [self.admission.sample(request_id, number, i, ids, sampling) for i in range(sampling.n)]
@@ -194,13 +196,17 @@ class Engine:
         """Whether this request is waiting or running."""
         return request_id in self._tracked
 
+    def prepare(self) -> bool:
+        """Record a graph for requests to come. False: there is none to record now. Does nothing while any is served."""
+        return not (self._closed or self.has_unfinished or self._compiling.busy) and self._recording.record()
+
     def close(self) -> None:
         """Discard what runs and let go of model and cache. May be called twice."""
         if not self._closed:
             self._compiling.close()
             self.discard(list(self._tracked))
             self._closed, self._ahead, runner = True, None, self.runner
-            del self.runner, self._started
+            del self.runner, self._started, self._recording
             if isinstance(runner, RankedRunner):
                 runner.close()
 
@@ -272,14 +278,6 @@ class Engine:
         self._check_open()
         if isinstance(self.runner, RankedRunner):
             self.runner.ranks.check()
-
-    def _check_routing(self) -> None:
-        if self.config.moe is None:
-            raise RequestError(f"{self.config.architecture} has no experts, so no routing to tell.")
-        if self.options.parallel.pipeline_parallel_size > 1:
-            raise RequestError(
-                "no rank sees the experts of all layers; use pipeline_parallel_size=1 to ask for routing."
-            )
 
     def _check_open(self) -> None:
         if self._closed:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.engine.cuda_graph import GraphPool
-from flexmoe.engine.prompt_rows import PromptForm, pack
+from flexmoe.engine.prompt_rows import PromptForm, pack, pack_nothing
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
@@ -26,9 +26,10 @@ _MOST_TABLES = 2**18  # blocks of all chunks
 def form_of(chunks: Sequence[ScheduledChunk], block_rows: int) -> PromptForm | None:
     """The form that a step is padded to if it is to be a graph; None if it is too large for one."""
     found = graph_form(sum(chunk.num_tokens for chunk in chunks), len(chunks))
-    if found is None:
-        return None
-    rows, count = found
+    return None if found is None else _padded(*found, block_rows)
+
+
+def _padded(rows: int, count: int, block_rows: int) -> PromptForm:
     # A span more, an empty one, for blocks of padding; a block more a chunk, since each may end within one.
     return PromptForm(rows, count + 1, count, rows // block_rows + count, padded=True)
 
@@ -69,6 +70,22 @@ class GraphedPrompts:
             decodes.copy_(torch.where(before >= 0, before, decodes))
         logits = self._run(form, rows) if fits else self._model.logits(rows, self._cache, probe, most_rows)
         return logits[: sum(chunk.samples for chunk in chunks)]
+
+    @torch.inference_mode()
+    def record(self, tokens: int, chunks: int) -> Tensor:
+        """The graph of the form, one of `forms_up_to`, unless it is there; by steps of padding alone.
+
+        Logits of nothing, [chunks, V].
+        """
+        block_rows = self._model.block_rows
+        form = _padded(tokens, chunks, block_rows)
+        host = pack_nothing(form, pinned=self._device.type == "cuda")
+        flat = self._inputs
+        flat[: len(host)].copy_(host, non_blocking=True)
+        rows = form.rows_of(flat, block_rows, self._cache.block_size)
+        while self._graphs.get(form) is None:
+            self._run(form, rows)
+        return self._run(form, rows)
 
     def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:
         if form not in self._graphs:

@@ -97,6 +97,11 @@ def pack(
     return _flat(parts, form, len(chunks), pinned=pinned)
 
 
+def pack_nothing(form: PromptForm, *, pinned: bool) -> Tensor:
+    """As `pack`, of a form that holds padding alone."""
+    return _flat({"tables": np.zeros(1, np.int32)}, form, 0, pinned=pinned)
+
+
 def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, device: torch.device) -> PromptRows:
     """Rows of the chunks alone, without padding."""
     form = PromptForm.exact(chunks, block_rows)

@@ -24,7 +24,7 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.routing import LayerLoad
 from flexmoe.config.shard import check
 from flexmoe.engine import launchers
-from flexmoe.engine.device import choose_dtype
+from flexmoe.engine.device import choose_dtype, tell_of_slow_dtype
 from flexmoe.engine.launchers import Launcher
 from flexmoe.engine.model_runner import Flight, decodes_only
 from flexmoe.engine.sampler import SampleOutput, SamplingState
@@ -194,6 +194,7 @@ def _decided(
 ) -> tuple[EngineConfig, torch.dtype]:
     """The options with everything decided that ranks might decide differently: files, number format, threads."""
     dtype = choose_dtype(options.device.dtype, source.config, device, few_rows_in_c=False)
+    tell_of_slow_dtype(options.device.dtype, device)
     threads = options.device.threads or threads
     own = replace(options.device, dtype=str(dtype).removeprefix("torch."), threads=threads, device=device.type)
     builtin = options.load.model is None  # which each machine has where it is installed

@@ -15,7 +15,7 @@ from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder, rows_for
-from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tokens_on
+from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tell_of_slow_dtype, tokens_on
 from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.errors import ConfigError
@@ -94,6 +94,8 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     in_c = alone and not why_not_native(config, torch.bfloat16, device, backend, isa)
     prompts_in_c = in_c and takes_prompts(torch.bfloat16, isa)
     dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c, prompts_in_c=prompts_in_c)
+    if alone:
+        tell_of_slow_dtype(options.device.dtype, device)
     # The KV cache is checked before the weights are read: a refusal should not cost minutes.
     num_blocks = mesh.world.minimum(_num_blocks(options, mesh, config, max_model_len, dtype, device), device)
     tokenizer = load_tokenizer(options, source) if alone else None

@@ -14,8 +14,12 @@ from typing import Any
 
 import tokenizers
 
+from flexmoe.engine.stand_ins import StandIns, stands_in
+from flexmoe.engine.token_bound import TokenBound, bound_of
 from flexmoe.errors import CheckpointError, RequestError
 
+# Characters of texts that are encoded in a moment.
+LONG = 2000
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONVERT = (
     'convert it once: pip install transformers sentencepiece protobuf && python -c "from transformers import '
@@ -64,10 +68,28 @@ class Tokenizer:
         add_special_tokens: put the begin-of-sequence token (or what the model was trained with) around the text.
         """
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG:  # in a batch of one: only that leaves Python's lock to other threads meanwhile
+                batch = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                ids: list[int] = batch[0].ids
+            else:
+                ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise RequestError(f"the prompt cannot be encoded: {_why_not_text(text)}") from error
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """So many token ids or more, if the text is a long one. Tells at once what would take seconds to encode."""
+        return self._bound.least(text) if len(text) > LONG else 0
+
+    def encode_chat(self, hidden: str) -> list[int]:
+        """Token ids of what `chat_prompt.render_chat` gave: a text with all its special tokens, and with stand-ins."""
+        return self.stand_ins.encode(hidden) if stands_in(hidden) else self.encode(hidden, add_special_tokens=False)
+
+    @cached_property
+    def stand_ins(self) -> StandIns:
+        """For special tokens that messages spell out."""
+        unknown = self.special_tokens.get("unk_token") or getattr(self.backend.model, "unk_token", None)
+        return StandIns(self.backend, self.vocab_size, unknown)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids without a token (padding of the embedding table) are left out."""
@@ -84,6 +106,10 @@ class Tokenizer:
         """The decoder of tokenizer.json as a flat list of its steps; empty if it has none."""
         decoder = self.backend.decoder
         return [] if decoder is None else _flatten(json.loads(decoder.__getstate__()))
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return bound_of(self.backend)
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

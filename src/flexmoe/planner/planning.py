@@ -11,7 +11,7 @@ from functools import cached_property
 from statistics import fmean
 
 from flexmoe.config.engine import LoadConfig, SchedulerConfig
-from flexmoe.config.machine import Machine
+from flexmoe.config.machine import Machine, shipped_machines
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.routing import LayerLoad, read_recording
@@ -69,11 +69,12 @@ class Setting:
         if gpus is None:
             return self
         machine = self.machine.resized(gpus)
-        reach = max((link.size or gpus for link in machine.links), default=1)
+        reach = machine.reach(gpus)
         if reach < gpus:
+            named = [f"the machine {name}" for name in _like(machine, gpus)]
             raise ConfigError(
                 f"{gpus} devices of {self.machine.name} are {machine.nodes} nodes, but its links reach {reach}; "
-                "use fewer, or a machine file with a link between nodes."
+                f"use {', '.join(['fewer', *named])}, or a machine file with a link between nodes."
             )
         return replace(self, machine=machine)
 
@@ -187,3 +188,10 @@ class Setting:
         """The recorded loads of each pipeline stage's layers."""
         stages = [Shard(plan, self.model, rank).layers for rank in range(0, plan.num_ranks, plan.stage_size)]
         return [[load for load in self.loads if load.layer in layers] for layers in stages]
+
+
+def _like(machine: Machine, devices: int) -> list[str]:
+    """Machines that come with the package and have so many of the same devices, linked."""
+    shipped = {name: Machine.load(name) for name in shipped_machines()}
+    alike = {name: one for name, one in shipped.items() if one.device.name == machine.device.name}
+    return [name for name, one in alike.items() if min(one.num_devices, one.reach(devices)) >= devices]

@@ -5,6 +5,8 @@ Enters: tokens and prompts of a step. Leaves: rows and prompts of its form. No t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 MOST_GRAPHED = 2048  # tokens of a step that is a graph
 MOST_CHUNKS = 64
 # A step of so many tokens at most is padded to a multiple of the number beside it.
@@ -17,3 +19,12 @@ def graph_form(tokens: int, chunks: int) -> tuple[int, int] | None:
         return None
     multiple = next(multiple for most, multiple in _STEPS if tokens <= most)
     return -(-tokens // multiple) * multiple, 1 << (chunks - 1).bit_length()
+
+
+def forms_up_to(tokens: int, chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The forms of steps of so many tokens at most, those of few chunks first. chunks: powers of two, ascending."""
+    for count in chunks:
+        rows = 0
+        while (form := graph_form(max(rows + 1, count), count)) is not None and form[0] <= tokens:
+            rows = form[0]
+            yield form

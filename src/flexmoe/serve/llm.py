@@ -26,7 +26,7 @@ from flexmoe.serve.requests import NO_ADAPTERS, GenerationConfig, GenerationResu
 from flexmoe.serve.server import Server
 from flexmoe.serve.settings import DEFAULTS, DEGREES, process
 from flexmoe.serve.translate import Limits, data_type_name, dtype, engine_options, speaking_flexflow
-from flexmoe.serve.types import DataType
+from flexmoe.serve.types import DataType, RequestType
 
 if TYPE_CHECKING:
     from flexmoe import RequestOutput
@@ -152,10 +152,13 @@ class LLM:
         if not requests:
             return []
         with speaking_flexflow():
-            prompts = [server.llm.tokenizer.encode(r.check(), r.add_special_tokens) for r in requests]
+            prompts = [
+                ids or server.llm.tokenizer.encode(request.check(), request.add_special_tokens)
+                for request, ids in requests
+            ]
             params = [
                 self.generation_config.to_sampling(self._new_tokens(request, ids))
-                for request, ids in zip(requests, prompts, strict=True)
+                for (request, _), ids in zip(requests, prompts, strict=True)
             ]
             if self.output_file:
                 record.prepare(self.output_file)
@@ -168,8 +171,10 @@ class LLM:
             return [GenerationResult(output.text, self._ended(output)) for output in outputs]
         return [GenerationResult(text, ids) for ids, text in whole]
 
-    def _as_requests(self, given: Any, max_length: int, max_new_tokens: int) -> tuple[bool, list[Request]]:
-        """Whether these are chats, and one Request for each prompt."""
+    def _as_requests(
+        self, given: Any, max_length: int, max_new_tokens: int
+    ) -> tuple[bool, list[tuple[Request, list[int]]]]:
+        """Whether these are chats, and one Request for each prompt, with a chat's token ids."""
         if isinstance(given, str):
             given = [given] if given else []
         elif isinstance(given, Request):
@@ -182,22 +187,29 @@ class LLM:
             mixed = sorted({_kind(item) for item in given})
             raise WrongPromptError(f"generate got a list of {' and '.join(mixed)}; {_PROMPTS}")
         if kind is Request:
-            return False, list(given)
+            return False, [(request, []) for request in given]
         chats = kind is not str
-        texts = given if not chats else [self.__chat2prompt(chat) for chat in ([given] if kind is Mapping else given)]
+        if chats:
+            prompts = [self._chat(chat) for chat in ([given] if kind is Mapping else given)]
+        else:
+            prompts = [(text, []) for text in given]
         return chats, [
-            Request(prompt=text, max_length=max_length, max_new_tokens=max_new_tokens, add_special_tokens=not chats)
-            for text in texts
+            (Request(RequestType.REQ_INFERENCE, text, max_length, max_new_tokens, add_special_tokens=not chats), ids)
+            for text, ids in prompts
         ]
 
     def __chat2prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """A conversation as a prompt. FlexFlow's own FastAPI script calls it by its mangled name."""
-        template = self._server().llm.engine.chat_template
-        if not template:
+        """A conversation as a text. FlexFlow's own FastAPI script calls it by its mangled name."""
+        return self._chat(messages)[0]
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+        """A conversation's prompt and its token ids."""
+        llm = self._server().llm
+        if not llm.engine.chat_template:
             raise RequestError(
                 f"{self.model_name} has no chat template, so it cannot chat; give the prompt as a string."
             )
-        return template.render(messages)
+        return llm.encode_chat(messages)
 
     def _new_tokens(self, request: Request, prompt: Sequence[int]) -> int:
         if not prompt:

@@ -64,9 +64,9 @@ def _add_tokens(router: APIRouter, service: Service) -> None:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
         if body.messages is not None and body.prompt is None:
-            prompt = await service.encode_chat([message.model_dump() for message in body.messages], {})
+            prompt = await service.encode_chat([message.model_dump() for message in body.messages], {}, limited=False)
         elif body.prompt is not None and body.messages is None:
-            prompt = await service.encode(body.prompt, special=body.add_special_tokens)
+            prompt = await service.encode(body.prompt, special=body.add_special_tokens, limited=False)
         else:
             raise RequestError("give either prompt or messages.")
         tokens = list(prompt.token_ids)
@@ -89,13 +89,13 @@ def _add_state(router: APIRouter, service: Service) -> None:
     @router.get("/health", response_model=HealthReply, responses=unwell)
     @router.get("/health/live", response_model=HealthReply, responses=unwell)
     async def live() -> Response:
-        """Whether the engine lives: 200, or 503."""
-        return JSONResponse({"status": service.status}, 503 if service.status == "dead" else 200)
+        """Whether the engine lives and does not hang: 200, or 503."""
+        return _health(service, ("ok", "draining"))
 
     @router.get("/health/ready", response_model=HealthReply, responses=unwell)
     async def ready() -> Response:
-        """Whether new requests are taken: 200, or 503 while the server shuts down."""
-        return JSONResponse({"status": service.status}, 200 if service.status == "ok" else 503)
+        """Whether new requests are taken: 200, or 503, also while the server shuts down."""
+        return _health(service, ("ok",))
 
     @router.get("/version", response_model=VersionReply, responses=errors())
     async def version() -> Any:
@@ -108,3 +108,9 @@ def _add_state(router: APIRouter, service: Service) -> None:
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(page(service), media_type=CONTENT_TYPE)
+
+
+def _health(service: Service, well: tuple[str, ...]) -> Response:
+    status, hang = service.status, service.engine.hang
+    reason = {"reason": hang} if status == "hung" and hang is not None else {}
+    return JSONResponse({"status": status, **reason}, 200 if status in well else 503)

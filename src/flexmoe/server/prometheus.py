@@ -45,7 +45,10 @@ class _Figures(Collector):
         scheduler = self._service.engine.engine.scheduler
         blocks = scheduler.blocks
         yield self._gauge("info", "Version and model.", 1, version=__version__)
-        yield self._gauge("engine_up", "1 while the engine lives.", int(self._service.engine.error is None))
+        engine = self._service.engine
+        well = engine.error is None and engine.hang is None
+        yield self._gauge("engine_up", "1 while the engine lives and does not hang.", int(well))
+        yield self._gauge("step_running_seconds", "Age of the step in progress.", engine.running_seconds)
         yield self._gauge("requests_running", "Samples that are being computed.", scheduler.num_running)
         yield self._gauge("requests_waiting", "Samples that wait for a place.", scheduler.num_waiting)
         yield self._gauge("kv_cache_blocks", "Blocks of the KV cache.", blocks.num_blocks)

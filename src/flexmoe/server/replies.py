@@ -175,9 +175,10 @@ class GenerateReply(BaseModel):
 
 
 class HealthReply(BaseModel):
-    """status: ok, draining or dead."""
+    """status: ok, draining, hung or dead. reason: why it is hung."""
 
     status: str
+    reason: str | None = None
 
 
 class ExpertsReply(BaseModel):

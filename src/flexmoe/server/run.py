@@ -1,7 +1,8 @@
 """The life of a server: socket, model, serving, drain, end. Enters: options. Leaves: an exit status.
 
 SIGTERM or SIGINT: no new requests; those that run may finish within drain_seconds, then the status is 0. The same
-again: the end at once. If the engine dies, requests in flight are answered with an error, and the status is 1.
+again: the end at once. If the engine dies, requests in flight are answered with an error, and the status is 1; so it is
+if it hangs when the end has come.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _log = logging.getLogger("flexmoe.server")
 _SWITCH_SECONDS = 0.0005
 # Pieces of streams a second, by device. One costs some 20 us, which a model on a CPU misses on its cores.
 _CHUNK_RATES = {"cpu": 1000.0}
+# That a step may take, by device: many tokens on a slow CPU, or on a GPU a step whose kernels are all to be compiled.
+_STEP_SECONDS = {"cpu": 1800.0}
 # Until streams that were told to end have said so to their clients.
 _LAST_WORDS_SECONDS = 3.0
 
@@ -51,7 +54,11 @@ def serve(options: Mapping[str, Any], config: ServerConfig, announce: Callable[[
         sys.setswitchinterval(_SWITCH_SECONDS)
         server = Server(engine, config, listener, announce)
         server.run(sockets=[listener])
-    return 1 if server.died else 0
+    status = 1 if server.died or server.hung else 0
+    if server.left:  # a thread in a step that does not end would hold up the interpreter's own end
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 class Server(uvicorn.Server):
@@ -60,10 +67,12 @@ class Server(uvicorn.Server):
     def __init__(
         self, engine: Engine, config: ServerConfig, listener: socket.socket, announce: Callable[[Service, str], None]
     ) -> None:
+        device, most_seconds = engine.describe()["device"], config.step_seconds
         self._engine = AsyncEngine(
             engine,
             expert_interval=config.expert_interval,
-            max_output_rate=config.max_chunk_rate or _CHUNK_RATES.get(engine.describe()["device"], 10_000.0),
+            max_output_rate=config.max_chunk_rate or _CHUNK_RATES.get(device, 10_000.0),
+            step_seconds=_STEP_SECONDS.get(device, 300.0) if most_seconds is None else most_seconds,
             on_death=self._on_death,
         )
         self.service = Service(self._engine, config)
@@ -71,6 +80,7 @@ class Server(uvicorn.Server):
         self._drain_seconds, self._url, self._announce = config.drain_seconds, _url(listener), announce
         self._drain: asyncio.Task[None] | None = None
         self._told = self.died = False  # told: by a signal, to end
+        self.hung = self.left = False  # when the end had come. left: in a step that may go on
         super().__init__(
             uvicorn.Config(
                 build_app(self.service),
@@ -103,8 +113,10 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         if self.service.compare is not None:
             await self.service.compare.close()
-        await self._engine.close()
-        _log.info("ended", extra={"fields": {"engine": "dead" if self.died else "closed"}})
+        self.hung = self._engine.hang is not None
+        self.left = not await self._engine.close()
+        engine = "dead" if self.died else "hung" if self.hung else "left in a step" if self.left else "closed"
+        _log.info("ended", extra={"fields": {"engine": engine}})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the drain; uvicorn's own way would end the process by the signal, not with 0."""

@@ -16,16 +16,17 @@ from starlette.requests import Request
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.config.server import ServerConfig
 from flexmoe.engine.async_engine import AsyncEngine, Job, Stream
+from flexmoe.engine.chat_prompt import render_chat
 from flexmoe.engine.grammar import schema_text
 from flexmoe.engine.outputs import RequestOutput
-from flexmoe.engine.tokenizer import Tokenizer
+from flexmoe.engine.tokenizer import LONG, Tokenizer
 from flexmoe.errors import RequestError
 from flexmoe.server.errors import APIError
 from flexmoe.server.rival import Rival
 
-# Shorter texts are encoded where they are; for longer ones a thread is cheaper than a loop that stands still.
-_ENCODE_HERE = 2000
 _RETRY_SECONDS = "1"
+# What a chat template is given by ourselves, and what `ChatTemplate.render` takes.
+_TEMPLATE_NAMES = {"self", "messages", "tools", "template", "documents", "add_generation_prompt", "hide"}
 # Characters of a JSON schema. Where a name may come next of thousands, each token of its answer costs the engine's
 # thread, and with it everybody, hundreds of milliseconds; with as many as fit into this, six.
 _MOST_SCHEMA = 2**15
@@ -92,8 +93,10 @@ class Service:
 
     @property
     def status(self) -> str:
-        """ok, draining or dead."""
-        return "dead" if self.engine.error is not None else "draining" if self.draining else "ok"
+        """ok, draining, hung or dead."""
+        if self.engine.error is not None:
+            return "dead"
+        return "hung" if self.engine.hang is not None else "draining" if self.draining else "ok"
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -108,23 +111,39 @@ class Service:
             message = f"the model {name!r} is not served here; use {self.name!r}."
             raise APIError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, text: str, *, special: bool = True) -> Prompt:
-        """A text as a prompt. special: with the special tokens that the model expects around it."""
+    async def encode(self, text: str, *, special: bool = True, limited: bool = True) -> Prompt:
+        """A text as a prompt. special: with the special tokens that the model expects around it.
+
+        limited: raise APIError for a text that is certainly too long, before that much is encoded.
+        """
         tokenizer = self.tokenizer
-        if len(text) <= _ENCODE_HERE:
+        if len(text) <= LONG:  # for longer ones a thread is cheaper than a loop that stands still
             return Prompt(tokenizer.encode(text, special), text)
+        if limited:
+            self._check_least(text)
         return Prompt(await asyncio.to_thread(tokenizer.encode, text, special), text)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Prompt:
-        """A conversation as a prompt. variables: further names that the model's own template reads."""
-        taken = sorted(
-            {"self", "messages", "tools", "template", "documents", "add_generation_prompt"} & variables.keys()
-        )
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, limited: bool = True
+    ) -> Prompt:
+        """A conversation as a prompt. variables: further names that its template reads. limited: as above."""
+        taken = sorted(_TEMPLATE_NAMES & variables.keys())
         if taken:
             raise RequestError(f"chat_template_kwargs may not set {', '.join(taken)}; leave it out.")
-        template = self.engine.engine.chat_template
-        text = await asyncio.to_thread(template.render, messages, **variables)
-        return await self.encode(text, special=False)
+        return await asyncio.to_thread(self._chat_prompt, messages, variables, limited)
+
+    def _chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], limited: bool
+    ) -> Prompt:
+        tokenizer = self.tokenizer
+        hidden = render_chat(self.engine.engine.chat_template, tokenizer, messages, variables)
+        text = tokenizer.stand_ins.show(hidden)
+        if limited:
+            self._check_least(text)
+        return Prompt(tokenizer.encode_chat(hidden), text)
+
+    def _check_least(self, text: str) -> None:
+        self.check_length(self.tokenizer.least_tokens(text), least=True)
 
     async def generate(
         self, http: Request, prompts: Sequence[Prompt], sampling: SamplingParams, *, stream: bool, prefix: str
@@ -158,14 +177,14 @@ class Service:
             raise RequestError(f"the JSON schema has {size} characters; this server takes at most {_MOST_SCHEMA}.")
         await asyncio.to_thread(grammars.check, schema)
 
-    def check_length(self, length: int) -> None:
-        """Raises APIError for a prompt of more tokens than fit."""
+    def check_length(self, length: int, *, least: bool = False) -> None:
+        """Raises APIError for a prompt of more tokens than fit. least: it has so many or more."""
         limit = self.config.max_prompt_tokens
         if limit is not None and length > limit:
-            message = f"the prompt has {length} tokens; this server takes at most {limit}."
+            message = f"the prompt has {'at least ' * least}{length} tokens; this server takes at most {limit}."
             raise APIError(400, message, code="context_length_exceeded")
         try:
-            self.engine.engine.admission.check_length(length)
+            self.engine.engine.admission.check_length(length, least=least)
         except RequestError as error:
             raise APIError(400, str(error), code="context_length_exceeded") from error
 

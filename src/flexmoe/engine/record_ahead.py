@@ -1,0 +1,79 @@
+"""Graphs that requests will need, recorded while there are none. Enters: what was started. Leaves: graphs.
+
+When a step comes in a form that is new, its graph is recorded: kernels are loaded and launched once by one, and all
+streams wait for that, some tenths of a second. A server that has nothing to do records those of the usual forms, one
+at a time, so that a request that comes meanwhile waits for one at most.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, product
+
+import torch
+
+from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.cuda_graph import GraphedDecoder, buckets_up_to
+from flexmoe.engine.device import computing_on
+from flexmoe.engine.prompt_graphs import GraphedPrompts
+from flexmoe.engine.ranks import StartedRanks
+from flexmoe.engine.sampler import Sampler, SamplingState
+from flexmoe.engine.startup import Started
+from flexmoe.scheduling.prompt_forms import forms_up_to
+
+_log = logging.getLogger(__name__)
+
+_FEW, _MANY = 8, 64  # decodes that come first, and the most that are recorded ahead
+_PROMPTS = (1, 2, 4)  # chunks of a step
+_SPARE = 2 << 30  # bytes of memory that stay free
+_WAYS = (SamplingParams(temperature=0), SamplingParams(seed=0), SamplingParams(top_p=0.9, seed=0))
+
+
+class RecordingAhead:
+    """Records one graph after another. Nothing else may use the device meanwhile."""
+
+    def __init__(self, started: Started | StartedRanks, tokens: int, *, wanted: bool) -> None:
+        """tokens: of a step, at most. Records nothing if not wanted, on several ranks, or without graphs."""
+        self._left: Iterator[Callable[[], None]] = iter(())
+        if wanted and isinstance(started, Started) and started.graphed is not None:
+            self._device = started.device
+            self._left = _recordings(started.graphed, started.prompts, tokens)
+
+    def record(self) -> bool:
+        """The next graph. False: all are there, or there is no memory for more."""
+        if (recording := next(self._left, None)) is None:
+            return False
+        with computing_on(self._device):
+            free, _ = torch.cuda.mem_get_info()
+            if free < _SPARE:
+                _log.debug("graphs are no longer recorded ahead: %d bytes are free", free)
+                self._left = iter(())
+                return False
+            recording()
+            torch.cuda.synchronize()
+        return True
+
+
+def _recordings(decodes: GraphedDecoder, prompts: GraphedPrompts | None, tokens: int) -> Iterator[Callable[[], None]]:
+    """The likeliest first: few streams, one prompt, then more of both, then streams that look far back."""
+    rows = buckets_up_to(min(decodes.max_rows, _MANY))
+    few, many = [count for count in rows if count <= _FEW], [count for count in rows if count > _FEW]
+    forms = () if prompts is None else [(*form, prompts) for form in forms_up_to(tokens, _PROMPTS)]
+    return chain(
+        (partial(_decode, decodes, *each) for each in product(few, _WAYS, (False,))),
+        (partial(_prompt, *form) for form in forms),
+        (partial(_decode, decodes, *each) for each in product(many, _WAYS, (False,))),
+        (partial(_decode, decodes, *each) for each in product(rows, _WAYS, (True,))),
+    )
+
+
+def _decode(decodes: GraphedDecoder, rows: int, params: SamplingParams, long: bool) -> None:
+    decodes.record([SamplingState(params, 0)] * rows, long=long)
+
+
+def _prompt(tokens: int, chunks: int, prompts: GraphedPrompts) -> None:
+    logits = prompts.record(tokens, chunks)
+    for params in _WAYS:  # its tokens are chosen by torch, whose kernels are loaded when they are first launched
+        Sampler().choose(logits, [SamplingState(params, 0)] * len(logits))
