@@ -12,7 +12,7 @@ are in the graph. Data ranks have rows of their own, and are told what all have 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -193,7 +193,8 @@ class GraphedDecoder:
 
         long: of steps that look far back.
         """
-        form = _Form(bucket_of(len(states)), long, False, *self._sampled(states, True))
+        traits = replace(DecodeTraits.of((), states), furthest=_LONG * long)
+        form = self._form(bucket_of(len(states)), traits, counts=False)
         if form not in self._graphs:
             packed = self._inputs(form.bucket)
             packed.load((), (), ())
@@ -222,12 +223,14 @@ class GraphedDecoder:
         else:  # which shall see no padding; any number of rows may come, so that these are not kept
             packed = PackedRows(count, self._most_blocks, self._device)
         packed.load(chunks, [-1] * count if sources is None else sources, sampled)
-        # Where the host samples from logits that ranks have to put together, as if one drew.
-        draws = traits.draws or (self._model.spread and traits.on_host)
-        form = _Form(packed.bucket, traits.furthest >= _LONG, counter is not None, draws, traits.filtered)
-        self._run(form, packed, probe, counter)
+        self._run(self._form(packed.bucket, traits, counts=counter is not None), packed, probe, counter)
         if counter is not None and count:  # an idle data rank makes no pass
             counter.passed(count)
+
+    def _form(self, bucket: int, traits: DecodeTraits, *, counts: bool) -> _Form:
+        # Where the host samples from logits that ranks have to put together, as if one drew.
+        draws = traits.draws or (self._model.spread and traits.on_host)
+        return _Form(bucket, traits.furthest >= _LONG, counts, draws, traits.filtered)
 
     def _fly(self, step: Step, count: int, host_states: Sequence[SamplingState]) -> GraphFlight:
         """Send the first `count` tokens chosen on their way to the host."""
