@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -15,13 +16,14 @@ from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.engine.prompt_rows import PromptForm
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.engine.together import DecodeTraits, Together
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import NativeDecoder, most_rows
 from flexmoe.models.presets import PRESETS
 from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.nearness import assert_near
 from tests.cpu.paging import decodes, scattered, slot
-from tests.cpu.tiny_decoders import CPU, NEEDS_COMPILER, config, copy_cache, decoder, filled_cache, in_fp32
+from tests.cpu.tiny_decoders import CPU, NEEDS_COMPILER, Recording, config, copy_cache, decoder, filled_cache, in_fp32
 
 pytestmark = NEEDS_COMPILER
 BLOCK = 4
@@ -136,6 +138,10 @@ class Device:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.in_graph, self.passed = tokens, 0, list[int]()
 
+    def launch(self, step: Step, states: Any, sources: Any, probe: Any, traits: Any) -> Any:
+        self.in_graph = len(step.chunks)
+        return traits
+
     def launch_mixed(self, step: Step, states: Any, sources: Any, decodes: int, others: Any) -> Any:
         self.in_graph = decodes
         return others()
@@ -167,6 +173,29 @@ def test_a_step_with_prompts_leaves_its_tokens_on_the_device(one_pass: bool, in_
     assert device.passed == ([42, known.token_ids[-1], *theirs] if one_pass else theirs)
     assert chosen.tolist() == list(range(3 - in_graph))  # type: ignore[attr-defined]
     assert not runner.can_run_ahead(step, states(step, logprobs=1))
+
+
+def test_data_ranks_take_a_graph_if_all_of_them_do() -> None:
+    """Also one that has nothing to do; not if one has too many rows, or prompts, or a probe looks at all of them."""
+    device, alike = Device([]), DecodeTraits(3, 9, draws=False, filtered=False, on_host=False)
+    step, _ = make_step(2, 0)
+    cache: Any = type("Cache", (), {"block_size": BLOCK})()
+    prompts = GraphedPrompts(device, cache, CPU, graphs=False)
+    runner = ModelRunner(decoder(CONFIG), cache, CPU, device, prompts, prompts_ahead=False)  # type: ignore[arg-type]
+    for own in (step, Step([], 0, [])):
+        device.in_graph = -1
+        assert runner.launch_rows(own, states(own), None, Together(3, alike)) is alike
+        assert device.in_graph == len(own.chunks)
+    many = replace(alike, rows=Device.max_rows + 1)
+    for together in (Together(3, None), Together(many.rows, many)):
+        device.in_graph = -1
+        assert len(runner.launch_rows(step, states(step), None, together).wait().token_ids) == 2
+        assert device.in_graph == -1
+    runner.count_experts(True)
+    assert runner.launch_rows(step, states(step), None, Together(3, alike)) is alike
+    runner.probe, device.in_graph = Recording(), -1
+    runner.launch_rows(step, states(step), None, Together(3, alike))
+    assert device.in_graph == -1
 
 
 def test_a_form_that_failed_comes_for_the_first_time_again() -> None:

@@ -45,6 +45,19 @@ def test_every_row_finds_its_blocks(most_blocks: int, bucket: int) -> None:
     assert packed.rows.sources.tolist() == [-1] * bucket
 
 
+def test_an_idle_data_rank_has_padding_alone() -> None:
+    packed, (busy,) = PackedRows(4, 3, CPU), rows_of([40])
+    for _ in range(3):  # every host buffer in turn
+        packed.load(decodes([busy]), [-1], ())
+    for _ in range(3):
+        packed.load([], [], ())
+        assert packed.rows.lengths.tolist() == [0] * 4
+        assert packed.rows.token_ids.tolist() == [0] * 4
+        assert packed.rows.sources.tolist() == [-1] * 4
+        packed.load(decodes([busy]), [-1], ())
+        assert packed.rows.tables[: len(busy.blocks)].tolist() == busy.blocks
+
+
 def test_what_ctrl_c_cuts_short_is_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows changed places, and one of them was written, when it came; then they are back where they were."""
 

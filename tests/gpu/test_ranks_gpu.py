@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from flexmoe.config.plan import ExpertPlacement
 from flexmoe.engine.cuda_graph import GraphedDecoder
 from flexmoe.engine.ranks import RankedRunner
 from flexmoe.errors import RankError
+from flexmoe.models import fused_data_ranks
+from flexmoe.parallel.peers import why_not_shared
 from tests.cpu.tiny_models import tiny
 from tests.multi.pool import Pool
 from tests.multi.test_supervisor import Nothing
@@ -32,6 +36,7 @@ OPTIONS: dict[str, Any] = {
 TENSOR: dict[str, Any] = {"tensor_parallel_size": 2}
 EXPERT: dict[str, Any] = {"tensor_parallel_size": 2, "expert_parallel_size": 2}
 DATA: dict[str, Any] = {"data_parallel_size": 2, "expert_parallel_size": 2}
+DATA_SLICED: dict[str, Any] = {"data_parallel_size": 2}
 TO_ALL: dict[str, Any] = {"moe_dispatch": "all_to_all"}
 CASES = [
     ("mixtral", "tensor"), ("mixtral", "expert"), ("mixtral", "replicas"), ("olmoe", "tensor"),
@@ -98,7 +103,88 @@ def leave_graphs_out(worker: PoolWorker) -> None:
     graphed._run = run  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("plan", [TENSOR, EXPERT], ids=["tensor", "expert"])
+_SEEN: Counter[bool] = Counter()  # steps of the rank's model by whether they were replays
+
+
+def watch_steps(worker: PoolWorker) -> None:
+    """Of the model that this rank has now."""
+    assert worker.runner is not None
+    assert worker.runner._graphed is not None
+    graphed: GraphedDecoder = worker.runner._graphed
+    original = graphed._run
+    _SEEN.clear()
+
+    def run(form: Any, packed: Any, probe: Any, counter: Any) -> None:
+        _SEEN[probe is None and form in graphed._graphs] += 1
+        original(form, packed, probe, counter)
+
+    graphed._run = run  # type: ignore[method-assign]
+
+
+def steps_seen(worker: PoolWorker) -> tuple[int, int]:
+    """How many decode steps were replays since the last call, and how many were launched kernel by kernel."""
+    found = _SEEN[True], _SEEN[False]
+    _SEEN.clear()
+    return found
+
+
+def share_memory(worker: PoolWorker, on: bool) -> None:
+    """Whether data ranks of models to come may read each other's memory."""
+    fused_data_ranks.why_not_shared = why_not_shared if on else lambda *_, **__: "left out"
+
+
+@pytest.fixture(params=["one launch", "all-gather: left out"], ids=["one-launch", "nccl"])
+def gathered_by(request: pytest.FixtureRequest, pool: Pool) -> Iterator[str]:
+    pool.call(share_memory, on=request.param == "one launch")
+    yield request.param
+    pool.call(share_memory, on=True)
+
+
+@pytest.mark.parametrize("plan", [DATA, DATA_SLICED], ids=["spread", "sliced"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_decode_steps_of_data_ranks_are_replays(pool: Pool, gathered_by: str, name: str, plan: dict[str, Any]) -> None:
+    """All take the same graphs, also where one has more rows, draws, is sampled on the host, or has nothing to do."""
+    mixed = [GREEDY, DRAWN, GREEDY, GREEDY]  # who draws is on the second data rank
+    with LLM(tiny(name), **OPTIONS) as one:
+        expected = all_answers(one)
+        expected_mixed = [output.token_ids for output in one.generate(PROMPTS, mixed)]
+    with pool.llm(tiny(name), **OPTIONS, **plan) as llm:
+        assert llm.describe()["decode_kernels"] == f"Triton, rows of data ranks by {gathered_by}"
+        pool.call(watch_steps)
+        assert all_answers(llm) == expected
+        assert [output.token_ids for output in llm.generate(PROMPTS, mixed)] == expected_mixed
+        assert answers(llm, GREEDY, PROMPTS[:1]) == expected[0][:1]
+        first, second = pool.call(steps_seen)
+        assert first == second
+        assert first[0] > 40
+        graphs = pool.call(num_graphs)
+        assert graphs == [first[1], first[1]]  # each form was launched once, to capture it
+        assert all_answers(llm) == expected
+        assert answers(llm, GREEDY, PROMPTS[:1]) == expected[0][:1]
+        assert all(replays > 40 and launched == 0 for replays, launched in pool.call(steps_seen))
+        assert pool.call(num_graphs) == graphs
+
+
+def test_data_ranks_whose_requests_come_one_by_one(pool: Pool) -> None:
+    """One idles, decodes or has a prompt while the other decodes: graphs and passes of prompts take turns."""
+    with LLM(tiny("mixtral"), **OPTIONS) as one:
+        expected = answers(one, GREEDY)
+    with pool.llm(tiny("mixtral"), **OPTIONS, **DATA) as llm:
+        engine, names, found = llm.engine, list[str](), dict[str, tuple[int, ...]]()
+        pool.call(watch_steps)
+        for number in itertools.count():
+            if number % 5 == 0 and len(names) < len(PROMPTS):
+                names.append(engine.add_request(PROMPTS[len(names)], GREEDY))
+            found |= {output.request_id: output.token_ids for output in engine.step()}
+            if len(found) == len(PROMPTS):
+                break
+        assert [found[name] for name in names] == expected
+        first, second = pool.call(steps_seen)
+        assert first == second
+        assert first[0] > 10
+
+
+@pytest.mark.parametrize("plan", [TENSOR, EXPERT, DATA], ids=["tensor", "expert", "data"])
 def test_graphs_compute_what_eager_kernels_do_in_bf16(pool: Pool, plan: dict[str, Any]) -> None:
     options = OPTIONS | {"dtype": "bfloat16"}
     with pool.llm(tiny("qwen3_moe"), **options, **plan) as llm:
@@ -110,10 +196,13 @@ def test_graphs_compute_what_eager_kernels_do_in_bf16(pool: Pool, plan: dict[str
         assert pool.call(num_graphs) == [0, 0]
 
 
+@pytest.mark.parametrize("plan", [EXPERT, DATA], ids=["expert", "data"])
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_running_ahead_changes_no_token(pool: Pool, monkeypatch: pytest.MonkeyPatch, params: SamplingParams) -> None:
+def test_running_ahead_changes_no_token(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, params: SamplingParams, plan: dict[str, Any]
+) -> None:
     ahead = 0
-    with pool.llm(tiny("mixtral"), **OPTIONS, **EXPERT) as llm:
+    with pool.llm(tiny("mixtral"), **OPTIONS, **plan) as llm:
         launch = RankedRunner.launch
 
         def counted(runner: RankedRunner, *args: Any, after: Any = None) -> Any:
@@ -130,9 +219,9 @@ def test_running_ahead_changes_no_token(pool: Pool, monkeypatch: pytest.MonkeyPa
         assert ahead == 0
 
 
-@pytest.mark.parametrize("plan", [EXPERT | TO_ALL, DATA, DATA | TO_ALL], ids=["to-all", "data", "data-to-all"])
+@pytest.mark.parametrize("plan", [EXPERT | TO_ALL, DATA | TO_ALL], ids=["to-all", "data-to-all"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_tokens_that_travel_take_no_graphs_and_change_nothing(pool: Pool, name: str, plan: dict[str, Any]) -> None:
+def test_all_to_all_takes_no_graphs_and_changes_nothing(pool: Pool, name: str, plan: dict[str, Any]) -> None:
     with LLM(tiny(name), **OPTIONS) as one:
         expected = all_answers(one)
     with pool.llm(tiny(name), **OPTIONS, **plan) as llm:
@@ -154,10 +243,23 @@ def test_counts_are_those_of_the_cpu(pool: Pool, plan: str) -> None:
             assert recorder.loads() == expected
 
 
-def test_bytes_are_counted_in_graphs_as_without(pool: Pool) -> None:
+def test_data_ranks_count_each_row_once(pool: Pool) -> None:
+    """In passes of their own."""
+    with LLM(tiny("qwen2_moe"), **OPTIONS) as one, one.record_routing() as alone:
+        answers(one, GREEDY)
+    with pool.llm(tiny("qwen2_moe"), **OPTIONS, **DATA) as llm:
+        for _ in range(2):
+            with llm.record_routing() as ranks:
+                answers(llm, GREEDY)
+            found = [(load.layer, load.counts, load.tokens) for load in ranks.loads()]
+            assert found == [(load.layer, load.counts, load.tokens) for load in alone.loads()]
+
+
+@pytest.mark.parametrize("plan", [EXPERT, DATA], ids=["expert", "data"])
+def test_bytes_are_counted_in_graphs_as_without(pool: Pool, plan: dict[str, Any]) -> None:
     found = []
     for without in (False, True):
-        with pool.llm(tiny("mixtral"), **OPTIONS, **EXPERT) as llm:
+        with pool.llm(tiny("mixtral"), **OPTIONS, **plan) as llm:
             if without:
                 pool.call(leave_graphs_out)
             answers(llm, GREEDY)

@@ -31,8 +31,10 @@ from flexmoe.kernels.triton.compile_only import NamedGPU
 from flexmoe.kernels.triton.count_choices import count_choices
 from flexmoe.kernels.triton.expert_down import DownTile, expert_down_gemv, expert_down_grouped
 from flexmoe.kernels.triton.expert_gate_up import GateUpTile, expert_gate_up_gemv, expert_gate_up_grouped
+from flexmoe.kernels.triton.gather_rows import gather_rows
 from flexmoe.kernels.triton.norm_linear import NormAfter
 from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
+from flexmoe.kernels.triton.route import route
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
@@ -115,10 +117,13 @@ def ranks() -> None:
     argmax.winner(torch.zeros(2, T, dtype=torch.int64), words)
     embed.embed(words, lengths, words, torch.zeros(V, H, dtype=BF16), x, words, first=V)
     count_choices(torch.stack([ids] * 3), torch.zeros(3, E).long(), torch.zeros(3, E).long())
+    router = torch.zeros(E, H, dtype=BF16)
+    route(x.float(), x[0], 1e-5, router, x, logits, is_normed=True)
     for size in (2, 4, 8):
         peers = PeerRows(x, words.new_zeros(size), words.new_zeros(size), 1)
         all_reduce(peers, x.float(), accumulate=False)
         all_reduce(peers, x.float(), accumulate=True, norm=NormAfter(x[0], 1e-5, x))
+        gather_rows(peers, x.repeat(size, 1))
         heads = QKNormWeights(x[0], x[0, : H // 4], 1e-5, full=True)
         qk_norm_over_ranks(replace(peers, part=weights), torch.zeros(T, H + H // 2, dtype=BF16), heads)
 

@@ -44,6 +44,15 @@ def test_adds_to_the_residual_stream_and_norms_it(P: int, T: int, H: int, dtype:
     assert_near(normed.check(), rms_norm(expected, weight, 1e-5).to(dtype), dtype)
 
 
+@pytest.mark.parametrize("first", [1, 3])
+def test_rows_of_its_own_from_the_sum_of_all(first: int) -> None:
+    ranks, out = PeerRanks(3, 5, 48, torch.float32), Guarded(2, 48)
+    ranks.others_have_told(1, 2)
+    all_reduce(ranks.seen_by(1), out.tensor, accumulate=False, first=first)
+    assert torch.equal(out.check(), total(ranks, 5)[first : first + 2])
+    ranks.assert_told(1, 2)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter runs one launch at a time")
 @pytest.mark.parametrize(("P", "T", "H"), [*SHAPES, (4, 32, 4096)])
 def test_ranks_that_run_at_once_wait_for_each_other(P: int, T: int, H: int) -> None:

@@ -13,6 +13,8 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.triton.tiles import TileTable
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models import fused as fused_module
+from flexmoe.models import fused_data_ranks as data_module
+from flexmoe.models import fused_experts as experts_module
 from flexmoe.models import fused_vocabulary as vocabulary_module
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
@@ -28,9 +30,10 @@ GROUPED = [
     *ATTENTION, "route", "topk", "group_by_expert", "expert_gate_up_grouped", "expert_down_grouped", "combine_norm",
 ]  # fmt: skip
 HEAD = ["norm_linear", "greedy"]
-OF_FUSED = (
-    "combine", "combine_norm", "count_choices", "decode_attention", "expert_down_gemv", "expert_down_grouped",
-    "expert_gate_up_gemv", "expert_gate_up_grouped", "group_by_expert", "rms_norm", "route", "topk", "topk_by_expert",
+OF_FUSED = ("count_choices", "decode_attention", "rms_norm")
+OF_EXPERTS = (
+    "combine", "combine_norm", "expert_down_gemv", "expert_down_grouped", "expert_gate_up_gemv",
+    "expert_gate_up_grouped", "group_by_expert", "route", "topk", "topk_by_expert",
 )  # fmt: skip
 VIEWS = {
     "_unsafe_view", "alias", "as_strided", "detach", "expand", "select", "slice", "split", "t", "transpose",
@@ -62,6 +65,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in OF_FUSED:
         replace(fused_module, name)
+    for name in OF_EXPERTS:
+        replace(experts_module, name)
+    replace(data_module, "combine_norm")
     replace(fused_module.norm_linear, "norm_linear")
     replace(vocabulary_module, "embed")
     for name in ("greedy", "best", "winner"):
@@ -109,3 +115,12 @@ def test_a_rank_adds_a_sum_after_each_part(launched: list[str], plan: ParallelPl
     found = step(model, 2, launched, plan)
     assert found[: len(expected)] == expected
     assert found[-1] == "winner"
+
+
+def test_data_ranks_gather_rows_and_get_their_sums_back(launched: list[str]) -> None:
+    """The collectives themselves are not there, but what stands for them: copies."""
+    model = config(layers=(LayerConfig(is_moe=True),))
+    found = step(model, 1, launched, ParallelPlan(data_parallel_size=2, expert_parallel_size=2))
+    stand_ins = {"torch.new_empty", "torch.repeat", "torch.copy_", "torch.unfold"}
+    expected = ["torch.clamp", "embed", *ATTENTION, "rms_norm", "route", "expert_gate_up_gemv", "expert_down_gemv"]
+    assert [name for name in found if name not in stand_ins] == [*expected, "combine_norm", *HEAD]

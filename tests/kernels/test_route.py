@@ -52,14 +52,17 @@ def test_norms_and_multiplies(T: int, H: int, E: int, tile: RouteTile | None, dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_are_normed_already(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tile", [FEW, MANY])
+def test_rows_that_are_normed_already(tile: RouteTile, dtype: torch.dtype) -> None:
     x, norm_weight, weight = _inputs(9, 128, 6, dtype, dtype)
-    assert (norms_first(FEW), norms_first(MANY)) == (False, True)
+    assert norms_first(tile) == (tile is MANY)
     normed, logits, again = normal(9, 128, dtype=dtype), Guarded(9, 6), Guarded(9, 6)
-    route(x, norm_weight, EPS, weight, normed, logits.tensor, tile=MANY)
+    route(x, norm_weight, EPS, weight, normed, logits.tensor, tile=tile)
     x.fill_(torch.nan)  # is not looked at
-    route(x, norm_weight, EPS, weight, normed, again.tensor, is_normed=True, tile=MANY)
+    kept = normed.clone()
+    route(x, norm_weight, EPS, weight, normed, again.tensor, is_normed=True, tile=tile)
     assert torch.equal(again.check(), logits.check())
+    assert torch.equal(normed, kept)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter has fp32 only")

@@ -10,7 +10,7 @@ from flexmoe.bench.machine_samples import step_samples
 from flexmoe.bench.prompt_operations import PromptLayers
 from flexmoe.bench.step_operations import OPERATIONS, Steps
 from flexmoe.kernels.triton import norm_linear
-from flexmoe.models import fused
+from flexmoe.models import fused, fused_experts
 from flexmoe.models.families import read_config
 from tests.kernels.support import DEVICE
 
@@ -39,7 +39,8 @@ class Clock:
 
 @pytest.mark.parametrize(("rows", "middle"), [(1, "expert_down_gemv"), (8, "expert_down_grouped")])
 def test_every_operation_adds_its_part(rows: int, middle: str) -> None:
-    before = {name: getattr(fused, name) for name in OPERATIONS if hasattr(fused, name)}
+    modules = fused, fused_experts
+    before = [getattr(module, name) for module in modules for name in OPERATIONS if hasattr(module, name)]
     linear, clock = norm_linear.norm_linear, Clock()
     steps = Steps(CONFIG, DEVICE, 64, clock)
     steps.prepare(rows, 20)
@@ -52,7 +53,7 @@ def test_every_operation_adds_its_part(rows: int, middle: str) -> None:
     assert added["qkv"] == pytest.approx(1e-3 / CONFIG.num_layers)
     assert added["head"] == pytest.approx(1e-3)
     assert norm_linear.norm_linear is linear
-    assert {name: getattr(fused, name) for name in before} == before
+    assert [getattr(module, name) for module in modules for name in OPERATIONS if hasattr(module, name)] == before
     assert {s.op.partition(".")[2] for s in step_samples(CONFIG, added, rows, 20)} == {
         "linear", "attention", "router", "experts",
     }  # fmt: skip

@@ -11,7 +11,7 @@ from flexmoe.bench.tune_step import MiniModel
 from flexmoe.config.model import LayerConfig
 from flexmoe.kernels.triton.norm_linear import DotTile
 from flexmoe.kernels.triton.tiles import Measured, TileTable, linear_work
-from flexmoe.models import fused
+from flexmoe.models import fused, fused_experts
 from tests.cpu.tiny_decoders import config
 from tests.kernels.support import DEVICE, distance
 
@@ -48,6 +48,6 @@ def test_what_a_launch_leaves_out_is_seen(mini: MiniModel, monkeypatch: pytest.M
     inputs = mini.inputs(1)
     decoder = mini.decoder(TileTable(), 1)
     assert mini.output(decoder, inputs, "feed").isfinite().all()
-    monkeypatch.setattr(fused, "expert_down_gemv", lambda *_, **__: None)
+    monkeypatch.setattr(fused_experts, "expert_down_gemv", lambda *_, **__: None)
     monkeypatch.setattr(fused, "decode_attention", lambda *_, **__: None)
     assert mini.output(decoder, inputs, "attention").isnan().all()

@@ -17,6 +17,7 @@ from flexmoe.engine.cuda_graph import GraphFlight
 from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
+from flexmoe.engine.together import DecodeTraits
 from flexmoe.engine.wire import _WireRequest
 from flexmoe.engine.worker import RankReport, Worker
 from flexmoe.layers.forward_batch import Probe
@@ -47,7 +48,7 @@ class SlowFlight(GraphFlight):
 
 
 class AheadDecoder:
-    """In the place of a GraphedDecoder."""
+    """In the place of a GraphedDecoder. Of data ranks some may have nothing to decode."""
 
     max_rows = MAX_ROWS
 
@@ -56,15 +57,16 @@ class AheadDecoder:
         self._latest: list[int] = []
 
     def launch(
-        self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None, probe: Probe | None
-    ) -> SlowFlight:
+        self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None, probe: Probe | None,
+        traits: DecodeTraits | None,
+    ) -> SlowFlight:  # fmt: skip
         if sources is not None:
             assert all(0 <= source < len(self._latest) for source in sources)
             step = Step([self._known(*pair) for pair in zip(step.chunks, sources, strict=True)], step.num_decodes, [])
             states = [_ahead(state) for state in states]
-        sampled = self._runner._run(step, states)
+        sampled = self._runner._run(step, states, None if traits is None else traits.rows)
         tokens = torch.tensor(sampled.token_ids or [0] * len(step.chunks))
-        self._latest = self._mesh.world.broadcast(tokens, 0, "tokens").tolist()
+        self._latest = self._mesh.tp.broadcast(tokens, 0, "tokens").tolist()
         return SlowFlight(step, sampled)
 
     def _known(self, chunk: ScheduledChunk, source: int) -> ScheduledChunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from flexmoe.engine.ranks import RankedRunner
 from tests.cpu.tiny_models import tiny
 from tests.multi.test_models import OPTIONS, PLANS, PROMPTS
 
+DATA = {"data_parallel_size": 2, "expert_parallel_size": 2}
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 MIXED = [
     SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=14, ignore_eos=True),
@@ -24,11 +26,11 @@ MIXED = [
 ON_HOST = SamplingParams(temperature=0, repetition_penalty=1.3, logprobs=1, max_tokens=6, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
+@pytest.fixture(scope="module", params=[PLANS["expert-2"], DATA], ids=["expert", "data"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "_MODULE", "tests.multi.ahead_ranks")
-        with LLM(tiny("qwen2_moe"), **OPTIONS, **PLANS["expert-2"]) as made:
+        with LLM(tiny("qwen2_moe"), **OPTIONS, **request.param) as made:
             yield made
 
 
@@ -70,6 +72,22 @@ def test_a_step_that_is_given_up_does_no_harm(llm: LLM, ahead: list[bool]) -> No
     stream.close()
     assert llm.generate(PROMPTS[1], GREEDY)[0].token_ids == whole
     assert any(ahead)
+
+
+def test_requests_come_and_go_while_steps_are_ahead(llm: LLM, ahead: list[bool]) -> None:
+    """So that of two data ranks one idles, decodes or has a prompt while the other decodes."""
+    with LLM(tiny("qwen2_moe"), **OPTIONS) as one:
+        expected = [output.token_ids for output in one.generate(PROMPTS, GREEDY)]
+    engine, names, found = llm.engine, list[str](), dict[str, tuple[int, ...]]()
+    for number in itertools.count():
+        if number % 5 == 0 and len(names) < len(PROMPTS):
+            names.append(engine.add_request(PROMPTS[len(names)], GREEDY))
+        found |= {output.request_id: output.token_ids for output in engine.step()}
+        engine.scheduler.check_integrity()
+        if len(found) == len(PROMPTS):
+            break
+    assert [found[name] for name in names] == expected
+    assert sum(ahead) > 5
 
 
 def test_ranks_are_asked_while_a_step_is_on_its_way(llm: LLM, ahead: list[bool]) -> None:

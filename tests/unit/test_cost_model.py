@@ -80,6 +80,19 @@ def test_a_gpu_waits_for_the_host_where_steps_are_no_graph() -> None:
         assert step(ParallelPlan(), alone, slow).seconds > 16 * 5e-3
 
 
+def test_decodes_of_data_ranks_are_graphs_and_one_pass_with_prompts() -> None:
+    slow = replace(H200, device=replace(H200.device, prompt_layer_s=5e-3, torch_layer_s=8e-3, torch_chunk_s=1e-3))
+    data = ParallelPlan(data_parallel_size=4, expert_parallel_size=4)
+    assert step(data, DECODES, slow).terms["host"] < 1e-3
+    host = slow.device.host_s + 9 * slow.device.host_row_s
+    mixed = StepShape(8, 500, (Chunk(16),))
+    assert step(data, mixed, slow).seconds == pytest.approx(16 * 8e-3 + host)
+    to_all = replace(data, moe_dispatch="all_to_all")
+    assert step(to_all, DECODES, slow).seconds == pytest.approx(16 * 8e-3 + host - slow.device.host_row_s)
+    rows = [step(data, StepShape(rows, 500)).terms["all-reduce"] for rows in (8, 512)]  # one launch, and NCCL's
+    assert 0 < rows[0] < rows[1]
+
+
 def test_experts_wait_for_the_rank_that_reads_most() -> None:
     moe = MoEConfig(64, 8, 1024, renormalize=False)
     load = ExpertLoads(moe, ExpertPlacement.contiguous(64, 8), Routing()).load(4)

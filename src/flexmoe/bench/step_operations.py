@@ -19,7 +19,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.triton import norm_linear
 from flexmoe.layers.kv_cache import KVCache
-from flexmoe.models import fused
+from flexmoe.models import fused, fused_experts
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.models.loader import fill_dummy
@@ -86,7 +86,7 @@ class Steps:
 
     @contextmanager
     def without(self, *ops: str) -> Iterator[set[str]]:
-        """models/fused.py with some operations gone. Leaves a set of those that were called."""
+        """A fused step with some operations gone. Leaves a set of those that were called."""
         linear, met = norm_linear.norm_linear, set[str]()
         shapes = {self._shape(name): name for name in ops if name in _PROJECTIONS}
 
@@ -99,7 +99,9 @@ class Steps:
 
         stubs: dict[tuple[ModuleType, str], Any] = {(norm_linear, "norm_linear"): project}
         for name in set(ops) - set(_PROJECTIONS):
-            stubs[fused, name] = lambda *_, name=name, **__: met.add(name)
+            for module in (fused, fused_experts):
+                if hasattr(module, name):
+                    stubs[module, name] = lambda *_, name=name, **__: met.add(name)
         originals = {(module, name): getattr(module, name) for module, name in stubs}
         _set(stubs)
         try:

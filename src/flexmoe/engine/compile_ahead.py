@@ -47,7 +47,7 @@ def compiling_ahead(started: Started | StartedRanks, options: EngineConfig, toke
 
 def _has_exact_router(started: Started) -> bool:
     """Of its layers with experts the first one tells: a checkpoint has all routers in one dtype."""
-    from flexmoe.models.fused import narrowest
+    from flexmoe.models.fused_experts import narrowest
 
     routers = (layer.moe.router.weight.data for layer in started.model.decoder_layers if layer.moe is not None)
     return all(narrowest(weight, started.dtype).dtype is started.dtype for weight in islice(routers, 1))

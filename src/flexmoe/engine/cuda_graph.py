@@ -6,13 +6,13 @@ beside its decodes, prompts, is launched behind their graph, and its tokens join
 
 Ranks launch the same steps in the same order, and what sets graphs apart is the same on all of them; so they also
 capture together, each after it has computed the step once without a graph, which opens what NCCL needs. The collectives
-are in the graph.
+are in the graph. Data ranks have rows of their own, and are told what all have in common (`engine/together.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from flexmoe.config.engine import MAX_ROWS
 from flexmoe.engine.device import to_device
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
+from flexmoe.engine.together import DecodeTraits
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DeviceDecoder, Sampling
@@ -153,15 +154,17 @@ class GraphedDecoder:
         states: Sequence[SamplingState],
         sources: Sequence[int] | None = None,
         probe: Probe | None = None,
+        traits: DecodeTraits | None = None,
     ) -> GraphFlight:
         """Start a step of decodes.
 
         sources: if the tokens of the step before are not known to the host yet, of each chunk's token its place among
-        them, or -1. probe: counts experts, or sees the tensors of the step, which then runs without a graph.
+        them, or -1. probe: counts experts, or sees the tensors of the step, which then runs without a graph. traits: of
+        all data ranks' decodes, if there are several; then this one may have none, and a probe only counts.
         """
-        on_device = all(state.device_ready for state in states)
-        self._compute(step.chunks, states if on_device else (), states, sources, probe)
-        return self._fly(step, len(step.chunks), () if on_device else states)
+        own = DecodeTraits.of(step.chunks, states)
+        self._compute(step.chunks, () if own.on_host else states, sources, probe, traits or own)
+        return self._fly(step, len(step.chunks), states if own.on_host else ())
 
     @torch.inference_mode()
     def launch_mixed(
@@ -177,7 +180,8 @@ class GraphedDecoder:
         sources: as for `launch`. others: gives the tokens of what it launched, [n] on the device; None if it has none.
         """
         if decodes:
-            self._compute(step.chunks[:decodes], states[:decodes], states[:decodes], sources, None)
+            first = step.chunks[:decodes], states[:decodes]
+            self._compute(*first, sources, None, DecodeTraits.of(*first))
         tokens = others()
         if tokens is not None:
             self._model.sampled[decodes : decodes + len(tokens)].copy_(tokens)
@@ -189,7 +193,8 @@ class GraphedDecoder:
 
         long: of steps that look far back.
         """
-        form = _Form(bucket_of(len(states)), long, False, *self._sampled(states, True))
+        traits = replace(DecodeTraits.of((), states), furthest=_LONG * long)
+        form = self._form(bucket_of(len(states)), traits, counts=False)
         if form not in self._graphs:
             packed = self._inputs(form.bucket)
             packed.load((), (), ())
@@ -205,24 +210,27 @@ class GraphedDecoder:
         self,
         chunks: Sequence[ScheduledChunk],
         sampled: Sequence[SamplingState],
-        states: Sequence[SamplingState],
         sources: Sequence[int] | None,
         probe: Probe | None,
+        traits: DecodeTraits,
     ) -> None:
-        """Launch these decodes. sampled: the states if the device samples them, else nothing."""
+        """Launch these decodes. sampled: their states if the device samples them, else nothing."""
         counter = probe if isinstance(probe, ExpertCounter) else None
         probe = None if counter is not None else probe
         count = len(chunks)
         if probe is None:
-            packed = self._inputs(bucket_of(count))
+            packed = self._inputs(bucket_of(traits.rows))
         else:  # which shall see no padding; any number of rows may come, so that these are not kept
             packed = PackedRows(count, self._most_blocks, self._device)
         packed.load(chunks, [-1] * count if sources is None else sources, sampled)
-        long = max(chunk.start for chunk in chunks) >= _LONG
-        form = _Form(packed.bucket, long, counter is not None, *self._sampled(states, bool(sampled)))
-        self._run(form, packed, probe, counter)
-        if counter is not None:
+        self._run(self._form(packed.bucket, traits, counts=counter is not None), packed, probe, counter)
+        if counter is not None and count:  # an idle data rank makes no pass
             counter.passed(count)
+
+    def _form(self, bucket: int, traits: DecodeTraits, *, counts: bool) -> _Form:
+        # Where the host samples from logits that ranks have to put together, as if one drew.
+        draws = traits.draws or (self._model.spread and traits.on_host)
+        return _Form(bucket, traits.furthest >= _LONG, counts, draws, traits.filtered)
 
     def _fly(self, step: Step, count: int, host_states: Sequence[SamplingState]) -> GraphFlight:
         """Send the first `count` tokens chosen on their way to the host."""
@@ -254,12 +262,3 @@ class GraphedDecoder:
     def _step(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
         sampling = Sampling(packed.sampling, form.filtered) if form.draws else None
         self._model.step(packed.rows, sampling, self._cache, probe, counter=counter, long=form.long)
-
-    def _sampled(self, states: Sequence[SamplingState], on_device: bool) -> tuple[bool, bool]:
-        """Whether any row draws its token on the device, and whether any of these has a top_k or a top_p.
-
-        Where the host samples from logits that ranks have to put together, as if one drew.
-        """
-        params = [state.params for state in states if on_device and not state.params.greedy]
-        draws = bool(params) or (self._model.spread and not on_device)
-        return draws, any(p.top_k > 0 or p.top_p < 1.0 for p in params)

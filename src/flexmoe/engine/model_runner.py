@@ -22,6 +22,7 @@ from flexmoe.engine.cuda_graph import GraphedDecoder, GraphFlight
 from flexmoe.engine.device import computing_on
 from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.engine.sampler import SampleOutput, Sampler, SamplingState
+from flexmoe.engine.together import DecodeTraits, Together
 from flexmoe.errors import EngineError
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
@@ -149,21 +150,31 @@ class ModelRunner:
         step: Step,
         states: Sequence[SamplingState],
         sources: Sequence[int] | None,
-        most_rows: int | None = None,
+        together: Together | None = None,
     ) -> Flight:
-        """As `launch`; sources: instead of `after`, which of its tokens each decode continues. most_rows: see `run`."""
+        """As `launch`; sources: instead of `after`, which of its tokens each decode continues.
+
+        together: what data ranks know of each other, if there are several; this one's part may be empty.
+        """
         graphed = self._graphed
-        if graphed is not None and decodes_only(step, graphed.max_rows):
+        if graphed is not None and self._is_graph(graphed, step, together):
             self._check_process()
             with computing_on(self.device):
-                return self._decode(step, states, sources)
+                return self._decode(step, states, sources, None if together is None else together.decodes)
         if graphed is not None and self._flies_mixed(step, states):
             self._check_process()
             with computing_on(self.device):
                 return self._launch_mixed(graphed, step, states, sources)
         assert sources is None, "can_run_ahead was false"
         with computing_on(self.device):
-            return Landed(self.run(step, states, most_rows))
+            return Landed(self.run(step, states, None if together is None else together.most_rows))
+
+    def _is_graph(self, graphed: GraphedDecoder, step: Step, together: Together | None) -> bool:
+        """Whether the step is of decodes that graphs take; of data ranks all say the same."""
+        if together is None:
+            return decodes_only(step, graphed.max_rows)
+        decodes = together.decodes
+        return decodes is not None and decodes.rows <= graphed.max_rows and self.probe in (None, self._counter)
 
     def run(self, step: Step, states: Sequence[SamplingState], most_rows: int | None = None) -> SampleOutput:
         """Compute the step's rows, write their keys and values, sample where a chunk asks for it.
@@ -172,9 +183,9 @@ class ModelRunner:
 
         Decodes and prompts are two passes, unless one_pass is asked for: otherwise a request's rounding, in bf16 its
         tokens too, would depend on whether another one's prompt is computed in the same step. Measured on a CPU, the
-        two passes take as long as one; on a GPU the second reads most weights again. Data ranks, which would have to
-        agree on the passes, take one. What torch computes, decodes beyond `max_rows` and many prompts, is rounded as
-        the shape of its products will have it; in fp32 that has not been seen to change a token.
+        two passes take as long as one; on a GPU the second reads most weights again. Data ranks take one, if any of
+        them has prompts. What torch computes, decodes beyond `max_rows` and many prompts, is rounded as the shape of
+        its products will have it; in fp32 that has not been seen to change a token.
         """
         self._check_process()
         decodes, path = step.num_decodes, self._graphed or self.model.native
@@ -195,12 +206,18 @@ class ModelRunner:
                 "that uses it, for instance with multiprocessing.get_context('spawn')."
             )
 
-    def _decode(self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None = None) -> Flight:
-        """A step of decodes alone, on the path that these have. sources: see `launch_rows`."""
+    def _decode(
+        self,
+        step: Step,
+        states: Sequence[SamplingState],
+        sources: Sequence[int] | None = None,
+        traits: DecodeTraits | None = None,
+    ) -> Flight:
+        """A step of decodes alone, on the path that these have. sources, traits: see `GraphedDecoder.launch`."""
         tap = self._tap(step, states)
         probe = tap or self.probe
         if self._graphed is not None:
-            flight = self._graphed.launch(step, states, sources, probe)
+            flight = self._graphed.launch(step, states, sources, probe, traits)
             return flight if tap is None else TappedFlight(flight, tap)
         assert self.model.native is not None
         sampled = self._decode_native(self.model.native, step, states, probe)

@@ -1,9 +1,9 @@
 """An engine whose model is spread over ranks. Enters: options. Leaves: what Engine needs to run it like one in-process.
 
 The driver (this process) keeps scheduler, sampling states and detokenizers. It sends each step as plain data to all
-ranks; those that have the logits answer with the tokens. On GPUs every rank of a plan without stages and data ranks
-knows them on its device, so that the next step can be sent before the driver knows them. Why the driver is no rank
-itself stands in parallel/supervisor.py.
+ranks; those that have the logits answer with the tokens. On GPUs every rank of a plan without stages and all-to-all
+knows those of its rows on its device, so that the next step can be sent before the driver knows them. Why the driver is
+no rank itself stands in parallel/supervisor.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flexmoe.config.shard import check
 from flexmoe.engine import launchers
 from flexmoe.engine.device import choose_dtype, tell_of_slow_dtype
 from flexmoe.engine.launchers import Launcher
-from flexmoe.engine.model_runner import Flight, decodes_only, rows_before
+from flexmoe.engine.model_runner import Flight, decodes_only
 from flexmoe.engine.sampler import SampleOutput, SamplingState
 from flexmoe.engine.startup import load_tokenizer, with_quantization
 from flexmoe.engine.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ from flexmoe.engine.wire import pack_parts
 from flexmoe.engine.worker import RankReport
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.parallel.supervisor import Supervisor
+from flexmoe.scheduling.data_ranks import parts_of
 from flexmoe.scheduling.step import Step
 
 _MODULE = "flexmoe.engine.worker"  # whose run() is the program of a child
@@ -103,13 +104,13 @@ class RankedRunner:
     def can_run_ahead(self, step: Step, states: Sequence[SamplingState]) -> bool:
         """Whether the ranks can take the step behind this one before this one's tokens are known; see ModelRunner."""
         ready = all(state.device_ready and not state.wants_routing for state in states)
-        return ready and decodes_only(step, self._max_ahead)
+        busy = [part for part in parts_of(step) if part.chunks]
+        return ready and bool(busy) and all(decodes_only(part, self._max_ahead) for part in busy)
 
     def launch(self, step: Step, states: Sequence[SamplingState], *, after: Flight | None = None) -> Flight:
         """Send a step to all ranks. after: as ModelRunner has it. Raises RankError if a rank has failed."""
         assert after is None or isinstance(after, _RemoteFlight)
-        sources = None if after is None else rows_before(step, after.step)
-        payload = pack_parts(step, states, sources)
+        payload = pack_parts(step, states, None if after is None else after.step)
         number = self.ranks.post("step", payload, "computing a step", owed=self._samplers)
         return _RemoteFlight(self.ranks, number, self._samplers, step)
 

@@ -13,7 +13,6 @@ import torch
 
 from flexmoe.config.engine import CacheConfig, EngineConfig
 from flexmoe.config.model import ModelConfig
-from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.shard import check
 from flexmoe.engine.cuda_graph import GraphedDecoder, rows_for
 from flexmoe.engine.device import choose_device, choose_dtype, computing_on, set_threads, tell_of_slow_dtype, tokens_on
@@ -139,15 +138,11 @@ def _in_triton(
 
     prompts = PromptDecoder(model, max_model_len, device)
     launched = GraphedPrompts(prompts, cache, device, graphs=mesh.world.size == 1)
-    if mesh.plan.moves_tokens:
-        return None, launched, f"those of prompts, without graphs ({_why_no_graphs(mesh.plan)})"
+    if mesh.plan.uses_all_to_all:
+        return None, launched, "those of prompts, without graphs (all-to-all waits for the host in every layer)"
     most_blocks = -(-max_model_len // cache.block_size)
     fused = FusedDecoder(model, max_model_len, device, max_rows=rows)
     return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), launched, fused.kernels
-
-
-def _why_no_graphs(plan: ParallelPlan) -> str:
-    return "moe_dispatch=all_to_all waits for the host in every layer" * plan.uses_all_to_all or "several data ranks"
 
 
 def load_tokenizer(options: EngineConfig, source: ModelSource) -> Tokenizer | None:

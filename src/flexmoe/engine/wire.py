@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.engine.model_runner import rows_before
 from flexmoe.engine.sampling_state import SamplingState
-from flexmoe.scheduling.data_ranks import JointStep
+from flexmoe.engine.together import Together
+from flexmoe.scheduling.data_ranks import parts_of
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.step import ScheduledChunk, Step
 
@@ -42,6 +44,14 @@ class WireStep:
     blocks: Ints
     states: list[SamplingState | None]
     sources: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WireParts:
+    """What each data rank computes of a step, and, if there are several, what they must know of each other."""
+
+    parts: list[WireStep]
+    together: Together | None
 
 
 class _Tail:
@@ -111,13 +121,15 @@ def unpack(wire: WireStep) -> tuple[Step, list[SamplingState]]:
     return Step(chunks, wire.num_decodes, []), [state or _ARGMAX for state in wire.states]
 
 
-def pack_parts(step: Step, states: Sequence[SamplingState], sources: list[int] | None = None) -> list[WireStep]:
-    """What each data rank computes of a step: its own part, or the step where there is one."""
-    if not isinstance(step, JointStep):
-        return [pack(step, states, sources)]
-    assert sources is None, "data ranks take no step ahead"
-    packed, start = [], 0
-    for part in step.parts:
-        packed.append(pack(part, states[start : start + part.num_samples]))
+def pack_parts(step: Step, states: Sequence[SamplingState], before: Step | None = None) -> WireParts:
+    """What each data rank computes of a step: its own part, or the step where there is one.
+
+    before: the step whose tokens are not known yet, which these decodes continue.
+    """
+    parts, own_states, start = parts_of(step), [], 0
+    for part in parts:
+        own_states.append(states[start : start + part.num_samples])
         start += part.num_samples
-    return packed
+    sources = [None] * len(parts) if before is None else [*map(rows_before, parts, parts_of(before))]
+    packed = [pack(*each) for each in zip(parts, own_states, sources, strict=True)]
+    return WireParts(packed, Together.of(parts, own_states) if len(parts) > 1 else None)

@@ -26,7 +26,7 @@ from flexmoe.engine.cuda_graph import GraphFlight
 from flexmoe.engine.device import choose_device
 from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.startup import start
-from flexmoe.engine.wire import WireStep, unpack
+from flexmoe.engine.wire import WireParts, unpack
 from flexmoe.errors import FlexMoEError
 from flexmoe.parallel import mesh as meshes
 from flexmoe.parallel.mesh import Mesh
@@ -95,7 +95,7 @@ class Worker:
         self.mesh.traffic.beats = self._beats
         return self.mesh
 
-    def step(self, wires: list[WireStep]) -> Any:
+    def step(self, wire: WireParts) -> Any:
         """Compute one step, of which each data rank has a part; all ranks do so at once, also those with no rows.
 
         An error on purpose ends the rank as any other does: those that go on with the step wait for it in a collective,
@@ -104,15 +104,14 @@ class Worker:
         assert self.mesh is not None
         try:
             with self.mesh.pipeline.step():
-                return self._step(wires, self.mesh)
+                return self._step(wire, self.mesh)
         except FlexMoEError as error:
             raise RuntimeError(str(error)) from error
 
-    def _step(self, wires: list[WireStep], mesh: Mesh) -> Any:
+    def _step(self, wire: WireParts, mesh: Mesh) -> Any:
         assert self.runner is not None
-        most_rows = max(len(wire.tokens) for wire in wires) if len(wires) > 1 else None
-        own = wires[mesh.place.dp]
-        flight = self.runner.launch_rows(*unpack(own), own.sources, most_rows)
+        own = wire.parts[mesh.place.dp]
+        flight = self.runner.launch_rows(*unpack(own), own.sources, wire.together)
         if self.setup.rank not in mesh.layout.samplers:
             return SILENT
         if isinstance(flight, GraphFlight) and not flight.needs_host:

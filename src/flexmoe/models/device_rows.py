@@ -70,7 +70,8 @@ class DeviceDecoder(Protocol):
 
     logits: fp32 [R, V]; sampled: int64 [R], R the most rows of a step, -1 where logits are not numbers. Both of the
     latest step.
-    spread: over ranks, which all take the same steps; then logits are only there after one with `sampling`.
+    spread: over ranks that share the vocabulary and take the same steps; then logits are only there after one with
+    `sampling`.
     kernels: what computes a step, in words.
     """
 
@@ -89,7 +90,7 @@ class DeviceDecoder(Protocol):
         counter: ExpertCounter | None = None,
         long: bool = False,
     ) -> None:
-        """Compute the rows, write their keys and values, sample (greedily without `sampling`).
+        """Compute the rows, write their keys and values, sample (greedily without `sampling`). Data ranks have as many.
 
         counter: whose tensors count the choices of experts that are not padding.
         long: rows look back at thousands of keys; the answer is the same, up to rounding.

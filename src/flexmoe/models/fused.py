@@ -10,7 +10,7 @@ Where the one ends, and how each launch is cut, is measured (`fused_tiles.py`). 
 residual stream in hand norms them for what comes next.
 
 On several ranks the same kernels compute a rank's heads, columns and experts; what ranks then exchange is in
-`fused_ranks.py` and `fused_vocabulary.py`. One rank launches nothing for it.
+`fused_ranks.py`, `fused_data_ranks.py` and `fused_vocabulary.py`. One rank launches nothing for it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,10 @@ from flexmoe.kernels.decode_attention import DecodeRows, QKNormWeights
 from flexmoe.kernels.swiglu import swiglu
 from flexmoe.kernels.triton import norm_linear
 from flexmoe.kernels.triton.cache_keys import fix_cache_keys
-from flexmoe.kernels.triton.combine import combine, combine_norm
 from flexmoe.kernels.triton.count_choices import count_choices
 from flexmoe.kernels.triton.decode_attention import decode_attention
-from flexmoe.kernels.triton.expert_down import expert_down_gemv, expert_down_grouped
-from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv, expert_gate_up_grouped
-from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.rms_norm import rms_norm
-from flexmoe.kernels.triton.route import norms_first, route
 from flexmoe.kernels.triton.tiles import TileTable, tiles_for
-from flexmoe.kernels.triton.topk import topk
-from flexmoe.kernels.triton.topk_by_expert import topk_by_expert
 from flexmoe.layers.attention import Attention
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
@@ -45,11 +38,12 @@ from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused_buffers import Buffers
-from flexmoe.models.fused_ranks import SharedSums, slots_by_row, sums_of
+from flexmoe.models.fused_data_ranks import GatheredRows, gathered_of
+from flexmoe.models.fused_experts import FusedExperts
+from flexmoe.models.fused_ranks import SharedSums, sums_of
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.fused_vocabulary import Vocabulary
 from flexmoe.models.seen import Seen
-from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.mesh import Mesh
 
@@ -65,29 +59,32 @@ class FusedLayer:
         tiles: StepTiles,
         following: RMSNorm,
         sums: SharedSums | None,
+        gathered: GatheredRows | None,
         mesh: Mesh,
         *,
         pdl: bool,
     ) -> None:
-        """following: the norm that comes after the layer. sums: of what ranks compute together; None for one rank."""
+        """following: the norm that comes after the layer. sums: of what ranks compute together; None for one rank.
+
+        gathered: of the rows that experts see; None if these are the own ones.
+        """
         self.index, self._buffers, self._tiles, self._pdl = layer.index, buffers, tiles, pdl
-        self._sums, self._attention = sums, layer.attention
+        self._sums, self._gathered, self._attention = sums, gathered, layer.attention
         self._input_norm, self._mlp_norm, self._following = layer.input_norm, layer.mlp_norm, following
         self._qkv, self._out = layer.attention.qkv, layer.attention.out
         self._clip, self._window = config.attention.clip_qkv, layer.attention.window
         self._qk_norm = qk_norm(layer.attention)
-        self._moe, self._mlp = layer.moe, layer.mlp
-        self.stage = "mlp" if layer.moe is None else "moe"
-        if layer.moe is not None:
-            self._router_weight = narrowest(layer.moe.router.weight.data, buffers.normed.dtype)
-            slots = slots_by_row(mesh, len(layer.moe.router.weight), layer.index, buffers.x.device)
-            self._slots = None if slots is None else slots.rows(len(buffers.x))
-            self._ids = buffers.topk_ids[sum(before.is_moe for before in config.layers[: layer.index])]
+        self._mlp, moe = layer.mlp, layer.moe
+        self.stage = "mlp" if moe is None else "moe"
+        self._experts = None if moe is None else FusedExperts(layer, moe, config, buffers, tiles, mesh, pdl=pdl)
+        self._shared = None if moe is None else moe.shared
+        self._shared_gate = None if moe is None else moe.shared_gate
 
     @property
     def choices(self) -> Tensor:
-        """Experts that the rows of the latest step chose, int32 [rows, K]; of a layer that has some."""
-        return self._ids
+        """Experts chosen for the rows of the latest step that experts saw, int32 [rows, K]; of a layer with some."""
+        assert self._experts is not None
+        return self._experts.ids
 
     def attend(self, rows: DecodeRows, cos: Tensor, sin: Tensor, cache: Tensor, *, normed: bool, long: bool) -> bool:
         """x += attention(norm(x)) for all rows; writes their keys and values.
@@ -113,7 +110,8 @@ class FusedLayer:
 
     def _norm_after_attention(self, count: int) -> norm_linear.NormAfter | None:
         """The norm of the feed-forward, where a launch that there is anyway can do it and the router need not."""
-        if self._moe is None or not norms_first(self._tiles.route(count, self._router_weight)):
+        experts = self._experts
+        if experts is None or (self._gathered is None and not experts.norms_first(count)):
             return None
         if self._sums is None:
             can = norm_linear.norms_after(self._tile(count, self._out, norm=False))
@@ -124,118 +122,73 @@ class FusedLayer:
     def _norm_after(self, norm: RMSNorm, count: int) -> norm_linear.NormAfter:
         return norm_linear.NormAfter(norm.weight.data, norm.eps, self._buffers.normed[:count])
 
-    def feed(self, lengths: Tensor, *, normed: bool) -> bool:
-        """x += MoE block or MLP of norm(x). normed, and what is returned: as for `attend`."""
-        b, count = self._buffers, len(lengths)
-        x, rows = b.x[:count], b.normed[:count]
-        if self._moe is None:
+    def feed(self, count: int, lengths: Tensor, *, normed: bool) -> bool:
+        """x += MoE block or MLP of norm(x), of `count` rows. normed, and what is returned: as for `attend`.
+
+        lengths: of the rows that experts see, those of all data ranks.
+        """
+        b = self._buffers
+        x, rows, experts = b.x[:count], b.normed[:count], self._experts
+        if experts is None:
             assert self._mlp is not None
             self._norm(x, rows)
             self._add_mlp(self._mlp, rows, x, None)
             return False
-        self._route(lengths, is_normed=normed)
+        if self._gathered is not None:
+            return self._feed_gathered(experts, lengths, x, self._gathered, is_normed=normed)
+        experts.route(x, rows, is_normed=normed, pdl=self._pdl)
         if self._sums is not None:
-            return self._feed_shared(self._moe, lengths, self._sums)
-        shared = self._moe.shared
-        done = self._add_experts(self._moe, lengths, x, then=self._following if shared is None else None)
-        if shared is not None:
-            self._add_mlp(shared, rows, x, self._moe.shared_gate)
+            experts.add(rows, lengths, self._sums.part(count), accumulate=False)
+            return self._add_parts(x, self._sums)
+        then = self._norm_after(self._following, count) if self._shared is None else None
+        done = experts.add(rows, lengths, x, accumulate=True, then=then)
+        if self._shared is not None:
+            self._add_mlp(self._shared, rows, x, self._shared_gate)
         return done
 
-    def _feed_shared(self, moe: MoEBlock, lengths: Tensor, sums: SharedSums) -> bool:
-        """What this rank's experts, and its share of the one that every token takes, give; added with the others'.
+    def _add_parts(self, x: Tensor, sums: SharedSums) -> bool:
+        """x += what is in this rank's part, and its share of the expert that every token takes, with the others'.
 
         Returns as `feed`.
         """
-        b, count = self._buffers, len(lengths)
-        part = sums.part(count)
-        self._add_experts(moe, lengths, part)
-        if moe.shared is not None:
-            self._linear(self._hidden(moe.shared, b.normed[:count], moe.shared_gate), moe.shared.down, b.normed[:count])
-            part += b.normed[:count]
+        count, shared = len(x), self._shared_part(len(x))
+        if shared is not None:
+            part = sums.part(count)
+            part += shared
         norms = sums.norms(count)
-        sums.add_experts(b.x[:count], self._norm_after(self._following, count) if norms else None)
+        sums.add_experts(x, self._norm_after(self._following, count) if norms else None)
         return norms
 
-    def _route(self, lengths: Tensor, *, is_normed: bool) -> None:
-        b, count = self._buffers, len(lengths)
-        norm, router = self._mlp_norm, self._router_weight
-        route(
-            b.x[:count], norm.weight.data, norm.eps, router, b.normed[:count], b.router_logits[:count],
-            is_normed=is_normed, tile=self._tiles.route(count, router), pdl=self._pdl,
-        )  # fmt: skip
+    def _shared_part(self, count: int) -> Tensor | None:
+        """What this rank's share of the expert that every token takes gives for the normed rows, in their place."""
+        if self._shared is None:
+            return None
+        normed = self._buffers.normed[:count]
+        self._linear(self._hidden(self._shared, normed, self._shared_gate), self._shared.down, normed)
+        return normed
 
-    def _add_experts(self, moe: MoEBlock, lengths: Tensor, out: Tensor, then: RMSNorm | None = None) -> bool:
-        """What the experts here give for the routed rows, to out: added to x, or by itself to a rank's part.
+    def _feed_gathered(
+        self, experts: FusedExperts, lengths: Tensor, x: Tensor, gathered: GatheredRows, *, is_normed: bool
+    ) -> bool:
+        """The experts here see the rows of all data ranks, which then each get the sums of their own.
 
-        then: the norm that x is for next. Returns whether the normed rows are there.
+        Returns as `feed`.
         """
-        accumulate = self._sums is None
-        if not len(moe.experts.gate_up):  # all are on other ranks, but choices are looked at here, too
-            out.zero_()
-            self._choose(moe, lengths)
-        elif self._tiles.reads_alone(len(lengths)):
-            self._add_alone(moe, lengths, out, accumulate=accumulate)
-        else:
-            places = self._compute_grouped(moe, lengths)
-            results, normed = (
-                self._buffers.expert_out[: len(lengths)].flatten(0, 1),
-                self._buffers.normed[: len(lengths)],
-            )
-            if then is not None:
-                combine_norm(results, places, out, then.weight.data, then.eps, normed, pdl=self._pdl)
-                return True
-            combine(results, places, out, accumulate=accumulate, pdl=self._pdl)
-        return False
-
-    def _add_alone(self, moe: MoEBlock, lengths: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        """Each (token, expert) pair by itself; experts are chosen within the first launch."""
-        b, count, pdl, slots = self._buffers, len(lengths), self._pdl, self._slots
-        logits, ids, weights = b.router_logits[:count], self._ids[:count], b.topk_weights[:count]
-        places = ids if slots is None else b.slot_ids[:count]
-        hidden = b.hidden[:count].flatten(0, 1)
-        first, second = self._tiles.few_experts(count, in_order=slots is None)
-        expert_gate_up_gemv(
-            b.normed[:count], logits, ids, weights, moe.experts.gate_up.data, hidden, slots=slots, slot_ids=places,
-            renormalize=moe.router.renormalize, lengths=lengths, tile=first, pdl=pdl,
-        )  # fmt: skip
-        expert_down_gemv(
-            hidden, places, weights, moe.experts.down.data, out, logits=logits, lengths=lengths,
-            accumulate=accumulate, tile=second, pdl=pdl,
-        )  # fmt: skip
-
-    def _compute_grouped(self, moe: MoEBlock, lengths: Tensor) -> Tensor:
-        """Rows of one expert together, each (token, expert) pair by itself to `expert_out`; returns where they are."""
-        b, count, pdl = self._buffers, len(lengths), self._pdl
-        hidden, rows_out = b.hidden[:count].flatten(0, 1), b.expert_out[:count].flatten(0, 1)
-        gate_up, down, weights = moe.experts.gate_up.data, moe.experts.down.data, b.topk_weights[:count]
-        slots, counts = len(gate_up), b.counts
-        grouped = b.grouped[: slots * count].view(slots, count)
-        if self._slots is None and self._tiles.groups_in_one(count, slots):
-            places = self._ids[:count]
-            topk_by_expert(
-                b.router_logits[:count], places, weights, grouped, counts, renormalize=moe.router.renormalize,
-                lengths=lengths, pdl=pdl,
-            )  # fmt: skip
-        else:
-            places = self._choose(moe, lengths)
-            group_by_expert(places, slots, grouped, counts, pdl=pdl)
-        first, second = self._tiles.many_experts(count)
-        normed, top_k = b.normed[:count], places.shape[1]
-        expert_gate_up_grouped(normed, grouped, counts, gate_up, hidden, top_k=top_k, tile=first, pdl=pdl)
-        expert_down_grouped(hidden, grouped, counts, weights, down, rows_out, tile=second, pdl=pdl)
-        return places
-
-    def _choose(self, moe: MoEBlock, lengths: Tensor) -> Tensor:
-        """Each row's experts; returns where they are, int32 [T, K], -1 if elsewhere."""
-        b, count, slots = self._buffers, len(lengths), self._slots
-        ids = self._ids[:count]
-        places = ids if slots is None else b.slot_ids[:count]
-        topk(
-            b.router_logits[:count], ids, b.topk_weights[:count], renormalize=moe.router.renormalize, lengths=lengths,
-            slots=slots, slot_ids=places, pdl=self._pdl,
-        )  # fmt: skip
-        return places
+        count, rows = len(x), self._buffers.normed[: len(x)]
+        if not is_normed:
+            self._norm(x, rows)
+        everybody, pdl = gathered.rows(count), self._pdl and gathered.may_overlap(count)  # [R T, H]
+        experts.route(everybody, everybody, is_normed=True, pdl=pdl)
+        experts.add(everybody, lengths, gathered.part(count), accumulate=False)
+        if self._sums is not None:
+            shared, own = self._shared_part(count), gathered.own_sums(count)  # [T, H]
+            self._sums.part(count).copy_(own if shared is None else own + shared)
+            self._sums.add_experts(x)
+            return False
+        if self._shared is not None:
+            self._add_mlp(self._shared, rows, x, self._shared_gate)
+        gathered.add(x, self._norm_after(self._following, count))
+        return True
 
     def _add_mlp(self, mlp: GatedMLP, normed: Tensor, x: Tensor, gate: Linear | None) -> None:
         """x += a dense MLP, or the expert that every token takes."""
@@ -314,18 +267,23 @@ class FusedDecoder:
         slots = max(
             (len(layer.moe.experts.gate_up) for layer in model.decoder_layers if layer.moe is not None), default=0
         )
-        self._buffers = b = Buffers(config, shapes, slots, tiles, dtype, device, max_rows)
         sums = sums_of(mesh, config.hidden_size, dtype, device, max_rows, pdl=self._pdl)
+        self._gathered = gathered = gathered_of(model, dtype, device, max_rows, pdl=self._pdl)
+        seen_rows = max_rows if gathered is None else gathered.max_rows
+        self._buffers = b = Buffers(config, shapes, slots, tiles, dtype, device, max_rows, seen_rows)
+        if gathered is not None:
+            b.normed = gathered.normed  # which other ranks may read
         self._vocabulary = Vocabulary(model, sums, device, max_rows, pdl=self._pdl)
         self.logits, self.sampled = self._vocabulary.whole, self._vocabulary.sampled
         self.spread = sums is not None
         self.kernels = "Triton" if sums is None else f"Triton, sums over ranks by {sums.how}"
+        self.kernels += "" if gathered is None else f", rows of data ranks by {gathered.how}"
         cos, sin = rotary_tables(config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
         layers = model.decoder_layers
         following = [*(layer.input_norm for layer in layers[1:]), model.norm]
         self._layers = [
-            FusedLayer(layer, config, b, tiles, norm, sums, mesh, pdl=self._pdl)
+            FusedLayer(layer, config, b, tiles, norm, sums, gathered, mesh, pdl=self._pdl)
             for layer, norm in zip(layers, following, strict=True)
         ]
 
@@ -345,8 +303,9 @@ class FusedDecoder:
         long: bool = False,
     ) -> None:
         """See `DeviceDecoder.step`. long: cut attention for thousands of keys a row."""
-        b, count = self._buffers, len(rows.lengths)
-        x = b.x[:count]
+        b, count, gathered = self._buffers, len(rows.lengths), self._gathered
+        x, own = b.x[:count], slice(0, count) if gathered is None else gathered.own(count)
+        lengths = rows.lengths if gathered is None else gathered.lengths(rows.lengths)
         self._vocabulary.embed(rows, x, b.token_ids[:count])
         seen = Seen(probe, x)
         seen.record("embedding", -1, x)
@@ -355,14 +314,14 @@ class FusedDecoder:
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             normed = layer.attend(paged, self._cos, self._sin, layer_cache, normed=normed, long=long)
             seen.added("attention", layer.index)
-            normed = layer.feed(rows.lengths, normed=normed)
+            normed = layer.feed(count, lengths, normed=normed)
             if layer.stage == "moe":
-                seen.record("topk_ids", layer.index, layer.choices[:count])
-                seen.record("topk_weights", layer.index, b.topk_weights[:count])
+                seen.record("topk_ids", layer.index, layer.choices[own])
+                seen.record("topk_weights", layer.index, b.topk_weights[own])
             seen.added(layer.stage, layer.index)
             seen.record("layer", layer.index, x)
         if counter is not None:
-            count_choices(b.topk_ids[:, :count], counter.counts, counter.active, pdl=self._pdl)
+            count_choices(b.topk_ids[:, own], counter.counts, counter.active, pdl=self._pdl)
         last, norm_weight = (b.normed[:count], None) if normed else (x, self._norm.weight.data)
         norm_linear.norm_linear(
             last, self._head, self._vocabulary.part[:count, : len(self._head)], norm_weight=norm_weight,
@@ -382,12 +341,6 @@ def weight_of(linear: Linear) -> Tensor:
     """A projection's loaded weight."""
     assert linear.weight is not None
     return linear.weight.data
-
-
-def narrowest(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The fp32 weight in `dtype` if that loses nothing, as where the checkpoint had it so; else as it is."""
-    narrow = weight.to(dtype)
-    return narrow if torch.equal(narrow.float(), weight) else weight
 
 
 def qk_norm(attention: Attention) -> QKNormWeights | None:

@@ -26,11 +26,15 @@ class Buffers:
         dtype: torch.dtype,
         device: torch.device,
         max_rows: int,
+        seen_rows: int,
     ) -> None:
-        """config: with the widths of this rank. linears: (N, K) of all dense projections. slots: of a layer at most."""
+        """config: with the widths of this rank. linears: (N, K) of all dense projections. slots: of a layer at most.
 
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(max_rows, *shape, dtype=dtype, device=device)
+        seen_rows: that experts see at most, those of all data ranks.
+        """
+
+        def empty(*shape: int, dtype: torch.dtype = dtype, rows: int = max_rows) -> Tensor:
+            return torch.empty(rows, *shape, dtype=dtype, device=device)
 
         a = config.attention
         self.x = empty(config.hidden_size, dtype=torch.float32)  # the residual stream
@@ -39,15 +43,14 @@ class Buffers:
         self.attended = empty(a.num_heads * a.head_dim)
         self.token_ids = empty(dtype=torch.int64)
         if config.moe is not None:
-            m = config.moe
-            self.router_logits = empty(m.num_experts, dtype=torch.float32)
-            layers = sum(layer.is_moe for layer in config.layers)
-            self.topk_ids = torch.empty(layers, max_rows, m.top_k, dtype=torch.int32, device=device)
-            self.slot_ids = empty(m.top_k, dtype=torch.int32)
-            self.topk_weights = empty(m.top_k, dtype=torch.float32)
-            self.hidden = empty(m.top_k, m.expert_width)
-            self.expert_out = empty(m.top_k, config.hidden_size)
-            self.grouped = torch.empty(slots * max_rows, dtype=torch.int32, device=device)
+            m, layers = config.moe, sum(layer.is_moe for layer in config.layers)
+            self.router_logits = empty(m.num_experts, dtype=torch.float32, rows=seen_rows)
+            self.topk_ids = torch.empty(layers, seen_rows, m.top_k, dtype=torch.int32, device=device)
+            self.slot_ids = empty(m.top_k, dtype=torch.int32, rows=seen_rows)
+            self.topk_weights = empty(m.top_k, dtype=torch.float32, rows=seen_rows)
+            self.hidden = empty(m.top_k, m.expert_width, rows=seen_rows)
+            self.expert_out = empty(m.top_k, config.hidden_size, rows=seen_rows)
+            self.grouped = torch.empty(slots * seen_rows, dtype=torch.int32, device=device)
             self.counts = torch.empty(slots, dtype=torch.int32, device=device)
         steps = range(1, max_rows + 1)
         size = max(

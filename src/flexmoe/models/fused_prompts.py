@@ -1,4 +1,4 @@
-"""PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them; and where tokens travel, all.
+"""PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them; with all-to-all, all steps.
 
 Enters: a loaded Decoder, whose weights it reads where they are, and rows on the device. Leaves: logits of the rows that
 ask for them. Dense products are torch's; everything between them are Triton kernels, some ten launches a layer. None
@@ -32,7 +32,8 @@ from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import PromptRows
-from flexmoe.models.fused import narrowest, qk_norm, weight_of
+from flexmoe.models.fused import qk_norm, weight_of
+from flexmoe.models.fused_experts import narrowest
 from flexmoe.models.fused_ranks import slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.seen import Seen

@@ -22,10 +22,11 @@ from flexmoe.kernels.triton.norm_linear import NormAfter
 from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
 from flexmoe.layers.attention import Attention
 from flexmoe.moe.slots import SlotTable
+from flexmoe.parallel.comm import Group
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.peers import share, why_not_shared
 
-_MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others; an all-reduce in rings sends less of large parts
+MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others; an all-reduce in rings sends less of large parts
 
 
 class SharedSums:
@@ -35,6 +36,7 @@ class SharedSums:
 
     def __init__(self, mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int) -> None:
         self._tensor, self._stage = mesh.tp, mesh.stage
+        self._experts = mesh.tp if mesh.dp.size > 1 else mesh.stage  # of which data ranks add up before
         self._part = torch.empty(max_rows, hidden_size, dtype=dtype, device=device)
 
     def start(self) -> None:
@@ -62,9 +64,9 @@ class SharedSums:
         x += self._tensor.all_reduce(self.part(len(x)), "linear")
 
     def add_experts(self, x: Tensor, norm: NormAfter | None = None) -> None:
-        """x += the sum of what the experts of all ranks of the stage give."""
+        """x += the sum of what the experts give, of all ranks that have these rows."""
         assert norm is None
-        x += self._stage.all_reduce(self.part(len(x)), "combine")
+        x += self._experts.all_reduce(self.part(len(x)), "combine")
 
 
 class OneShotSums(SharedSums):
@@ -83,12 +85,8 @@ class OneShotSums(SharedSums):
         super().__init__(mesh, hidden_size, dtype, device, max_rows)
         self._pdl, self._turn, self._memories = pdl, 0, []
         for _ in range(2):
-            self._memories.append(self._shared(max_rows, hidden_size, dtype, device))
-        self._squares = self._shared(max_rows, 2, torch.float32, device)  # two sums lie between its uses
-
-    def _shared(self, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> PeerRows:
-        shared = share(self._stage, rows, width, dtype, device)
-        return PeerRows(shared.own, shared.rows, shared.flags, self._stage.index)
+            self._memories.append(peers_of(self._stage, max_rows, hidden_size, dtype, device))
+        self._squares = peers_of(self._stage, max_rows, 2, torch.float32, device)  # two sums lie between its uses
 
     def start(self) -> None:
         self._turn = 0
@@ -105,7 +103,7 @@ class OneShotSums(SharedSums):
 
     def norms(self, rows: int) -> bool:
         """Small parts are exchanged like that."""
-        return (self._stage.size - 1) * rows * self._part.shape[1] * self._part.itemsize <= _MOST_ONE_SHOT
+        return (self._stage.size - 1) * rows * self._part.shape[1] * self._part.itemsize <= MOST_ONE_SHOT
 
     def begin(self, x: Tensor) -> None:
         if self.norms(len(x)):
@@ -135,8 +133,8 @@ class OneShotSums(SharedSums):
 def sums_of(
     mesh: Mesh, hidden_size: int, dtype: torch.dtype, device: torch.device, max_rows: int, *, pdl: bool
 ) -> SharedSums | None:
-    """How the ranks of this stage add up; None for one rank. All of them call this together."""
-    if mesh.stage.size == 1:
+    """How the ranks that have the same rows add up; None for one rank. All of the stage call this together."""
+    if mesh.tp.size == 1:
         return None
     why_not = why_not_shared(mesh.stage, device, one_machine=mesh.machine_size == mesh.plan.num_ranks)
     if mesh.tp.size == mesh.stage.size and not why_not:
@@ -144,6 +142,12 @@ def sums_of(
     sums = SharedSums(mesh, hidden_size, dtype, device, max_rows)
     sums.how = f"all-reduce: {why_not}" if why_not else "all-reduce"
     return sums
+
+
+def peers_of(group: Group, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> PeerRows:
+    """Memory of so many rows on each rank of the group, which all call this together, after `why_not_shared`."""
+    shared = share(group, rows, width, dtype, device)
+    return PeerRows(shared.own, shared.rows, shared.flags, group.index)
 
 
 class SlotsByRow:

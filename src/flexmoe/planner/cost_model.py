@@ -163,10 +163,10 @@ class CostModel:
     # ------------------------------------------------------------------------------------------------ passes
 
     def _passes(self, shape: StepShape) -> list[_Pass]:
-        """Decodes that have a path of their own, and all the rest."""
+        """Decodes that have a path of their own, and all the rest; of data ranks one pass if there are prompts."""
         context, decodes = _rounded(shape.context), shape.decodes
         chunks = tuple(Chunk(_rounded(c.tokens), _rounded(c.cached) if c.cached else 0) for c in shape.chunks)
-        fused = 0 < decodes <= self._most_fused()
+        fused = 0 < decodes <= self._most_fused() and not (chunks and self.plan.data_parallel_size > 1)
         found = [_Pass("fused", decodes, decodes, decodes, context, ())] if fused else []
         rest = 0 if fused else decodes
         rows = rest + sum(chunk.tokens for chunk in shape.chunks)
@@ -180,7 +180,7 @@ class CostModel:
         """Decodes up to which the fused kernels take them; 0 where they are not used at all."""
         plan, most = self.plan, _FUSED_ROWS[self.machine.device.kind]
         if self.machine.device.kind == "cuda":
-            return 0 if plan.moves_tokens or plan.pipeline_parallel_size > 1 else most
+            return 0 if plan.uses_all_to_all or plan.pipeline_parallel_size > 1 else most
         if plan.num_ranks > 1 or self.dtype not in _WORTH_TORCH:
             return 0
         if self.quantization is not None:
@@ -231,8 +231,9 @@ class CostModel:
         moe, hidden = stage.config.moe, self.model.hidden_size
         assert moe is not None
         assert placement is not None
-        load = self._load(placement, rows * self.plan.data_parallel_size)
-        cost = self._price(path, "router", Operation("router", rows, (moe.num_experts, hidden, moe.top_k)))
+        of_all = rows * self.plan.data_parallel_size
+        load, routed = self._load(placement, of_all), of_all if path == "fused" else rows  # gathered, then routed
+        cost = self._price(path, "router", Operation("router", routed, (moe.num_experts, hidden, moe.top_k)))
         if load.active:
             experts = Operation("experts", load.pairs, (load.active, hidden, moe.expert_width))
             cost = cost.plus(self._price(path, "experts", experts))
@@ -289,9 +290,7 @@ class CostModel:
         if not plan.uses_all_to_all:
             if plan.data_parallel_size == 1:
                 return self._all_reduce(path, groups["stage"], rows * hidden)
-            whole = rows * plan.data_parallel_size * hidden
-            seconds = sum(self._collective(path, op, groups["dp"], whole) for op in ("all_gather", "reduce_scatter"))
-            return StepCost({"all-reduce": seconds}).plus(self._all_reduce(path, groups["tp"], rows * hidden))
+            return self._gather(path, groups, rows * hidden).plus(self._all_reduce(path, groups["tp"], rows * hidden))
         assert self.model.moe is not None
         copies, slices = load.reached * rows / plan.tensor_parallel_size, plan.expert_tensor_size
         routing = 2 * self.model.moe.top_k  # slots and weights of a row
@@ -305,14 +304,27 @@ class CostModel:
         seconds = sum(self._collective(path, op, groups[group], numbers) for op, group, numbers in exchanges)
         return StepCost({"all-to-all": seconds + self._collective(path, "all_gather", groups["tp"], rows * hidden)})
 
+    def _gather(self, path: str, groups: Mapping[str, tuple[int, ...]], numbers: float) -> StepCost:
+        """Rows of every data rank to all of them, and the sums of its own back. numbers: of one data rank's rows."""
+        ranks = groups["dp"]
+        if len(groups["tp"]) == 1 and self._in_one_launch(path, ranks, numbers):
+            return StepCost({"all-reduce": 2 * self._collective(path, "one_shot", ranks, numbers)})
+        whole = numbers * len(ranks)
+        seconds = sum(self._collective(path, op, ranks, whole) for op in ("all_gather", "reduce_scatter"))
+        return StepCost({"all-reduce": seconds})
+
     def _all_reduce(self, path: str, ranks: tuple[int, ...], numbers: float) -> StepCost:
         if len(ranks) == 1:
             return StepCost()
-        sent = (len(ranks) - 1) * numbers * BITS[self.dtype] / 8
-        apart = {rank // self.machine.devices_per_node for rank in ranks}
-        one_launch = path == "fused" and len(apart) == 1 and sent <= _MOST_ONE_SHOT
+        one_launch = self._in_one_launch(path, ranks, numbers)
         seconds = self._collective(path, "one_shot" if one_launch else "all_reduce", ranks, numbers)
         return StepCost({"all-reduce": seconds})
+
+    def _in_one_launch(self, path: str, ranks: tuple[int, ...], numbers: float) -> bool:
+        """Whether ranks read each other's memory for so many numbers of each."""
+        sent = (len(ranks) - 1) * numbers * BITS[self.dtype] / 8
+        apart = {rank // self.machine.devices_per_node for rank in ranks}
+        return path == "fused" and len(apart) == 1 and sent <= _MOST_ONE_SHOT
 
     def _collective(self, path: str, op: str, ranks: tuple[int, ...], numbers: float) -> float:
         captured = path == "fused" and self.machine.device.kind == "cuda"

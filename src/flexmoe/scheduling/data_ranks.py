@@ -34,6 +34,11 @@ class JointStep(Step):
         return cls(chunks, sum(part.num_decodes for part in parts), preempted, parts)
 
 
+def parts_of(step: Step) -> list[Step]:
+    """What each data rank computes of a step: the step itself where there is one."""
+    return step.parts if isinstance(step, JointStep) else [step]
+
+
 @dataclass(frozen=True, slots=True)
 class BlockTotals:
     """Blocks of all data ranks together, and what was looked up in their prefix caches."""

@@ -56,7 +56,7 @@ def tell_and_wait(flags_ptr, row, rows, RANK: tl.constexpr, P: tl.constexpr, BLO
 
 @triton.jit
 def _all_reduce(
-    part_ptr, parts_ptr, flags_ptr, x_ptr, norm_weight_ptr, normed_ptr, rows,
+    part_ptr, parts_ptr, flags_ptr, x_ptr, norm_weight_ptr, normed_ptr, rows, first,
     H: tl.constexpr, EPS: tl.constexpr, RANK: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr, ACCUMULATE: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _all_reduce(
     total = tl.zeros([BLOCK_H], tl.float32)
     for peer in tl.static_range(P):
         theirs = tl.multiple_of(tl.load(parts_ptr + peer).to(part_ptr.dtype), 16)
-        total += tl.load(theirs + row * H + h, mask=inside, other=0.0, volatile=True).to(tl.float32)
+        total += tl.load(theirs + (first + row) * H + h, mask=inside, other=0.0, volatile=True).to(tl.float32)
     x += total
     tl.store(x_ptr + row * H + h, x, mask=inside)
     if NORM:
@@ -86,18 +86,18 @@ def _all_reduce(
 
 
 def all_reduce(
-    peers: PeerRows, x: Tensor, *, accumulate: bool, norm: NormAfter | None = None, pdl: bool = False
+    peers: PeerRows, x: Tensor, *, accumulate: bool, norm: NormAfter | None = None, first: int = 0, pdl: bool = False
 ) -> None:
-    """x fp32 [T, H] = (x if accumulate, +) the sum of the ranks' first T rows, in their order and in fp32.
+    """x fp32 [T, H] = (x if accumulate, +) the sum of the ranks' T rows from `first` on, in their order and in fp32.
 
     norm: its `out` [T, H] = rms_norm(x), rounded once. All ranks launch this for the same T, which is at most their
-    rows; it ends only when they all have.
+    rows; it ends only when they all have. first: each may want other rows, as data ranks do: a reduce-scatter.
     """
     T, H = x.shape
     block, P = triton.next_power_of_2(H), peers.size
     weight, eps, normed = (x, 0.0, x) if norm is None else (norm.weight, norm.eps, norm.out)
     _all_reduce[(T,)](
-        peers.part, peers.parts, peers.flags, x, weight, normed, len(peers.part),
+        peers.part, peers.parts, peers.flags, x, weight, normed, len(peers.part), first,
         H=H, EPS=eps, RANK=peers.rank, P=P, BLOCK_P=triton.next_power_of_2(P), BLOCK_H=block, ACCUMULATE=accumulate,
         NORM=norm is not None, PDL=pdl, num_warps=max(1, min(16, block // 256)), launch_pdl=pdl,
     )  # fmt: skip

@@ -91,24 +91,29 @@ def _route_few(
     E,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    NORMED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row and BLOCK_E experts; with BLOCK_E = 0 the norm alone."""
+    """One row and BLOCK_E experts; with BLOCK_E = 0 the norm alone, with NORMED the product alone."""
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     h = tl.arange(0, BLOCK_H)[None, :]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    norm_weight = tl.load(norm_weight_ptr + h, mask=h < H, other=0.0)
+    if not NORMED:
+        norm_weight = tl.load(norm_weight_ptr + h, mask=h < H, other=0.0)
     if BLOCK_E:
         e = tile * BLOCK_E + tl.arange(0, BLOCK_E)
         weight = tl.load(weight_ptr + e[:, None] * H + h, mask=(e[:, None] < E) & (h < H), other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0)
-    normed = _norm(x, norm_weight, eps, H)  # [1, BLOCK_H]
-    if tile == 0:
-        tl.store(normed_ptr + row * H + h, normed, mask=h < H)
+    if NORMED:
+        normed = tl.load(normed_ptr + row * H + h, mask=h < H, other=0.0)  # [1, BLOCK_H]
+    else:
+        x = tl.load(x_ptr + row * H + h, mask=h < H, other=0.0)
+        normed = _norm(x, norm_weight, eps, H)
+        if tile == 0:
+            tl.store(normed_ptr + row * H + h, normed, mask=h < H)
     if BLOCK_E:
         logits = tl.sum(weight.to(tl.float32) * normed.to(tl.float32), 1)
         tl.store(logits_ptr + row * E + e, logits, mask=e < E)
@@ -174,14 +179,13 @@ def route(
     """x fp32 [T, H] -> normed [T, H] in the dtype of norm_weight [H], and logits fp32 [T, E]; all contiguous.
 
     router_weight [E, H]: fp32, or bf16 or fp16 where that holds every value; sums are fp32. H at most 8192: a row is
-    held in registers. is_normed: `normed` is there already; only for tiles that `norms_first`.
+    held in registers. is_normed: `normed` is there already; of x only the shape counts then.
     """
     (T, H), E = x.shape, router_weight.shape[0]
     tile = tile or default_tile(T, H, E, router_weight.itemsize)
     few = not norms_first(tile)
-    assert not (few and is_normed)
-    if not is_normed:
-        _norm_and_few(x, norm_weight, eps, router_weight, normed, logits, tile, pdl=pdl)
+    if few or not is_normed:
+        _norm_and_few(x, norm_weight, eps, router_weight, normed, logits, tile, is_normed=is_normed, pdl=pdl)
     if few:
         return
     _route_many[(triton.cdiv(E, tile.block_e), triton.cdiv(T, tile.block_t))](
@@ -210,13 +214,13 @@ def norms_first(tile: RouteTile) -> bool:
 
 def _norm_and_few(
     x: Tensor, norm_weight: Tensor, eps: float, router_weight: Tensor, normed: Tensor, logits: Tensor, tile: RouteTile,
-    *, pdl: bool,
+    *, is_normed: bool, pdl: bool,
 ) -> None:  # fmt: skip
     """The launch for few rows; for a tile of many the norm alone."""
     (T, H), E = x.shape, router_weight.shape[0]
     block_h, few = triton.next_power_of_2(H), not norms_first(tile)
     _route_few[(triton.cdiv(E, tile.block_e) if few else 1, T)](
         x, norm_weight, eps, router_weight, normed, logits, H, E,
-        BLOCK_E=tile.block_e if few else 0, BLOCK_H=block_h, PDL=pdl,
+        BLOCK_E=tile.block_e if few else 0, BLOCK_H=block_h, NORMED=is_normed, PDL=pdl,
         num_warps=tile.num_warps if few else min(8, max(1, block_h // 512)), launch_pdl=pdl,
     )  # fmt: skip
