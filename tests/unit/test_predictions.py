@@ -25,7 +25,8 @@ from flexmoe.planner.trace import TraceRequest
 from flexmoe.planner.validation import Check, Errors, leave_one_out, served_checks, step_checks, without_model
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-H200, TWO = Machine.load("h200x1"), Machine.load("h200x2")
+H200 = Machine.load("h200x1")
+SEVERAL = {1: H200, 2: Machine.load("h200x2"), 4: Machine.load("h200x8").resized(4)}
 MODELS = ("olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
 
 
@@ -65,8 +66,9 @@ def test_steps_of_models_that_were_left_out() -> None:
 
 
 def strategy_rows() -> list[dict[str, Any]]:
-    """Steps on one and two GPUs, where sums over ranks are one launch."""
+    """Steps on one GPU and on several, where sums over ranks are one launch."""
     rows = [json.loads(line) for line in (RESULTS / "h200_strategies.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["benchmark"] == "strategies"]
     return [row for row in rows if row["config"]["ranks"] == 1 or "one launch" in row["config"]["decode_kernels"]]
 
 
@@ -75,12 +77,13 @@ def strategy_checks() -> list[tuple[dict[str, Any], Check]]:
     for row in strategy_rows():
         config = PRESETS[row["model"]["name"]].config
         config = replace(config, layers=config.layers[: row["model"]["layers"]])
-        found.append((row, next(iter(step_checks(TWO, config, [row])))))
+        found.append((row, next(iter(step_checks(SEVERAL[row["config"]["ranks"]], config, [row])))))
     return found
 
 
-def test_steps_of_two_gpus() -> None:
-    errors = Errors.of(check for row, check in strategy_checks() if row["config"]["ranks"] == 2)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_steps_of_several_gpus(ranks: int) -> None:
+    errors = Errors.of(check for row, check in strategy_checks() if row["config"]["ranks"] == ranks)
     assert errors.count >= 12
     assert errors.mean <= 0.10
     assert errors.worst <= 0.30
@@ -88,9 +91,9 @@ def test_steps_of_two_gpus() -> None:
 
 def test_the_plan_that_is_chosen_is_near_the_best() -> None:
     """Of one GPU, tensor and expert: what is predicted to be fastest is measured within 5% of what was."""
-    cases: dict[tuple[str, int], dict[str, Check]] = {}
+    cases: dict[tuple[str, int, str], dict[str, Check]] = {}
     for row, check in strategy_checks():
-        case = cases.setdefault((row["model"]["name"], row["params"]["batch"]), {})
+        case = cases.setdefault((row["model"]["name"], row["params"]["batch"], row["commit"]), {})
         case[row["config"]["strategy"]] = check
     compared = [case for case in cases.values() if len(case) > 1]
     assert len(compared) >= 6
