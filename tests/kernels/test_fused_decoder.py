@@ -139,7 +139,7 @@ def test_measured_tiles_and_limits(rows: int, alone: int, in_one: int) -> None:
         ),
         (route_work(dtype, hidden, moe), RouteTile(16, 16, 32, 2, 2)),
         (expert_work("expert_gate_up_gemv", dtype, hidden, moe), GateUpGemvTile(columns=128, late_trigger=True)),
-        (expert_work("expert_down_gemv", dtype, hidden, moe), DownGemvTile(1, 128, 2, early_ids=True)),
+        (expert_work("expert_down_gemv", dtype, hidden, moe), DownGemvTile(4, 128, 2, early_ids=True)),
         (expert_work("expert_gate_up_grouped", dtype, hidden, moe), GateUpTile(16, 16, 16, num_stages=2, swap=True)),
         (expert_work("expert_down_grouped", dtype, hidden, moe), DownTile(32, 16, 16, num_stages=2)),
     )
