@@ -8,11 +8,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# What pip would do on one core. Some packages hold files that are no Python of this version: those stay as they are.
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 ARGS ?=
 WORKERS ?= 2
 # Tests that start processes, servers and a browser, and time them: one after the other, when the rest is done.
 IN_TURNS := multi or server or web
+# Whole files to whichever worker is free, in the order that tests/conftest.py gives them.
+SHARED_OUT := --dist loadfile --no-loadscope-reorder
 OR_NONE := || [ $$? -eq 5 ]  # pytest's status when ARGS leave nothing to run
 
 USER_READY := $(VENV)/.ready
@@ -39,7 +43,7 @@ poster: $(REPORT_READY)  ## make poster and report from the recorded measurement
 test: test-beside test-in-turns  ## run the tests
 
 test-beside: $(TEST_READY)
-	$(BIN)/python -m pytest -m "not ($(IN_TURNS))" --numprocesses $(WORKERS) --dist loadfile $(ARGS) $(OR_NONE)
+	$(BIN)/python -m pytest -m "not ($(IN_TURNS))" --numprocesses $(WORKERS) $(SHARED_OUT) $(ARGS) $(OR_NONE)
 
 test-in-turns: $(TEST_READY) chromium
 	$(BIN)/python -m pytest -m "$(IN_TURNS)" $(ARGS) $(OR_NONE)
@@ -85,16 +89,19 @@ clean:  ## remove the virtual environment, build outputs and caches
 $(USER_READY): pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing FlexMoE into $(VENV), once; a minute or several, depending on the network."
 	@$(PIP) -e '.[server,grammar]'
+	@$(COMPILE)
 	@touch $@
 
 $(TEST_READY): $(USER_READY)
 	@echo "Adding what the checks and tests need to $(VENV), once."
 	@$(PIP) -e '.[test]'
+	@$(COMPILE)
 	@touch $@
 
 $(REPORT_READY): $(USER_READY)
 	@echo "Adding what poster and report need to $(VENV), once."
 	@$(PIP) -e '.[report]'
+	@$(COMPILE)
 	@touch $@
 
 $(BIN)/pip:

@@ -1,4 +1,6 @@
-"""For all tests: marks by folder, a reason where there is no GPU, no way to the hub, no deadlines for properties."""
+"""For all tests: marks by folder, a reason where there is no GPU, no way to the hub, no deadlines for properties, and
+the longest files first.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,16 @@ settings.register_profile("house", deadline=None)
 settings.load_profile("house")
 
 
+# Begun last, any of these would keep one worker busy for a minute or more while the other has nothing left to do.
+LONG = (
+    "test_native_sanitizers.py", "test_fused_decoder.py", "test_native_neon.py", "test_pages.py",
+    "test_serve_scripts.py", "test_step_operations.py", "test_fused_prompts.py", "test_compile.py", "test_verify.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the name of its folder; skip those in tests/gpu where CUDA is missing."""
+    """Mark each test with the name of its folder; skip those in tests/gpu where CUDA is missing; long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         item.add_marker(item.path.relative_to(HERE).parts[0])
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]

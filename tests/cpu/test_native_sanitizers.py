@@ -40,6 +40,7 @@ def runtime(name: str) -> str:
     return library._run(compiler, f"-print-file-name={name}").strip()
 
 
+@pytest.mark.timeout(600)  # longer than a program below may take
 @pytest.mark.parametrize("case", CASES)
 def test_no_complaint(case: str, tmp_path: Path) -> None:
     kind, log = case.partition(":")[0], tmp_path / "complaint"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,20 +35,35 @@ def ids(cases: list[tuple[Snippet, str]] | list[Snippet]) -> list[str]:
     return [f"{snippet.page}:{snippet.line} {command}".rstrip() for snippet, command in pairs]
 
 
+@contextmanager
+def one_processor() -> Iterator[None]:
+    """For what is started within: an engine's usual threads wait without sleeping, and other tests run beside."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    all_of_them = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(all_of_them)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, all_of_them)
+
+
 def run(command: list[str] | str, folder: Path) -> str:
     """What it prints, run as a user in an empty folder would, with this environment's programs first on the path."""
     programs = Path(sys.executable).parent
-    result = subprocess.run(
-        command,
-        shell=isinstance(command, str),
-        cwd=folder,
-        env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    with one_processor():
+        result = subprocess.run(
+            command,
+            shell=isinstance(command, str),
+            cwd=folder,
+            env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
     return result.stdout
 

@@ -39,6 +39,7 @@ from flexmoe.scheduling.request import Request
 from tests.cpu.paging import decodes, scattered, slot
 from tests.cpu.tiny_decoders import CPU, Recording, by_torch, config, copy_cache, decoder, filled_cache
 from tests.cpu.tiny_models import CASES, tiny
+from tests.kernels.coarse import Coarse
 from tests.kernels.support import DEVICE, ON_GPU, distance
 
 # The interpreter computes what is masked, too: the softmax of a row that is not there.
@@ -138,7 +139,7 @@ def test_measured_tiles_and_limits(rows: int, alone: int, in_one: int) -> None:
         ),
         (route_work(dtype, hidden, moe), RouteTile(16, 16, 32, 2, 2)),
         (expert_work("expert_gate_up_gemv", dtype, hidden, moe), GateUpGemvTile(columns=128, late_trigger=True)),
-        (expert_work("expert_down_gemv", dtype, hidden, moe), DownGemvTile(1, 128, 2, early_ids=True)),
+        (expert_work("expert_down_gemv", dtype, hidden, moe), DownGemvTile(4, 128, 2, early_ids=True)),
         (expert_work("expert_gate_up_grouped", dtype, hidden, moe), GateUpTile(16, 16, 16, num_stages=2, swap=True)),
         (expert_work("expert_down_grouped", dtype, hidden, moe), DownTile(32, 16, 16, num_stages=2)),
     )
@@ -160,7 +161,7 @@ def test_tokens_that_are_only_on_the_device() -> None:
     model = decoder(small())
     requests, num_blocks = scattered((6, 3, 9), BLOCK_SIZE, model.config.vocab_size)
     cache = moved(filled_cache(model.config, requests, num_blocks, BLOCK_SIZE, torch.float32))
-    fused = FusedDecoder(on_device(model), 64, DEVICE)
+    fused = FusedDecoder(on_device(model), 64, DEVICE, None if ON_GPU else Coarse(grouped=False))
     step(fused, requests, cache, 3)
     tokens = fused.sampled[:3].tolist()
     again = moved(cache)
@@ -183,7 +184,7 @@ def test_draws_are_those_of_the_host_sampler() -> None:
     model = decoder(small())
     requests, num_blocks = scattered((6, 3, 9), BLOCK_SIZE, model.config.vocab_size)
     cache = moved(filled_cache(model.config, requests, num_blocks, BLOCK_SIZE, torch.float32))
-    fused = FusedDecoder(on_device(model), 64, DEVICE)
+    fused = FusedDecoder(on_device(model), 64, DEVICE, None if ON_GPU else Coarse(grouped=False))
     params = [SamplingParams(temperature=1.5), SamplingParams(temperature=0.0), SamplingParams(top_k=7, top_p=0.8)]
     states = [SamplingState(p, seed) for seed, p in enumerate(params)]
     found = step(fused, requests, cache, 4, states)

@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx2 as httpx
@@ -296,19 +297,24 @@ def closed_within(connection: socket.socket, seconds: float) -> bytes:
     return said
 
 
-@pytest.mark.parametrize(
-    ("head", "status"),
-    [
-        (b"", b""),
-        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n", b""),
-        (
-            b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{",
-            b"408",
-        ),
-    ],
-    ids=["silent", "no end of headers", "no end of body"],
-)
-def test_who_dawdles_is_shown_the_door(server: Running, head: bytes, status: bytes) -> None:
+DAWDLERS = {
+    "silent": b"",
+    "no end of headers": b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n",
+    "no end of body": (
+        b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{"
+    ),
+}
+ANSWERED = {
+    "a refused body": (
+        b"POST /v1/completions HTTP/1.1\r\nContent-Type: text/plain\r\nContent-Length: 900\r\n\r\n", b"a"
+    ),
+    "a body that nobody reads": (b"GET /health HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
+    "blank lines": (b"GET /health HTTP/1.1\r\n\r\n", b"\r\n"),
+    "a body beside an endless answer": (b"GET /v1/flexmoe/events HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
+}  # fmt: skip
+
+
+def dawdle(server: Running, head: bytes) -> bytes:
     """Byte by byte, so that the connection is never idle: slowloris."""
     with server.connect() as connection:
         connection.sendall(head)
@@ -318,26 +324,38 @@ def test_who_dawdles_is_shown_the_door(server: Running, head: bytes, status: byt
                 if head:
                     connection.sendall(b"a")
                 time.sleep(0.1)
-        assert status in closed_within(connection, 20)
+        return closed_within(connection, 20)
 
 
-@pytest.mark.parametrize(
-    ("head", "more"),
-    [
-        (b"POST /v1/completions HTTP/1.1\r\nContent-Type: text/plain\r\nContent-Length: 900\r\n\r\n", b"a"),
-        (b"GET /health HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
-        (b"GET /health HTTP/1.1\r\n\r\n", b"\r\n"),
-        (b"GET /v1/flexmoe/events HTTP/1.1\r\nContent-Length: 900\r\n\r\n", b"a"),
-    ],
-    ids=["a refused body", "a body that nobody reads", "blank lines", "a body beside an endless answer"],
-)
-def test_who_has_his_answer_may_not_stay(server: Running, head: bytes, more: bytes) -> None:
+def stay(server: Running, head: bytes, more: bytes) -> bytes:
     """Each byte that comes ends uvicorn's own waiting for the next request."""
     with server.connect() as connection:
         connection.sendall(head)
         time.sleep(0.2)
         connection.sendall(more)
-        assert b"HTTP/1.1 " in closed_within(connection, 6)
+        return closed_within(connection, 6)
+
+
+@pytest.fixture(scope="module")
+def told(shared_server: Running) -> Iterator[dict[str, Future[bytes]]]:
+    """What each of those who are slow or stay was told before it was shown the door: they come together, being many
+    seconds of waiting.
+    """
+    with ThreadPoolExecutor(len(DAWDLERS) + len(ANSWERED)) as clients:
+        slow = {name: clients.submit(dawdle, shared_server, head) for name, head in DAWDLERS.items()}
+        yield slow | {name: clients.submit(stay, shared_server, *each) for name, each in ANSWERED.items()}
+
+
+@pytest.mark.parametrize(("name", "status"), [("silent", b""), ("no end of headers", b""), ("no end of body", b"408")])
+def test_who_dawdles_is_shown_the_door(
+    server: Running, told: dict[str, Future[bytes]], name: str, status: bytes
+) -> None:
+    assert status in told[name].result()
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_who_has_his_answer_may_not_stay(server: Running, told: dict[str, Future[bytes]], name: str) -> None:
+    assert b"HTTP/1.1 " in told[name].result()
 
 
 def test_several_requests_may_wait_for_their_answers(server: Running) -> None:
@@ -345,7 +363,7 @@ def test_several_requests_may_wait_for_their_answers(server: Running) -> None:
     body = json.dumps({"prompt": "Once", "max_tokens": 1}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
     with server.connect() as connection:
-        connection.sendall(b"GET /v1/flexmoe/events?interval=2.5&count=3 HTTP/1.1\r\n\r\n" + head + body[:5])
+        connection.sendall(b"GET /v1/flexmoe/events?interval=1.5&count=3 HTTP/1.1\r\n\r\n" + head + body[:5])
         time.sleep(1.0)
         connection.sendall(body[5:] + b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
         said = closed_within(connection, 20)
