@@ -91,6 +91,33 @@ def num_graphs(worker: PoolWorker) -> int:
     return len(worker.runner._graphed._graphs)
 
 
+def replayed_prompts(worker: PoolWorker) -> int:
+    """Forms of prompts that are graphs."""
+    assert worker.runner is not None
+    assert worker.runner._prompts is not None
+    return sum(graph is not None for graph in worker.runner._prompts._graphs.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("plan", [TENSOR, EXPERT], ids=["tensor", "expert"])
+def test_prompts_are_graphs_and_their_tokens_do_not_change(pool: Pool, plan: dict[str, Any], dtype: str) -> None:
+    options = OPTIONS | {"dtype": dtype}
+    with LLM(tiny("qwen3_moe"), **options) as one:
+        expected = answers(one, GREEDY)
+    with pool.llm(tiny("qwen3_moe"), **options, **plan) as llm:
+        found = [answers(llm, GREEDY) for _ in range(4)]
+        assert all(count >= 1 for count in pool.call(replayed_prompts))
+        assert found[1:] == found[:-1]
+        if dtype == "float32":
+            assert found[0] == expected
+        llm.engine.runner.traffic()  # type: ignore[union-attr]
+        sent = []
+        for _ in range(2):
+            answers(llm, GREEDY)
+            sent.append(llm.engine.runner.traffic())  # type: ignore[union-attr]
+        assert sent[0] == sent[1]
+
+
 def leave_graphs_out(worker: PoolWorker) -> None:
     """For the model that this rank has now."""
 

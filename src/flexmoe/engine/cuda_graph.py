@@ -54,14 +54,6 @@ class _Form:
     filtered: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Captured:
-    """A graph, and the bytes that this rank sends in it, by label."""
-
-    graph: torch.cuda.CUDAGraph
-    sent: dict[str, float]
-
-
 def bucket_of(rows: int) -> int:
     """The number of rows that a step of `rows` is padded to."""
     return next(size for size in _BUCKETS if size >= rows)
@@ -77,21 +69,38 @@ def rows_for(max_num_seqs: int) -> int:
     return bucket_of(min(max_num_seqs, MAX_ROWS))
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph, and the bytes that this rank sends in it, by label."""
+
+    graph: torch.cuda.CUDAGraph
+    sent: dict[str, float]
+    traffic: Traffic
+
+    def replay(self) -> None:
+        """Launch it, and count what it sends."""
+        self.traffic.repeat(self.sent)
+        self.graph.replay()
+
+
 class GraphPool:
     """Captures graphs that share memory, since one of them runs at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, traffic: Traffic | None = None) -> None:
+        """traffic: where the collectives of what is captured are counted."""
         self._stream = torch.cuda.Stream(device)
+        self._traffic = traffic or Traffic()
         self._memory: Any = None
 
-    def capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def capture(self, work: Callable[[], None]) -> Captured:
         """A graph of what `work` launches. It must have run before: compiling is no part of a graph."""
         graph = torch.cuda.CUDAGraph()
         # On a stream of its own, and heedless of other threads: their work on the GPU may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+        where = torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local")
+        with self._traffic.aside() as sent, where:
             work()
         self._memory = self._memory or graph.pool()
-        return graph
+        return Captured(graph, sent, self._traffic)
 
 
 class GraphFlight:
@@ -135,10 +144,9 @@ class GraphedDecoder:
     ) -> None:
         """traffic: where the model's collectives are counted."""
         self._model, self._cache, self._most_blocks, self._device = model, cache, most_blocks, device
-        self._traffic = traffic or Traffic()
         self._packed: dict[int, PackedRows] = {}
-        self._graphs: dict[_Form, _Captured] = {}
-        self._pool = GraphPool(device)
+        self._graphs: dict[_Form, Captured] = {}
+        self._pool = GraphPool(device, traffic)
         self._tokens = [torch.zeros(self.max_rows, dtype=torch.int64, pin_memory=True) for _ in range(_LANDED)]
         self._turn = 0
 
@@ -246,18 +254,12 @@ class GraphedDecoder:
 
     def _run(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
         if probe is None and form in self._graphs:
-            captured = self._graphs[form]
-            self._traffic.repeat(captured.sent)
-            captured.graph.replay()
+            self._graphs[form].replay()
             return
         # Once without a graph: kernels are compiled and memory is allocated, and this step's work is done.
         self._step(form, packed, probe, counter)
         if probe is None:
-            self._graphs[form] = self._capture(form, packed, counter)
-
-    def _capture(self, form: _Form, packed: PackedRows, counter: ExpertCounter | None) -> _Captured:
-        with self._traffic.aside() as sent:
-            return _Captured(self._pool.capture(lambda: self._step(form, packed, None, counter)), sent)
+            self._graphs[form] = self._pool.capture(lambda: self._step(form, packed, None, counter))
 
     def _step(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
         sampling = Sampling(packed.sampling, form.filtered) if form.draws else None

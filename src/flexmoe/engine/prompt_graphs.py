@@ -2,7 +2,8 @@
 
 A step of a few hundred tokens takes a GPU less time than a host needs to launch its hundreds of kernels. So such steps
 are padded to one of few forms, whose launches are recorded when a form comes for the second time. Longer ones are
-launched kernel by kernel: the host is through before the GPU is.
+launched kernel by kernel: the host is through before the GPU is. Ranks meet the same forms in the same order, so they
+also record together.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexmoe.engine.cuda_graph import GraphPool
+from flexmoe.engine.cuda_graph import Captured, GraphPool
 from flexmoe.engine.prompt_rows import PromptForm, pack, pack_nothing
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
+from flexmoe.parallel.comm import Traffic
 from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, MOST_GRAPHED, graph_form
 from flexmoe.scheduling.step import ScheduledChunk
 
@@ -37,13 +39,23 @@ def _padded(rows: int, count: int, block_rows: int) -> PromptForm:
 class GraphedPrompts:
     """Computes steps of prompts by a DevicePrompts on one cache."""
 
-    def __init__(self, model: DevicePrompts, cache: KVCache, device: torch.device, *, graphs: bool) -> None:
-        """graphs: whether short steps are graphs; else all are launched kernel by kernel, without padding."""
+    def __init__(
+        self,
+        model: DevicePrompts,
+        cache: KVCache,
+        device: torch.device,
+        traffic: Traffic | None = None,
+        *,
+        graphs: bool,
+    ) -> None:
+        """graphs: whether short steps are graphs; else all are launched kernel by kernel, without padding. Not where
+        tokens travel. traffic: where the model's collectives are counted.
+        """
         self._model, self._cache, self._device, self._graphed = model, cache, device, graphs
         self._inputs = torch.empty(_most_inputs(model.block_rows) * graphs, dtype=torch.int32, device=device)
-        self._outputs: Tensor | None = None  # logits, of one graph at a time
-        self._pool = GraphPool(device) if graphs else None
-        self._graphs: dict[PromptForm, torch.cuda.CUDAGraph | None] = {}  # None: came once
+        self._outputs: Tensor | None = None  # logits, of one graph at a time; none on ranks that do not sample
+        self._pool = GraphPool(device, traffic) if graphs else None
+        self._graphs: dict[PromptForm, Captured | None] = {}  # None: came once
 
     @torch.inference_mode()
     def logits(
@@ -92,7 +104,7 @@ class GraphedPrompts:
             # The first time without a graph: that compiles kernels, and many a form never comes again.
             logits = self._model.logits(rows, self._cache)
             if self._outputs is None:
-                self._outputs = logits.new_empty(MOST_CHUNKS, logits.shape[1])
+                self._outputs = logits.new_empty(MOST_CHUNKS * bool(len(logits)), logits.shape[1])
             self._graphs[form] = None
             return logits
         assert self._outputs is not None

@@ -137,7 +137,8 @@ def _in_triton(
     from flexmoe.models.fused_prompts import PromptDecoder
 
     prompts = PromptDecoder(model, max_model_len, device)
-    launched = GraphedPrompts(prompts, cache, device, graphs=mesh.world.size == 1)
+    # Where tokens travel, ranks take different numbers of rows, and all-to-all waits for the host.
+    launched = GraphedPrompts(prompts, cache, device, mesh.traffic, graphs=not mesh.plan.moves_tokens)
     if mesh.plan.uses_all_to_all:
         return None, launched, "those of prompts, without graphs (all-to-all waits for the host in every layer)"
     most_blocks = -(-max_model_len // cache.block_size)

@@ -1,6 +1,6 @@
 """Captures: an engine that has just started. Enters: its step times, and steps in their order. Leaves: seconds.
 
-On one GPU steps of short prompts are CUDA graphs, one for each form (`scheduling/prompt_forms.py`). The first step of a
+On GPUs steps of short prompts are CUDA graphs, one for each form (`scheduling/prompt_forms.py`). The first step of a
 form is launched kernel by kernel, the second captured, and only from then on the host has nothing to do with it.
 """
 
@@ -19,7 +19,7 @@ class Captures:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         cost = steps.cost
-        self._graphs = cost.machine.device.kind == "cuda" and cost.plan.num_ranks == 1
+        self._graphs = cost.machine.device.kind == "cuda" and not cost.plan.moves_tokens
         self._launching = cost.model.num_layers * cost.machine.device.prompt_layer_s
         self._seen: Counter[tuple[int, int]] = Counter()
 

@@ -192,7 +192,7 @@ class CostModel:
     def _launching(self, each: _Pass) -> float:
         """Seconds in which the host launches the pass while the GPU computes; 0 of a graph, and on a CPU."""
         device, parts = self.machine.device, len(each.chunks) + each.decodes
-        graphed = self.plan.num_ranks == 1 and graph_form(each.rows, parts) is not None
+        graphed = not self.plan.moves_tokens and graph_form(each.rows, parts) is not None
         if self.machine.is_shared or each.path == "fused" or (each.path == "prompts" and graphed):
             return 0.0
         if each.path == "torch":

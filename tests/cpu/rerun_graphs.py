@@ -1,0 +1,38 @@
+"""In the place of CUDA graphs on a CPU: replaying one does its work again. Enters: work. Leaves: graphs, so to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flexmoe.engine.cuda_graph import Captured
+from flexmoe.parallel.comm import Traffic
+
+
+class _Rerun:
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+
+class RerunPool:
+    """In the place of a GraphPool. captures: how many graphs there are; replays: how often any was used."""
+
+    def __init__(self, device: torch.device, traffic: Traffic | None = None) -> None:
+        self._traffic = traffic or Traffic()
+        self.captures = self.replays = 0
+
+    def capture(self, work: Callable[[], None]) -> Captured:
+        """Does the work, as it is launched while a graph is recorded; what it sends is counted by replays."""
+        self.captures += 1
+        with self._traffic.aside() as sent:
+            work()
+
+        def replay() -> None:
+            self.replays += 1
+            with self._traffic.aside():
+                work()
+
+        graph: Any = _Rerun(replay)
+        return Captured(graph, sent, self._traffic)
