@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from flexmoe.engine import worker as workers
-from flexmoe.engine.wire import WireStep
+from flexmoe.engine.wire import WireParts
 from flexmoe.engine.worker import Worker
 from flexmoe.errors import EngineError
 from flexmoe.parallel.comm import Traffic
@@ -59,8 +59,8 @@ class DyingWorker(Worker):
             self._load = workers.start
             workers.start = lambda *_: meet(self._how)  # type: ignore[assignment, return-value]
 
-    def step(self, wires: list[WireStep]) -> Any:
-        decodes = all(wire.num_decodes == len(wire.samples) for wire in wires)
+    def step(self, wires: WireParts) -> Any:
+        decodes = all(wire.num_decodes == len(wire.samples) for wire in wires.parts)
         if self._phase == ("decode" if decodes else "prefill"):
             assert self.runner is not None
             assert self.mesh is not None
