@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.record_ahead import RecordingAhead
 from flexmoe.engine.sampler import SamplingState
 from flexmoe.engine.startup import Started
+from flexmoe.errors import EngineError
 from tests.cpu.serving import GREEDY
 from tests.cpu.test_async_engine import jobs
 
@@ -133,6 +135,34 @@ def test_an_idle_engine_prepares_and_a_request_comes_first(monkeypatch: pytest.M
             await engine.close()
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_preparing_that_hangs_is_told_to_those_who_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        llm, begun, blocked = LLM(num_blocks=128, threads=1), threading.Event(), threading.Event()
+
+        def prepare() -> bool:
+            begun.set()
+            blocked.wait(60)
+            return False
+
+        monkeypatch.setattr(llm.engine, "prepare", prepare)
+        monkeypatch.setattr("flexmoe.engine.async_engine._WATCH_SECONDS", 0.01)
+        engine = AsyncEngine(llm.engine, step_seconds=0.2)
+        engine.start()
+        try:
+            await asyncio.to_thread(begun.wait)
+            with pytest.raises(EngineError, match="the engine hangs"):
+                await engine.submit(jobs(llm, ["Once upon a time"], GREEDY))
+            blocked.set()
+            while engine.hang is not None:
+                await asyncio.sleep(0.001)
+            assert (await (await engine.submit(jobs(llm, ["Once upon a time"], GREEDY)))[0].last()).finished
+        finally:
+            blocked.set()
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 def test_an_engine_prepares_nothing_while_it_serves_or_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -305,7 +305,8 @@ class AsyncEngine:
                 if self.engine.has_unfinished:
                     return True
                 self.engine.check()
-                prepares = self.engine.prepare()
+                with self._timed():
+                    prepares = self.engine.prepare()
                 continue
             if command is None:
                 return False
@@ -313,18 +314,25 @@ class AsyncEngine:
 
     def _advance(self) -> None:
         """Compute a step or two, and let cross what is due."""
-        start = self._since = time.monotonic()
+        start = time.monotonic()
         report = start + self._step_seconds >= self._next_crossing  # which will be true once the step is over
-        try:
+        with self._timed():
             outputs = self._look_at_experts(report) if self._wants_look() else self.engine.step(report=report)
-        finally:
-            self._since = 0.0
         end = time.monotonic()
         self._step_seconds = end - start
         if report:
             self._next_crossing = end + len(outputs) * self._seconds_each
         if outputs:
             self._tell(self._deliver, outputs)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """What the device is at within is a step, which may hang."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = 0.0
 
     def _add(self, jobs: Sequence[Job]) -> None:
         added: list[str] = []
