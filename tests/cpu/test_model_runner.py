@@ -164,7 +164,7 @@ def test_a_step_with_prompts_leaves_its_tokens_on_the_device(one_pass: bool, in_
     pending.blocks = pending.blocks * 2
     prompt = step.chunks[2]
     cache: Any = type("Cache", (), {"block_size": BLOCK})()
-    prompts = GraphedPrompts(device, cache, CPU, graphs=False)
+    prompts = GraphedPrompts(device, cache, CPU, most_graphed=0)
     runner = ModelRunner(decoder(CONFIG), cache, CPU, device, prompts, one_pass=one_pass, prompts_ahead=True)  # type: ignore[arg-type]
     assert runner.can_run_ahead(step, states(step))
     chosen = runner.launch_rows(step, states(step), [1, -1])
@@ -180,7 +180,7 @@ def test_data_ranks_take_a_graph_if_all_of_them_do() -> None:
     device, alike = Device([]), DecodeTraits(3, 9, draws=False, filtered=False, on_host=False)
     step, _ = make_step(2, 0)
     cache: Any = type("Cache", (), {"block_size": BLOCK})()
-    prompts = GraphedPrompts(device, cache, CPU, graphs=False)
+    prompts = GraphedPrompts(device, cache, CPU, most_graphed=0)
     runner = ModelRunner(decoder(CONFIG), cache, CPU, device, prompts, prompts_ahead=False)  # type: ignore[arg-type]
     for own in (step, Step([], 0, [])):
         device.in_graph = -1
@@ -209,7 +209,7 @@ def test_a_form_that_failed_comes_for_the_first_time_again() -> None:
             return torch.ones(2, CONFIG.vocab_size)
 
     cache: Any = type("Cache", (), {"block_size": BLOCK})()
-    prompts = GraphedPrompts(Failing([]), cache, CPU, graphs=False)
+    prompts = GraphedPrompts(Failing([]), cache, CPU, most_graphed=0)
     form, rows = PromptForm(16, 3, 2, 4, padded=True), cast(Any, None)
     with pytest.raises(torch.OutOfMemoryError):
         prompts._run(form, rows)

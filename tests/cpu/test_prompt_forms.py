@@ -7,7 +7,7 @@ import torch
 
 from flexmoe.engine.prompt_graphs import form_of
 from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack, pack_nothing
-from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, forms_up_to, graph_form
+from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, MOST_ON_RANKS, forms_up_to, graph_form
 from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered
 
@@ -41,10 +41,13 @@ def test_what_is_too_large_has_no_form() -> None:
     assert form_of(chunks_of(*[(3, 1)] * 65), ROWS) is None
 
 
-def test_forms_are_few() -> None:
+@pytest.mark.parametrize("most", [MOST_GRAPHED, MOST_ON_RANKS])
+def test_forms_are_few(most: int) -> None:
     """As many as there are graphs to record."""
-    forms = {form_of(chunks_of((0, count)), ROWS) for count in range(1, MOST_GRAPHED + 1, 7)}
-    assert len(forms) <= 30
+    forms = {graph_form(count, 1, most) for count in range(1, most + 1, 7)}
+    assert None not in forms
+    assert len(forms) <= 40
+    assert graph_form(most + 1, 1, most) is None
 
 
 def test_padding_is_in_no_span_and_has_no_place() -> None:

@@ -16,6 +16,7 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.engine import prompt_graphs
 from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.models.fused_prompts import PromptDecoder
+from flexmoe.scheduling.prompt_forms import MOST_ON_RANKS
 from tests.cpu.rerun_graphs import RerunPool
 from tests.cpu.tiny_decoders import CPU
 from tests.multi.pool import Pool
@@ -36,7 +37,7 @@ def in_graphs(
     decoder, cache = share_of(model, mesh)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_graphs, "GraphPool", RerunPool)
-        prompts = GraphedPrompts(PromptDecoder(decoder, 64, CPU), cache, CPU, mesh.traffic, graphs=True)
+        prompts = GraphedPrompts(PromptDecoder(decoder, 64, CPU), cache, CPU, mesh.traffic, most_graphed=MOST_ON_RANKS)
     found, sent = [], []
     for _ in range(TIMES):
         mesh.traffic.take()

@@ -56,7 +56,7 @@ def in_kernels(worker: PoolWorker, plan: ParallelPlan, model: ModelConfig, share
     """shares: the numbers of each data rank's requests. Logits of this one's, its place, and how many layers it saw."""
     mesh = worker.mesh_of(plan)
     decoder, cache = share_of(model, mesh)
-    prompts = GraphedPrompts(PromptDecoder(decoder, 64, CPU), cache, CPU, graphs=False)
+    prompts = GraphedPrompts(PromptDecoder(decoder, 64, CPU), cache, CPU, most_graphed=0)
     seen, all_steps = Recording(), [steps(model, share) for share in shares]
     for number, chunks in enumerate(all_steps[mesh.place.dp]):
         rows = [sum(chunk.num_tokens for chunk in theirs[number]) for theirs in all_steps]

@@ -70,7 +70,9 @@ def test_a_gpu_waits_for_the_host_where_steps_are_no_graph() -> None:
     prompts = StepShape(chunks=(Chunk(16),) * 3)
     host = slow.device.host_s + 3 * slow.device.host_row_s
     long = StepShape(chunks=(Chunk(2300),))
-    assert step(ParallelPlan(4), long, slow).seconds == pytest.approx(16 * 5e-3 + slow.device.host_s, rel=0.01)
+    longer = StepShape(chunks=(Chunk(9000),))
+    slower = replace(slow, device=replace(slow.device, prompt_layer_s=0.1))
+    assert step(ParallelPlan(4), longer, slower).seconds == pytest.approx(16 * 0.1 + slow.device.host_s, rel=0.01)
     travelling = ParallelPlan(4, 4, moe_dispatch="all_to_all")
     assert step(travelling, prompts, slow).seconds == pytest.approx(16 * 8e-3 + host)
     staged = ParallelPlan(pipeline_parallel_size=4)
@@ -78,6 +80,7 @@ def test_a_gpu_waits_for_the_host_where_steps_are_no_graph() -> None:
     for captured in (DECODES, prompts, StepShape(chunks=(Chunk(2048),))):
         for plan in (ParallelPlan(), ParallelPlan(4)):
             assert step(plan, captured, slow).terms["host"] < 1e-3
+    assert step(ParallelPlan(4), long, slow).terms["host"] < 1e-3
     for alone in (long, StepShape(chunks=(Chunk(1),) * 65)):
         assert step(ParallelPlan(), alone, slow).seconds > 16 * 5e-3
 

@@ -25,9 +25,9 @@ from flexmoe.scheduling.step import ScheduledChunk
 _MOST_TABLES = 2**18  # blocks of all chunks
 
 
-def form_of(chunks: Sequence[ScheduledChunk], block_rows: int) -> PromptForm | None:
+def form_of(chunks: Sequence[ScheduledChunk], block_rows: int, most: int = MOST_GRAPHED) -> PromptForm | None:
     """The form that a step is padded to if it is to be a graph; None if it is too large for one."""
-    found = graph_form(sum(chunk.num_tokens for chunk in chunks), len(chunks))
+    found = graph_form(sum(chunk.num_tokens for chunk in chunks), len(chunks), most)
     return None if found is None else _padded(*found, block_rows)
 
 
@@ -46,15 +46,16 @@ class GraphedPrompts:
         device: torch.device,
         traffic: Traffic | None = None,
         *,
-        graphs: bool,
+        most_graphed: int,
     ) -> None:
-        """graphs: whether short steps are graphs; else all are launched kernel by kernel, without padding. Not where
-        tokens travel. traffic: where the model's collectives are counted.
+        """most_graphed: steps of up to so many tokens are graphs; with 0, as must be where tokens travel, all are
+        launched kernel by kernel, without padding. traffic: where the model's collectives are counted.
         """
-        self._model, self._cache, self._device, self._graphed = model, cache, device, graphs
-        self._inputs = torch.empty(_most_inputs(model.block_rows) * graphs, dtype=torch.int32, device=device)
+        self._model, self._cache, self._device, self._most = model, cache, device, most_graphed
+        room = _most_inputs(most_graphed, model.block_rows) if most_graphed else 0
+        self._inputs = torch.empty(room, dtype=torch.int32, device=device)
         self._outputs: Tensor | None = None  # logits, of one graph at a time; none on ranks that do not sample
-        self._pool = GraphPool(device, traffic) if graphs else None
+        self._pool = GraphPool(device, traffic) if most_graphed else None
         self._graphs: dict[PromptForm, Captured | None] = {}  # None: came once
 
     @torch.inference_mode()
@@ -70,7 +71,7 @@ class GraphedPrompts:
         if not chunks:
             return self._model.assist(most_rows)
         block_rows, block_size = self._model.block_rows, self._cache.block_size
-        padded = form_of(chunks, block_rows) if self._graphed and probe is None else None
+        padded = form_of(chunks, block_rows, self._most) if self._most and probe is None else None
         form = padded or PromptForm.exact(chunks, block_rows)
         host = pack(chunks, form, block_size, block_rows, pinned=self._device.type == "cuda")
         fits = padded is not None and len(host) <= len(self._inputs)
@@ -119,7 +120,6 @@ class GraphedPrompts:
         outputs.copy_(self._model.logits(rows, self._cache))
 
 
-def _most_inputs(block_rows: int) -> int:
-    """Numbers in the buffer of the largest form, tables included."""
-    most = PromptForm(MOST_GRAPHED, MOST_CHUNKS + 1, MOST_CHUNKS, MOST_GRAPHED // block_rows + MOST_CHUNKS, padded=True)
-    return most.starts()["tables"] + _MOST_TABLES
+def _most_inputs(tokens: int, block_rows: int) -> int:
+    """Numbers in the buffer of the largest form, of so many tokens, tables included."""
+    return _padded(tokens, MOST_CHUNKS, block_rows).starts()["tables"] + _MOST_TABLES

@@ -30,7 +30,7 @@ from flexmoe.models.native import takes_prompts, why_not_native
 from flexmoe.models.quantized import weight_bytes
 from flexmoe.moe.experts import BACKENDS, default_backend
 from flexmoe.parallel.mesh import Mesh
-from flexmoe.scheduling.prompt_forms import MOST_GRAPHED
+from flexmoe.scheduling.prompt_forms import most_graphed
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +138,8 @@ def _in_triton(
 
     prompts = PromptDecoder(model, max_model_len, device)
     # Where tokens travel, ranks take different numbers of rows, and all-to-all waits for the host.
-    launched = GraphedPrompts(prompts, cache, device, mesh.traffic, graphs=not mesh.plan.moves_tokens)
+    most = 0 if mesh.plan.moves_tokens else most_graphed(mesh.world.size)
+    launched = GraphedPrompts(prompts, cache, device, mesh.traffic, most_graphed=most)
     if mesh.plan.uses_all_to_all:
         return None, launched, "those of prompts, without graphs (all-to-all waits for the host in every layer)"
     most_blocks = -(-max_model_len // cache.block_size)
@@ -247,7 +248,7 @@ def _num_blocks(
     if device.type == "cuda":
         tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).most
         # Twice for what may be a graph: such steps have memory of their own.
-        free = max(0, free - _activation_bytes(config, tokens + min(tokens, MOST_GRAPHED), dtype))
+        free = max(0, free - _activation_bytes(config, tokens + min(tokens, most_graphed(mesh.world.size)), dtype))
     per_context = -(-max_model_len // options.cache.block_size)
     size = block_bytes(mesh.shard(config).local, options.cache.block_size, dtype)
     blocks = _given_blocks(options.cache, size, per_context * size)

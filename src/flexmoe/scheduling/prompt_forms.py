@@ -8,14 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 MOST_GRAPHED = 2048  # tokens of a step that is a graph
+MOST_ON_RANKS = 8192  # the same where ranks share the work: that leaves each less time, and its host as much to launch
 MOST_CHUNKS = 64
 # A step of so many tokens at most is padded to a multiple of the number beside it.
-_STEPS = ((128, 16), (512, 64), (1024, 128), (MOST_GRAPHED, 256))
+_STEPS = ((128, 16), (512, 64), (1024, 128), (MOST_GRAPHED, 256), (4096, 512), (MOST_ON_RANKS, 1024))
 
 
-def graph_form(tokens: int, chunks: int) -> tuple[int, int] | None:
-    """Rows, and chunks, a power of two, of a step's form; None if it is too large for a graph."""
-    if tokens > MOST_GRAPHED or chunks > MOST_CHUNKS:
+def most_graphed(num_ranks: int) -> int:
+    """Tokens of a step that is a graph, at most, where so many ranks compute it."""
+    return MOST_GRAPHED if num_ranks == 1 else MOST_ON_RANKS
+
+
+def graph_form(tokens: int, chunks: int, most: int = MOST_GRAPHED) -> tuple[int, int] | None:
+    """Rows, and chunks, a power of two, of a step's form; None if it is too large for a graph: beyond `most` tokens."""
+    if tokens > most or chunks > MOST_CHUNKS:
         return None
     multiple = next(multiple for most, multiple in _STEPS if tokens <= most)
     return -(-tokens // multiple) * multiple, 1 << (chunks - 1).bit_length()
