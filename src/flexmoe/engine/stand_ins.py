@@ -1,14 +1,15 @@
 """Stand-ins: what keeps special tokens that a message merely spells out apart from those that a chat template writes.
 
 Enters: strings of a request, then the text that a template made of them. Leaves: token ids, in which the former are
-plain text. Nobody who writes a message can end its turn.
+plain text. So nobody who writes a message can end its turn.
 
 Before the template runs, each special token spelt out in the request becomes two halves of surrogate pairs, which no
 text has: a template may trim, cut, copy or drop what is around them, but not take them for its own words. Afterwards
-every special token in the text is the template's. Those become spellings that nobody can guess, and the halves what
-they stood for; and a second tokenizer, which shares the model of the first, knows the guarded spellings as its special
-tokens, and no others. So the whole text is encoded at once, as it would be if special tokens had other names. Added
-tokens that the tokenizer does not call special, such as <think>, stay what they are.
+every special token in the text counts as the template's, also one that it makes of pieces, where it deletes or changes
+characters within a message or joins two without one between. Those become spellings that nobody can guess, and the
+halves what they stood for; and a second tokenizer, which shares the model of the first, knows the guarded spellings as
+its special tokens, and no others. So the whole text is encoded at once, as it would be if special tokens had other
+names. Added tokens that the tokenizer does not call special, such as <think>, stay what they are.
 """
 
 from __future__ import annotations
