@@ -99,6 +99,18 @@ def test_some_memory_stays_free(free: list[int]) -> None:
     assert len(seen.order) == 1
 
 
+@pytest.mark.usefixtures("free")
+def test_too_little_memory_ends_the_recording_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Seen()
+    found = recording(seen)
+    assert found.record()
+    full = Mock(side_effect=torch.OutOfMemoryError("9 GiB"))
+    monkeypatch.setattr(seen, "record", full)
+    assert not found.record()
+    assert not found.record()
+    assert full.call_count == 1
+
+
 def test_a_step_of_padding_has_no_rows() -> None:
     packed = PackedRows(4, 8, torch.device("cpu"))
     packed.load((), (), ())

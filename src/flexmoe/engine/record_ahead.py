@@ -48,12 +48,19 @@ class RecordingAhead:
         with computing_on(self._device):
             free, _ = torch.cuda.mem_get_info()
             if free < _SPARE:
-                _log.debug("graphs are no longer recorded ahead: %d bytes are free", free)
-                self._left = iter(())
-                return False
-            recording()
+                return self._stop(f"{free} bytes of memory are free")
+            try:
+                recording()
+            except torch.OutOfMemoryError as error:  # nobody has asked for it yet: no reason to end
+                return self._stop(str(error))
             torch.cuda.synchronize()
         return True
+
+    def _stop(self, reason: str) -> bool:
+        """Record no more."""
+        _log.debug("graphs are no longer recorded ahead: %s", reason)
+        self._left = iter(())
+        return False
 
 
 def _recordings(decodes: GraphedDecoder, prompts: GraphedPrompts | None, tokens: int) -> Iterator[Callable[[], None]]:
