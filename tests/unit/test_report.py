@@ -10,9 +10,11 @@ import pytest
 
 from flexmoe.errors import ConfigError
 from flexmoe.report.charts import cpu, experts, figures, latency, operations, profiled, throughput
+from flexmoe.report.charts import served as served_figure
 from flexmoe.report.headlines import headlines
 from flexmoe.report.prompts import prompt_operations
 from flexmoe.report.rows import CITED, Cell, Row, cell_number, newest, read_rows
+from flexmoe.report.serving import served as served_table
 from flexmoe.report.strategies import spread as spread_figure
 from flexmoe.report.strategies import strategies
 from flexmoe.report.table import markdown, three
@@ -90,6 +92,29 @@ def test_experts_are_compared_at_the_lengths_measured_last() -> None:
     figure = experts([course(1, 2, 13, 22), course(2, 4, 13, 22), course(3, 2, 64, 20), course(4, 16, 64, 20)])
     assert figure is not None
     assert [point.x for point in figure.panels[-1].series[0].points] == ["2", "4"]
+
+
+def test_servers_under_load_have_a_table_and_a_picture_only_to_compare() -> None:
+    def load(line: int, streams: int | None, rate: float, **more: Any) -> Row:
+        params = {"concurrency": streams, "input_len": [64, 64], "output_len": [8, 16]}
+        params |= {"trace": None if streams else "/some/where/trace.csv", "duration": None if streams else 28.0}
+        times = {"p50": 2.0, "p99": 9.0}
+        result = {"output_tokens_per_s": rate, "ttft_ms": times, "tpot_ms": times, "itl_ms": times}
+        about = {"config": {"engine": {"device": "cuda:0"}}, "params": params, "result": result}
+        return row(line, benchmark="serve", **about | more)
+
+    rows = [load(1, 4, 50.0, time="2026-11-19"), load(2, 4, 60.0), load(3, None, 7.0, note="a new server")]
+    table = served_table(rows)
+    assert table is not None
+    assert [[cell.text for cell in line[2:5]] for line in table.rows] == [
+        ["cuda:0", "4 streams of 64 + 8-16 tokens", "60.0"],
+        ["cuda:0", "trace, 28 s; a new server", "7.00"],
+    ]
+    assert served_table([row(1)]) is None
+    assert served_figure(rows) is None
+    figure = served_figure([*rows, load(4, 16, 90.0)])
+    assert figure is not None
+    assert [point.value.number for point in figure.panels[0].series[0].points] == [60.0, 90.0]
 
 
 def test_strategies_on_gpus_stand_beside_one_gpu_of_the_same_run() -> None:

@@ -65,9 +65,9 @@ def bar_panels(rows: Sequence[Row], shown: Mapping[str, str], name_of: Callable[
     )
 
 
-def model_name(row: Row) -> str:
+def model_name(row: Row, key: str = "model.label") -> str:
     """Of the row's model: as its makers write it, if it is one that we know."""
-    label = str(row.get("model.label"))
+    label = str(row.get(key))
     return MODELS.get(label, label)
 
 

@@ -19,6 +19,7 @@ from flexmoe.report.charts import (
 from flexmoe.report.figure import ENGINES, MODELS, model_name, short_device
 from flexmoe.report.prompts import prompt_operations
 from flexmoe.report.rows import Row, newest
+from flexmoe.report.serving import served
 from flexmoe.report.strategies import shares, spread_pairs
 from flexmoe.report.table import MISSING, Shown, Table, dates, number, percent, versions
 
@@ -40,7 +41,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     makers: tuple[Callable[[Sequence[Row]], Table | None], ...]
     makers = (
         latency, latency_elsewhere, first_tokens, prompt_operations, throughput, spread, slices, experts, cpu,
-        llama_cpp, published,
+        llama_cpp, served, published,
     )  # fmt: skip
     return [table for make in makers if (table := make(rows)) is not None]
 
@@ -254,6 +255,7 @@ def experts(rows: Sequence[Row]) -> Table | None:
     found = newest(course_rows(rows), ("device.name", "engine", "model.experts", "params.dtype"))
     if not found:
         return None
+    found.sort(key=lambda row: (str(row.get("device.name")), row.get("model.experts")))
     lines = tuple(
         (
             Shown(ENGINES.get(str(row.get("engine")), str(row.get("version")) + " (cited)")),

@@ -1,0 +1,54 @@
+"""The table of servers under load. Enters: Rows of `flexmoe bench serve`. Leaves: a Table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePath
+
+from flexmoe.report.figure import ENGINES, model_name
+from flexmoe.report.rows import Row, newest
+from flexmoe.report.table import Shown, Table, dates, number, percent
+
+_SAME = ("config.engine.device", "engine", "model.name", "params", "note")
+_SHOWN = ("output_tokens_per_s", "ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "itl_ms.p99")
+
+
+def served(rows: Sequence[Row]) -> Table | None:
+    """Each load that a server was put under, the newest row of each. A row's device is its client's: left out."""
+    found = [row for row in rows if row.get("benchmark") == "serve" and row.get("result.tpot_ms.p50")]
+    found = newest(found, _SAME)
+    if not found:
+        return None
+    lines = tuple(
+        (
+            Shown(model_name(row, "model.name")),
+            Shown(ENGINES.get(str(row.get("engine")), str(row.get("engine")))),
+            Shown(str(row.get("config.engine.device") or "")),
+            Shown(_load(row)),
+            *(number(row.value(f"result.{key}")) for key in _SHOWN),
+            percent(row, "result.percent_of_floor"),
+        )
+        for row in sorted(found, key=lambda row: str(row.get("model.name")))
+    )
+    header = (
+        "model", "engine", "device", "load", "tokens/s", "first token, ms", "its p99", "a token, ms", "p99 of gaps, ms",
+        "% of floor",
+    )  # fmt: skip
+    about = f"Medians, unless a percentile is named. {dates(found)}"
+    return Table("served", "Served over HTTP", header, lines, about)
+
+
+def _load(row: Row) -> str:
+    trace, duration, note = row.get("params.trace"), row.get("params.duration"), row.get("note")
+    lengths = f"{_range(row.get('params.input_len'))} + {_range(row.get('params.output_len'))} tokens"
+    if trace:  # as words, which can be broken between lines
+        load = PurePath(trace).stem.replace("_", " ") + (f", {duration:g} s" if duration else "")
+    elif rate := row.get("params.rate"):
+        load = f"{rate:g} requests a second of {lengths}"
+    else:
+        load = f"{row.get('params.concurrency')} streams of {lengths}"
+    return load + (f"; {note}" if note else "")
+
+
+def _range(lengths: Sequence[int]) -> str:
+    return "-".join(str(length) for length in dict.fromkeys(lengths))
