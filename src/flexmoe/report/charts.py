@@ -311,7 +311,7 @@ def served(rows: Sequence[Row]) -> Figure | None:
     found = newest(
         _like_the_last(found, ("model.name", "params.input_len", "params.output_len")), ("engine", "params.concurrency")
     )
-    if len(found) < 2:  # nothing to compare: that is a table's
+    if not found:
         return None
     shown = {
         "result.output_tokens_per_s": "tokens a second",

@@ -17,6 +17,7 @@ _INCHES = {
     "operations": (6.2, 3.1),
     "profiled": (6.2, 3.1),
 }
+_FEWEST_BARS = 3
 _HIGHEST = 1.4  # times of one GPU that a bar shows
 _INCHES |= {"strategies": (9.6, 2.7), "spread": (9.6, 2.8), "throughput": (9.6, 1.8), "served": (7.4, 2.9)}
 
@@ -182,6 +183,8 @@ def _bars(axes: Any, panel: Panel, column: int) -> None:
     for place, value in enumerate(values):
         axes.text(value, place, f" {short(value)}", va="center", fontweight="semibold", color=style.INK)
     axes.set_xlim(0, max(values) * 1.3)
+    empty = max(0, _FEWEST_BARS - len(points)) / 2  # beside few bars, lest they fill the panel
+    axes.set_ylim(-0.5 - empty, len(points) - 0.5 + empty)
     axes.set_xticks([])
     axes.yaxis.grid(visible=False)
     axes.set_yticks(range(len(points)), [point.x if column == 0 else "" for point in points], color=style.INK)
