@@ -253,6 +253,15 @@ def test_whatever_steps_take_decodes_come_first_and_the_oldest_prompt_advances(
     assert len(device.arrived) == len(arrivals)
 
 
+def test_a_newcomer_of_one_token_waits_with_the_decodes() -> None:
+    tokens = StepTokens(33, 33)
+    device = clocked(lambda decodes, prompts: 0.01 * (1 + decodes + prompts), tokens=tokens, num_blocks=80)
+    for number, (prompt, output) in enumerate(((1, 2), (96, 1), (1, 1), (2, 1))):
+        device.add(str(number), prompt, output, watched=False)
+    while device.scheduler.has_unfinished:
+        _check(device.step(), device, tokens)
+
+
 def _check(step: Step, device: Clocked, tokens: StepTokens) -> None:
     """After a step: it kept to its budget, and to what prompts are owed."""
     assert step.num_tokens <= tokens.most
@@ -261,6 +270,10 @@ def _check(step: Step, device: Clocked, tokens: StepTokens) -> None:
     given = sum(chunk.num_tokens for chunk in prompts)
     # A prompt of one token, or the last token of one, stands among the decodes.
     given += sum(chunk.start < chunk.request.num_prompt_tokens for chunk in step.chunks[: step.num_decodes])
+    # Where decodes wait for prompts, so do newcomers that lack one token, which have had theirs of the budget.
+    scheduled = {chunk.request for chunk in step.chunks}
+    new = [one for one in device.scheduler._running if one not in scheduled and not one.num_output_tokens]
+    given += sum(one.num_computed_tokens == one.num_tokens - 1 for one in new)
     unfinished = [chunk for chunk in prompts if not chunk.samples]
     assert len(unfinished) <= 1
     if unfinished:  # cut short by the budget and by nothing else
