@@ -96,9 +96,10 @@ class GraphedPrompts:
         flat = self._inputs
         flat[: len(host)].copy_(host, non_blocking=True)
         rows = form.rows_of(flat, block_rows, self._cache.block_size)
-        while self._graphs.get(form) is None:
-            self._run(form, rows)
-        return self._run(form, rows)
+        logits = self._run(form, rows)
+        while self._graphs[form] is None:
+            logits = self._run(form, rows)
+        return logits
 
     def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:
         if form not in self._graphs:

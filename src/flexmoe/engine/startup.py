@@ -30,7 +30,7 @@ from flexmoe.models.native import takes_prompts, why_not_native
 from flexmoe.models.quantized import weight_bytes
 from flexmoe.moe.experts import BACKENDS, default_backend
 from flexmoe.parallel.mesh import Mesh
-from flexmoe.scheduling.prompt_forms import most_graphed
+from flexmoe.scheduling.prompt_forms import graphed_by, most_graphed
 
 _log = logging.getLogger(__name__)
 
@@ -137,9 +137,8 @@ def _in_triton(
     from flexmoe.models.fused_prompts import PromptDecoder
 
     prompts = PromptDecoder(model, max_model_len, device)
-    # Where tokens travel, ranks take different numbers of rows, and all-to-all waits for the host.
-    most = 0 if mesh.plan.moves_tokens else most_graphed(mesh.world.size)
-    launched = GraphedPrompts(prompts, cache, device, mesh.traffic, most_graphed=most)
+    # None where tokens travel: ranks take different numbers of rows, and all-to-all waits for the host.
+    launched = GraphedPrompts(prompts, cache, device, mesh.traffic, most_graphed=graphed_by(mesh.plan))
     if mesh.plan.uses_all_to_all:
         return None, launched, "those of prompts, without graphs (all-to-all waits for the host in every layer)"
     most_blocks = -(-max_model_len // cache.block_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from flexmoe.planner.steps import Steps
-from flexmoe.scheduling.prompt_forms import graph_form, most_graphed
+from flexmoe.scheduling.prompt_forms import graph_form, graphed_by
 from flexmoe.scheduling.step import Step
 
 
@@ -19,15 +19,14 @@ class Captures:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         cost = steps.cost
-        self._graphs = cost.machine.device.kind == "cuda" and not cost.plan.moves_tokens
-        self._most = most_graphed(cost.plan.num_ranks)
+        self._most = graphed_by(cost.plan) if cost.machine.device.kind == "cuda" else 0
         self._launching = cost.model.num_layers * cost.machine.device.prompt_layer_s
         self._seen: Counter[tuple[int, int]] = Counter()
 
     def seconds(self, step: Step) -> float:
         """Of the next step."""
         seconds, prompts = self._steps.seconds(step), step.chunks[step.num_decodes :]
-        if not prompts or not self._graphs:
+        if not prompts:
             return seconds
         form = graph_form(sum(chunk.num_tokens for chunk in prompts), len(prompts), self._most)
         if form is None:

@@ -23,7 +23,7 @@ from flexmoe.planner.lookup import Lookup
 from flexmoe.planner.memory import MemoryUse, memory_use
 from flexmoe.planner.operations import BITS, Operation
 from flexmoe.planner.routing import Load, Routing, expert_loads
-from flexmoe.scheduling.prompt_forms import graph_form, most_graphed
+from flexmoe.scheduling.prompt_forms import graph_form, graphed_by
 
 TERMS = (
     "attention projections", "attention", "router", "experts", "dense", "head", "all-reduce", "all-to-all",
@@ -192,8 +192,7 @@ class CostModel:
     def _launching(self, each: _Pass) -> float:
         """Seconds in which the host launches the pass while the GPU computes; 0 of a graph, and on a CPU."""
         device, parts = self.machine.device, len(each.chunks) + each.decodes
-        most = 0 if self.plan.moves_tokens else most_graphed(self.plan.num_ranks)
-        graphed = graph_form(each.rows, parts, most) is not None
+        graphed = graph_form(each.rows, parts, graphed_by(self.plan)) is not None
         if self.machine.is_shared or each.path == "fused" or (each.path == "prompts" and graphed):
             return 0.0
         if each.path == "torch":

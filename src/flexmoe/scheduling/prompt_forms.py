@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from flexmoe.config.plan import ParallelPlan
+
 MOST_GRAPHED = 2048  # tokens of a step that is a graph
 MOST_ON_RANKS = 8192  # the same where ranks share the work: that leaves each less time, and its host as much to launch
 MOST_CHUNKS = 64
@@ -17,6 +19,11 @@ _STEPS = ((128, 16), (512, 64), (1024, 128), (MOST_GRAPHED, 256), (4096, 512), (
 def most_graphed(num_ranks: int) -> int:
     """Tokens of a step that is a graph, at most, where so many ranks compute it."""
     return MOST_GRAPHED if num_ranks == 1 else MOST_ON_RANKS
+
+
+def graphed_by(plan: ParallelPlan) -> int:
+    """Tokens of a step of the plan's ranks that is a graph, at most; 0 where tokens travel: those take none."""
+    return 0 if plan.moves_tokens else most_graphed(plan.num_ranks)
 
 
 def graph_form(tokens: int, chunks: int, most: int = MOST_GRAPHED) -> tuple[int, int] | None:
