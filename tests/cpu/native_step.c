@@ -84,7 +84,7 @@ static void run_format(int format) {
     state = 7;
     Layer layers[2] = {layer_of(format, half), layer_of(format, half)};
     Model m = {half, HIDDEN, 2, matrix(VOCAB, HIDDEN, 1, format), numbers(HIDDEN, half, 1.0f, 0.2f),
-               matrix(VOCAB, HIDDEN, 1, format), numbers(DIM / 2, 0, 0.5f, 0.3f), 1.0f, 1e-5f, layers};
+               matrix(VOCAB, HIDDEN, 1, format), {0}, numbers(DIM / 2, 0, 0.5f, 0.3f), 1.0f, 1e-5f, layers};
     Pool *pools[2] = {fm_pool(1), fm_pool(3)};
     for (int prompts = 0; prompts < 2; prompts++) {
         int64_t rows = prompts ? LENGTH : MOST;

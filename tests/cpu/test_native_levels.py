@@ -74,7 +74,7 @@ def test_levels_differ_by_rounding_only(dtype: torch.dtype) -> None:
     [
         ("portable", r"%[yz]mm|\bv[a-z]+ .*%xmm"),
         ("avx2", r"%zmm|%[xy]mm(1[6-9]|[23]\d)|\{%k"),
-        ("avx512", r"\bv(dpbf16|cvtne)"),
+        ("avx512", r"\bv(dpbf16|cvtne|pdpb)"),
     ],
 )
 def test_no_level_has_instructions_beyond_its_own(name: str, beyond: str) -> None:
@@ -96,7 +96,8 @@ def test_no_level_has_instructions_beyond_its_own(name: str, beyond: str) -> Non
         ("x86_64", levels._AVX2, "avx2"),
         ("x86_64", {*levels._AVX2, *levels._AVX512} - {"avx512vl"}, "avx2"),
         ("x86_64", {*levels._AVX2, *levels._AVX512, "amx_tile"}, "avx512"),
-        ("x86_64", {*levels._AVX2, *levels._AVX512, "avx512_bf16"}, "avx512_bf16"),
+        ("x86_64", {*levels._AVX2, *levels._AVX512, "avx512_bf16"}, "avx512"),
+        ("x86_64", {*levels._AVX2, *levels._AVX512, "avx512_vnni", "avx512_bf16"}, "avx512_bf16"),
         ("aarch64", {"fp", "asimd"}, "neon"),
         ("arm64", set(), "neon"),
         ("riscv64", set(), "portable"),

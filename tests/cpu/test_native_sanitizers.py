@@ -24,11 +24,14 @@ assert library.load().library, library.load().reason
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", chosen, *files]))
 """
 # What is run, by files and words of their tests. Not what needs transformers: its import takes half a minute here.
-_EVERY_SIZE = ["test_native_invariance.py", "test_native_decode.py", "test_native_prompts.py"]
+_EVERY_SIZE = ["test_native_invariance.py", "test_native_decode.py", "test_native_prompts.py", "test_native_screen.py"]
 CASES = {
-    "address,undefined": ("not family and not again and not torch", _EVERY_SIZE),
+    "address,undefined": ("not family and not again and not torch and not each_level and not engine", _EVERY_SIZE),
     "address,undefined: few bits": ("in_c_as_with or alone", ["test_quantization.py"]),
-    "thread": ("alone and (dtype0 or odd-None)", ["test_native_invariance.py", "test_native_prompts.py"]),
+    "thread": (
+        "alone and (dtype0 or odd-None) or any_number",
+        ["test_native_invariance.py", "test_native_prompts.py", "test_native_screen.py"],
+    ),
 }
 RUNTIMES = {"address,undefined": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
 

@@ -143,7 +143,7 @@ def by_c_with_stages(model: Decoder, requests: Sequence[Request], cache: KVCache
 
 
 @torch.inference_mode()
-def by_c(model: Decoder, requests: Sequence[Request], cache: KVCache) -> Tensor:
-    """The logits [T, V] of one decode step in a single call of the C kernels."""
+def by_c(model: Decoder, requests: Sequence[Request], cache: KVCache, *, best: bool = False) -> Tensor:
+    """The logits [T, V] of one decode step in a single call of the C kernels; best: where only the largest matter."""
     assert model.native is not None
-    return model.native(build_paged_rows(decode_step(requests), cache.block_size), cache)
+    return model.native(build_paged_rows(decode_step(requests), cache.block_size), cache, best=best)

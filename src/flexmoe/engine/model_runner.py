@@ -232,7 +232,8 @@ class ModelRunner:
         self, native: NativeDecoder, step: Step, states: Sequence[SamplingState], probe: Probe | None
     ) -> SampleOutput:
         with self._torch_threads_out():
-            logits = native(build_paged_rows(step, self.cache.block_size), self.cache, probe)
+            greedy = all(state.plain_greedy for state in states)
+            logits = native(build_paged_rows(step, self.cache.block_size), self.cache, probe, best=greedy)
             return self._sampler.sample(logits, states)
 
     @contextmanager

@@ -22,7 +22,7 @@ from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import Rotary, inverse_frequencies
-from flexmoe.models.native import NativeDecoder, layer_weights, most_rows, takes_prompts, weight_of
+from flexmoe.models.native import NativeDecoder, layer_weights, most_rows, screen_of, takes_prompts, weight_of
 from flexmoe.models.quantized import bits_of
 from flexmoe.moe.block import MoEBlock
 from flexmoe.moe.experts.weights import ExpertWeights
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         head = embedding if self.lm_head is None else weight_of(self.lm_head)
         frequencies, scale = inverse_frequencies(self.config.attention.rope)
         norm = self.norm.weight.data
-        return OuterWeights(embedding, head, norm, self.norm.eps, frequencies, scale)
+        return OuterWeights(embedding, head, norm, self.norm.eps, frequencies, scale, screen_of(head))
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, H] after the final norm; writes the rows' keys and values into the cache.

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.cpu import levels, library
 from flexmoe.kernels.cpu.decode import Activations, DecodeModel, LayerWeights, OuterWeights, PagedRows, Part, supports
-from flexmoe.kernels.quantize import Weights
+from flexmoe.kernels.cpu.screen import Screen
+from flexmoe.kernels.quantize import QuantizedMatrix, Weights
 from flexmoe.layers.attention import Attention
 from flexmoe.layers.embedding import Embedding
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
+from flexmoe.layers.large_pages import move_to_large_pages
 from flexmoe.layers.linear import Linear
 from flexmoe.layers.mlp import GatedMLP
 from flexmoe.layers.norm import RMSNorm
@@ -82,15 +84,21 @@ class NativeDecoder:
     ) -> None:  # fmt: skip
         self.max_rows, self.prompts = max_rows, prompts
         self._model = DecodeModel(layers, outer, threads, isa)
+        self._screened = outer.screen is not None
         self._moe_layers = ["router" in layer.tensors for layer in layers]
         self._cache: KVCache | None = None
 
-    def __call__(self, rows: PagedRows, cache: KVCache, probe: Probe | None = None) -> Tensor:
-        """Logits fp32 [N, V] of the rows that sample; writes all rows' keys and values into the cache."""
+    def __call__(self, rows: PagedRows, cache: KVCache, probe: Probe | None = None, *, best: bool = False) -> Tensor:
+        """Logits fp32 [N, V] of the rows that sample; writes all rows' keys and values into the cache.
+
+        best: only the largest logit of each row is wanted; others may be -inf. Of prompts, whose activations are
+        rounded, all are computed.
+        """
         self._bind(cache)
         out = self._model.activations(rows)
         if probe is None:
-            self._model.run(rows, out)
+            screened = best and self._screened and not rows.prompts
+            self._model.run(rows, out, Part.GREEDY if screened else Part.ALL)
         else:
             self._run_probed(rows, out, probe)
         return out.logits
@@ -171,6 +179,15 @@ def _add_experts(weights: LayerWeights, moe: MoEBlock) -> None:
 def _add_dense(weights: LayerWeights, mlp: GatedMLP) -> None:
     weights.linears.update(dense_gate_up=_linear(mlp.gate_up), dense_down=_linear(mlp.down))
     weights.numbers["dense_width"] = weights.linears["dense_down"][0].shape[1]
+
+
+def screen_of(head: Weights) -> Screen | None:
+    """The head's screen, which adds half its bytes; None if it is in few bits itself."""
+    if isinstance(head, QuantizedMatrix):
+        return None
+    screen = Screen.empty(*head.shape)
+    move_to_large_pages(screen.tensors())
+    return screen.fill(head)
 
 
 def _linear(linear: Linear | nn.Module) -> tuple[Weights, Tensor | None]:

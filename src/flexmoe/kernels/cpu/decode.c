@@ -12,6 +12,7 @@
 #define _GNU_SOURCE
 #include "attention.h"
 #include "feed_forward.h"
+#include "screen.h"
 
 typedef struct {
     const Model *model;
@@ -36,6 +37,16 @@ static void start_rows(const Model *m, const Step *s, const Buffers *b, Seat *se
     barrier(seat);
 }
 
+/* Last norm and logits of the rows that sample. */
+static void head(const Model *m, const Step *s, const Buffers *b, Seat *seat) {
+    float *normed = b->own + seat->id * b->own_size;
+    Room room = room_of(b, seat);
+    for (int64_t i = 0; i < s->num_samples; i++)
+        rms_norm(s->x + s->samples[i] * m->hidden, m->norm, m->hidden, m->eps, (int)m->half, normed + i * m->hidden);
+    if (s->parts & BEST) screened_head(m, s, b, normed, seat);
+    else linear(&m->head, normed, s->logits, s->num_samples, 0, m->half, &room, seat);
+}
+
 static void run_step(void *argument, Seat *seat) {
     Call *call = argument;
     const Model *m = call->model;
@@ -44,16 +55,10 @@ static void run_step(void *argument, Seat *seat) {
     start_rows(m, s, b, seat);
     for (int64_t i = s->first; i < s->last; i++) {
         if (s->parts & ATTEND) attention(&m->layers[i], s, b, seat);
-        const Linear *next = i + 1 < m->num_layers ? &m->layers[i + 1].qkv : &m->head;
+        const Linear *next = i + 1 < m->num_layers ? &m->layers[i + 1].qkv : s->parts & HEAD ? &m->head : NULL;
         if (s->parts & FEED) feed_forward(&m->layers[i], s, b, next, seat);
     }
-    if (s->parts & HEAD) {
-        float *normed = b->own + seat->id * b->own_size;
-        Room room = room_of(b, seat);
-        for (int64_t i = 0; i < s->num_samples; i++)
-            rms_norm(s->x + s->samples[i] * m->hidden, m->norm, m->hidden, m->eps, (int)m->half, normed + i * m->hidden);
-        linear(&m->head, normed, s->logits, s->num_samples, 0, m->half, &room, seat);
-    }
+    if (s->parts & (HEAD | BEST)) head(m, s, b, seat);
 }
 
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -82,6 +87,10 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     TAKE(dense_hidden, float, s->rows * 3 * dense_);
     TAKE(gate, float, s->rows);
     TAKE(slots, int64_t, s->rows * top_k);
+    int64_t screened = s->parts & BEST ? s->num_samples * threads : 0;
+    TAKE(coded, Coded, screened);
+    TAKE(codes, uint8_t, screened * m->screen.stride);
+    TAKE(least, float, screened);
     TAKE(first, int32_t, slots + 1);
     TAKE(assignment, int32_t, s->rows * top_k);
     b->scores = (larger(larger(s->rows, s->num_samples) * m->hidden, m->layers->head_dim) + 15) / 16 * 16;

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexmoe.errors import EngineError
 from flexmoe.kernels.cpu import library
+from flexmoe.kernels.cpu.screen import Screen
 from flexmoe.kernels.quantize import QuantizedMatrix, Weights
 
 _I64, _F32, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -50,12 +51,20 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Screen(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("codes", "scales", "slack", "lengths", "shifts")),
+        ("stride", _I64),
+    )
+
+
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, _I64) for name in ("half", "hidden", "num_layers")),
         ("embedding", _Linear),
         ("norm", _POINTER),
         ("head", _Linear),
+        ("screen", _Screen),
         ("frequencies", _POINTER),
         *((name, _F32) for name in ("rotary_scale", "eps")),
         ("layers", ctypes.POINTER(_Layer)),
@@ -72,13 +81,18 @@ class _Step(ctypes.Structure):
 
 
 class Part(IntFlag):
-    """What a call of `DecodeModel.run` computes, in this order."""
+    """What a call of `DecodeModel.run` computes, in this order.
+
+    BEST in place of HEAD: each row's largest logit, and -inf for any that is certainly smaller; needs a screen.
+    """
 
     EMBED = 1
     ATTEND = 2
     FEED = 4
     HEAD = 8
+    BEST = 16
     ALL = 15
+    GREEDY = 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +110,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class OuterWeights:
-    """What stands around the layers: embedding and head [V, H], the last norm [H], rotary frequencies fp32 [R / 2]."""
+    """What stands around the layers: embedding and head [V, H], the last norm [H], rotary frequencies fp32 [R / 2].
+
+    screen: of the head, for Part.BEST.
+    """
 
     embedding: Weights
     head: Weights
@@ -104,6 +121,7 @@ class OuterWeights:
     eps: float
     frequencies: Tensor
     rotary_scale: float
+    screen: Screen | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +198,8 @@ class DecodeModel:
         self._vocab, self._hidden = outer.head.shape
         self._top_k = max((int(layer.numbers.get("top_k", 0)) for layer in layers), default=0)
         self._model = _Model(
-            half, self._hidden, len(layers), _as_linear(outer.embedding), _address(outer.norm),
-            _as_linear(outer.head), _address(outer.frequencies),
-            outer.rotary_scale, outer.eps, self._layers,
+            half, self._hidden, len(layers), _as_linear(outer.embedding), _address(outer.norm), _as_linear(outer.head),
+            _as_screen(outer.screen), _address(outer.frequencies), outer.rotary_scale, outer.eps, self._layers,
         )  # fmt: skip
 
     @property
@@ -200,6 +217,7 @@ class DecodeModel:
 
     def run(self, rows: PagedRows, out: Activations, parts: Part = Part.ALL, layer: int | None = None) -> None:
         """Compute `parts` of a step, of all layers or of one, into `out`; writes the rows' keys and values."""
+        assert Part.BEST not in parts or self._model.screen.codes, "there is no screen"
         count, width = rows.tables.shape
         first, last = (0, self.num_layers) if layer is None else (layer, layer + 1)
         step = _Step(
@@ -228,6 +246,10 @@ def _as_struct(layer: LayerWeights, half: int) -> _Layer:
     for name, (weight, bias) in layer.linears.items():
         setattr(struct, name, _as_linear(weight, bias))
     return struct
+
+
+def _as_screen(screen: Screen | None) -> _Screen:
+    return _Screen() if screen is None else _Screen(*map(_address, screen.tensors()), screen.codes.shape[1])
 
 
 def _as_linear(weight: Weights, bias: Tensor | None = None) -> _Linear:

@@ -30,8 +30,8 @@ LEVELS: dict[str, tuple[Level, ...]] = {
     "x86_64": (
         Level(
             _BF16,
-            frozenset((*_AVX2, *_AVX512, _BF16)),
-            (*(f"-m{name}" for name in _AVX2 + _AVX512), "-mavx512bf16"),
+            frozenset((*_AVX2, *_AVX512, "avx512_vnni", _BF16)),  # all that have bf16 units have those for bytes
+            (*(f"-m{name}" for name in _AVX2 + _AVX512), "-mavx512vnni", "-mavx512bf16"),
         ),
         Level("avx512", frozenset(_AVX2 + _AVX512), tuple(f"-m{name}" for name in _AVX2 + _AVX512)),
         Level("avx2", frozenset(_AVX2), tuple(f"-m{name}" for name in _AVX2)),

@@ -28,12 +28,23 @@ typedef struct {
     void *cache;                 /* [slots, 2, Hkv, D] */
 } Layer;
 
+/* Which tokens can be the most likely: a head in codes of 8 bits with bounds. screen.h tells how. */
+typedef struct {
+    const int8_t *codes;  /* [V, stride]: stride is H filled up with zeros to whole cache lines */
+    const float *scales;  /* [V] what a code of a row counts */
+    const float *slack;   /* [V] the length of what the codes leave out of a row, and rounding */
+    const float *lengths; /* [V] of a row of codes */
+    const int32_t *shifts; /* [V] 128 times the sum of a row's codes */
+    int64_t stride;
+} Screen;
+
 /* What stands around the layers. */
 typedef struct {
     int64_t half, hidden, num_layers;
     Linear embedding;         /* [V, H] */
     const void *norm;         /* [H] */
     Linear head;              /* [V, H] */
+    Screen screen;            /* of the head, or NULL */
     const float *frequencies; /* [R / 2] radians a position */
     float rotary_scale, eps;
     const Layer *layers;
@@ -53,14 +64,18 @@ typedef struct {
     int64_t *topk_ids;             /* [T, K] out: logical experts of the last layer run */
     float *topk_weights;           /* [T, K] out */
     int64_t first, last;           /* layers to run */
-    int64_t parts;                 /* sum of EMBED, ATTEND, FEED, HEAD */
+    int64_t parts;                 /* sum of EMBED, ATTEND, FEED and one of HEAD and BEST */
 } Step;
 
-enum { EMBED = 1, ATTEND = 2, FEED = 4, HEAD = 8 };
+/* BEST: of the logits only the largest, the others at least not larger. */
+enum { EMBED = 1, ATTEND = 2, FEED = 4, HEAD = 8, BEST = 16 };
 
 /* Buffers of one call, laid out in the pool's scratch memory. */
 typedef struct {
     float *angles, *qkv, *attended, *logits, *weights, *hidden, *dense_hidden, *gate;
+    struct Coded *coded;         /* [threads, N] screen.h's, of the rows that sample */
+    uint8_t *codes;              /* [threads, N, stride] */
+    float *least;                /* [N, threads] */
     int64_t *slots;              /* [T, K] */
     int32_t *first, *assignment; /* [S + 1], [T * K]: assignments sorted by slot, ties by token */
     float *own;                  /* per thread: normed rows [T, H] or a head, then scores of some queries */

@@ -49,8 +49,9 @@ INLINE void ask_rows(const Linear *l, int64_t from, int64_t to) {
 
 INLINE void ask(const Linear *l, Seat *seat) {
     int64_t from, to;
+    if (!l || !l->weight) return;
     share(seat, l->n, ROWS, &from, &to);
-    if (l->weight) ask_rows(l, from, to);
+    ask_rows(l, from, to);
 }
 
 typedef int32_t regi __attribute__((vector_size(4 * WIDTH)));

@@ -23,6 +23,7 @@
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t v16u __attribute__((vector_size(64)));
+typedef int32_t v16i __attribute__((vector_size(64)));
 typedef uint16_t v16h __attribute__((vector_size(32)));
 
 /* Inner loops keep 16 lanes in registers of the processor's own width: compilers put wider vectors into memory. */
@@ -100,7 +101,6 @@ INLINE void store1(void *p, int64_t i, float value, int half) {
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-typedef int32_t v16i __attribute__((vector_size(64)));
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (v16i){__VA_ARGS__})
 #endif
 #define FOLD_HALVES(a, b) (SHUFFLE(a, b, HALVES_LOW) + SHUFFLE(a, b, HALVES_HIGH))
@@ -108,20 +108,21 @@ typedef int32_t v16i __attribute__((vector_size(64)));
 #define FOLD_TWOS(a, b) (SHUFFLE(a, b, TWOS_LOW) + SHUFFLE(a, b, TWOS_HIGH))
 #define FOLD_ONES(a, b) (SHUFFLE(a, b, ONES_LOW) + SHUFFLE(a, b, ONES_HIGH))
 
-/* The sums over the lanes of v[0..3], in the first four lanes. */
-INLINE v16 sum_lanes4(const v16 *v) {
-    v16 all = FOLD_FOURS(FOLD_HALVES(v[0], v[1]), FOLD_HALVES(v[2], v[3]));
-    v16 twos = FOLD_TWOS(all, all);
-    return FOLD_ONES(twos, twos);
-}
-
-/* The sums over the lanes of v[0..15], one a lane. */
-INLINE v16 sum_lanes16(const v16 *v) {
-    v16 fours[4];
-    for (int i = 0; i < 4; i++)
-        fours[i] = FOLD_FOURS(FOLD_HALVES(v[4 * i], v[4 * i + 1]), FOLD_HALVES(v[4 * i + 2], v[4 * i + 3]));
-    return FOLD_ONES(FOLD_TWOS(fours[0], fours[1]), FOLD_TWOS(fours[2], fours[3]));
-}
+/* The sums over the lanes of v[0..3], in the first four lanes, and of v[0..15], one a lane; of floats, and of integers. */
+#define SUM_LANES(type, four, sixteen) \
+    INLINE type four(const type *v) { \
+        type all = FOLD_FOURS(FOLD_HALVES(v[0], v[1]), FOLD_HALVES(v[2], v[3])); \
+        type twos = FOLD_TWOS(all, all); \
+        return FOLD_ONES(twos, twos); \
+    } \
+    INLINE type sixteen(const type *v) { \
+        type fours[4]; \
+        for (int i = 0; i < 4; i++) \
+            fours[i] = FOLD_FOURS(FOLD_HALVES(v[4 * i], v[4 * i + 1]), FOLD_HALVES(v[4 * i + 2], v[4 * i + 3])); \
+        return FOLD_ONES(FOLD_TWOS(fours[0], fours[1]), FOLD_TWOS(fours[2], fours[3])); \
+    }
+SUM_LANES(v16, sum_lanes4, sum_lanes16)
+SUM_LANES(v16i, sum_integers4, sum_integers16)
 
 INLINE float sum16(v16 v) {
     v16 four[4] = {v, v, v, v};
