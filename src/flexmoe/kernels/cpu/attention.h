@@ -1,7 +1,7 @@
 /* Attention of one layer: norm, projections, rotation, cache write, softmax over the keys, projection back. */
 #ifndef FLEXMOE_ATTENTION_H
 #define FLEXMOE_ATTENTION_H
-#include "products.h"
+#include "prompt_attention.h"
 
 /* Rotate `size` leading values of a head. angles: cos of the first half of the dimensions, then sin. */
 static void rotate(float *head, const float *angles, int64_t size, float *copy) {
@@ -32,18 +32,11 @@ static void prepare_heads(const Layer *l, const Buffers *b, int64_t t, float *ro
     }
 }
 
-/* Keys [from, to) of one sequence, block by block: `first` is the cache slot of the run's first key. */
-typedef struct {
-    int64_t key, stop, slot;
-} Run;
-
-INLINE Run next_run(const Step *s, const int32_t *table, int64_t key, int64_t to) {
-    int64_t block = key / s->block_size, start = block * s->block_size, stop = start + s->block_size;
-    return (Run){key, stop < to ? stop : to, (int64_t)table[block] * s->block_size + key - start};
-}
-
 /* Keys of one head are far apart, too far for the processor to foresee: ask for those to come, and for the values. */
 enum { AHEAD = 8 };
+
+/* Blocks of a prompt's rows for each thread, at least: the last of them leave others waiting. */
+enum { BLOCKS_A_THREAD = 8 };
 
 /* Queries that share the loads of keys and values, as many as there are registers for. */
 enum { QUERIES = WIDTH == 16 ? 4 : 2 };
@@ -159,12 +152,6 @@ INLINE void write_key(const Layer *l, const Step *s, const Buffers *b, int64_t t
     }
 }
 
-/* The keys [from, to) that row t sees. */
-INLINE Run seen(const Layer *l, const Step *s, int64_t t) {
-    int64_t to = s->lengths[t];
-    return (Run){l->window > 0 && to > l->window ? to - l->window : 0, to, 0};
-}
-
 /* `queries` rows of one sequence from t on, and one key head, whose keys are written: attend with the query heads that
  * share it. Keys that all rows see are loaded for all at once, the others for each; every row adds up in its keys' order. */
 INLINE void attend(const Layer *l, const Step *s, const Buffers *b, int64_t t, int64_t g, int queries, int half,
@@ -202,13 +189,19 @@ INLINE void attend(const Layer *l, const Step *s, const Buffers *b, int64_t t, i
 
 /* Whether QUERIES rows from t on follow each other in one sequence and see keys in common. */
 INLINE int together(const Layer *l, const Step *s, int64_t t) {
-    if (t + QUERIES > s->rows || seen(l, s, t + QUERIES - 1).key >= s->lengths[t]) return 0;
-    for (int64_t n = 1; n < QUERIES; n++) {
-        const int32_t *table = s->tables + (t + n) * s->table_width;
-        if (s->lengths[t + n] != s->lengths[t] + n || memcmp(table, table - s->table_width, s->table_width * sizeof *table))
-            return 0;
+    return following(s, t, QUERIES) == QUERIES && seen(l, s, t + QUERIES - 1).key < s->lengths[t];
+}
+
+/* Rows of a prompt whose keys are written, in blocks: with as many blocks as keep all threads busy. */
+static void attend_blocks(const Layer *l, const Step *s, const Buffers *b, Seat *seat) {
+    int64_t kv = l->num_kv_heads, threads = seat->pool->threads, most = block_rows(l->num_heads / kv), item = 0;
+    uint16_t *room = b->blocks + seat->id * b->block_size;
+    while (most > 1 && s->rows * kv < most * threads * BLOCKS_A_THREAD) most /= 2;
+    for (int64_t t = 0, rows; t < s->rows; t += rows) {
+        rows = following(s, t, most);
+        for (int64_t g = 0; g < kv; g++)
+            if (item++ % threads == seat->id) attend_block(l, s, b, t, rows, g, room);
     }
-    return 1;
 }
 
 /* The pairs of rows and key heads in turns: later rows of a prompt see more keys, and so take longer. */
@@ -220,6 +213,10 @@ INLINE void attend_rows(const Layer *l, const Step *s, const Buffers *b, int hal
     }
     if (!s->prompts) return;
     barrier(seat);
+    if (half && b->columns) {
+        attend_blocks(l, s, b, seat);
+        return;
+    }
     for (int64_t t = 0, queries; t < s->rows; t += queries) {
         queries = together(l, s, t) ? QUERIES : 1;
         for (int64_t g = 0; g < kv; g++) {

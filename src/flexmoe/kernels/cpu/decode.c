@@ -101,6 +101,8 @@ static size_t lay_out(const Model *m, const Step *s, int threads, float *base, B
     b->widened_size = 2 * ROWS * stride(deepest);
     TAKE(tiles, uint16_t, b->tile_size * threads);
     TAKE(widened, uint16_t, b->widened_size * threads);
+    b->block_size = b->columns ? (block_size(m->layers) + 31) / 32 * 32 : 0;
+    TAKE(blocks, uint16_t, b->block_size * threads);
 #undef TAKE
     return used;
 }

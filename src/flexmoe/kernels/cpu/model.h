@@ -82,6 +82,8 @@ typedef struct {
     int64_t own_size, scores, score_size; /* floats per thread; where the scores begin in them; those of a query */
     uint16_t *tiles, *widened;   /* per thread: what products.h calls a Room */
     int64_t tile_size, widened_size;
+    uint16_t *blocks;            /* per thread: what prompt_attention.h calls a Block */
+    int64_t block_size;
     int columns; /* whether bf16 units take activations in columns, see columns.h */
 } Buffers;
 #endif
