@@ -94,7 +94,11 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 @click.option("--timeout", type=_above_zero, default=600, show_default=True, help="Seconds for an answer.")
 @click.option("--slo-ttft-ms", type=_above_zero, help="A good answer's first token comes within so many milliseconds.")
 @click.option("--slo-tpot-ms", type=_above_zero, help="Its other tokens take so many each on average, or less.")
-@click.option("--machine", help="What the server runs on, for the floor: a machine file, or a name that `plan` knows.")
+@click.option(
+    "--machine",
+    metavar="NAME|FILE",
+    help="What FlexMoE's server runs on, for the floor of its times: as `flexmoe plan` takes it.",
+)
 @click.option("--out", type=OUTPUT, help="File to append a JSON row to.")
 @click.option("--requests", "requests_out", type=OUTPUT, help="File to append a JSON line for each request to.")
 @debug_option
