@@ -27,7 +27,8 @@ def served(rows: Sequence[Row]) -> Table | None:
     )  # fmt: skip
     about = (
         "Medians, unless a percentile is named. Floor of a token: a step of as many sequences as decoded together on "
-        "average, at least one; of a first token: the average prompt, alone. Both are held against mean times. "
+        "average, at least one; of a first token: the average prompt, alone; experts all as likely. Both stand "
+        "against mean times. "
         f"{dates(found)}"
     )
     return Table("served", "Served over HTTP", header, lines, explained(lines, about))
