@@ -35,7 +35,6 @@ from harness.traffic import Bytes, Choices, formula, imbalance
 from flexmoe import LLM, SamplingParams
 from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.engines import TimedEngine
-from flexmoe.bench.floor import floor
 from flexmoe.bench.hugging_face import HuggingFace
 from flexmoe.bench.latency import first_difference
 from flexmoe.bench.record import append, facts, summary
@@ -47,6 +46,7 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.engine import startup
 from flexmoe.engine.ranks import RankedRunner
 from flexmoe.errors import ConfigError
+from flexmoe.planner.floor import floor, mean_context
 
 Row = dict[str, Any]
 
@@ -224,7 +224,7 @@ class Bench:
         if choices is None:
             return {}
         distinct = [sum(len(step.unique()) for step in steps) / len(steps) for steps in choices.by_layer.values()]
-        context = args.prompt_len + (args.output_len + 1) / 2
+        context = mean_context(args.prompt_len, args.output_len)
         itemsize = getattr(torch, args.dtype).itemsize
         needed = floor(self.subject.config, batch, context, itemsize, distinct).total
         least = 1e3 * needed / self.bandwidth / (plan.num_ranks if args.device == "cuda" else 1)

@@ -27,7 +27,8 @@ HEADER = """# Performance
 
 Every decode step stands beside its floor: the time to read the bytes that it must read, with the experts that were
 really chosen, at the speed at which a plain stream was read on the same device. 100% is the roofline of memory; nothing
-can be faster. Losses are here, too. Figures marked as cited were taken elsewhere and not in the same run.
+can be faster. A star marks percentages of rows that hold no floor: it was computed from what they do hold. Losses are
+here, too. Figures marked as cited were taken elsewhere and not in the same run.
 [How to measure](../benchmarks/README.md); [what was tried and what failed](../benchmarks/LOG.md).
 
 ![Milliseconds a decode step beside the roofline, for three models and four batch sizes](images/latency.svg)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexmoe.bench.floor import expected_distinct, floor
 from flexmoe.config.model import ModelConfig
+from flexmoe.planner.floor import expected_distinct, floor
 from harness.pool import child_environment
 from harness.setups import Load
 

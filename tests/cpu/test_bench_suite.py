@@ -80,6 +80,10 @@ def test_a_suite_with_a_server_of_its_own_and_another_makes_figures(tmp_path: Pa
     assert [row["result"].get("succeeded") for row in rows[3:]] == [8, 8]
     assert rows[1]["result"]["output_tokens"] == 12
     assert rows[1]["result"]["percent_of_floor"] > 0
+    assert rows[3]["result"]["percent_of_floor"] > 0
+    assert rows[3]["result"]["percent_of_first_token_floor"] > 0
+    assert "floor_unknown" not in rows[3]["result"]
+    assert rows[4]["result"]["floor_unknown"] == "unknown model"
     assert {figure.name for figure in figures(read_rows([out]))} >= {"throughput", "profiled", "served"}
     assert "throughput" in first.output
 

@@ -235,6 +235,35 @@ def test_failures_are_told_and_written(tmp_path: Path) -> None:
     assert row["result"]["errors"] == {"HTTP 429": 2}
 
 
+def test_a_row_says_how_near_to_its_floor_a_server_is_or_why_not(tmp_path: Path) -> None:
+    ours = {"data": [MODELS["data"][0] | {"owned_by": "flexmoe"}]}  # type: ignore[index]
+    engine = {"model": "olmoe-1b-7b", "parameters": 6_919_161_856, "device": "cuda:0", "dtype": "bfloat16"}
+    out, words = (
+        tmp_path / "rows.jsonl",
+        ("--num-requests", "3", "--warm-up", "0", "--out", str(tmp_path / "rows.jsonl")),
+    )
+    with FakeServer(models=ours, engine=engine | {"quantization": None}, gap=0.01) as server:
+        known = run("--url", server.url, "--machine", "h200x1", *words)
+        run("--url", server.url, *words)
+    with FakeServer() as server:
+        run("--url", server.url, "--machine", "h200x1", *words)
+    with_floor, no_machine, foreign = map(json.loads, out.read_text().splitlines())
+    assert (with_floor["config"]["machine"], with_floor["result"]["read_gb_s"]) == ("h200x1", 4529.9)
+    found = with_floor["result"]
+    # Three sequences read more than the 0.52 ms of one, less than three times that.
+    assert 0.52 < found["floor_ms"] < 3 * 0.53
+    assert found["percent_of_floor"] == pytest.approx(100 * found["floor_ms"] / found["tpot_ms"]["mean"], rel=0.01)
+    assert found["percent_of_first_token_floor"] < 100
+    assert (
+        f"floor of TPOT with {found['floor_sequences']} sequences at once: {found['floor_ms']:.2f} ms" in known.stdout
+    )
+    assert (no_machine["config"]["machine"], no_machine["result"]["floor_unknown"]) == (None, "unknown machine")
+    assert foreign["result"]["floor_unknown"] == "unknown model"
+    wrong = run("--url", server.url, "--machine", "nowhere")
+    assert wrong.exit_code != 0
+    assert "nowhere" in wrong.output
+
+
 def test_a_row_of_our_own_server_says_what_it_runs_with() -> None:
     ours = {"data": [MODELS["data"][0] | {"owned_by": "flexmoe"}]}  # type: ignore[index]
     with FakeServer(models=ours, engine={"max_num_seqs": 64}) as server:

@@ -21,7 +21,6 @@ import torch
 from flexmoe.bench import hugging_face
 from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.engines import FlexMoE, Prompts, TimedEngine
-from flexmoe.bench.floor import Floor, expected_distinct, floor, prompt_flops
 from flexmoe.bench.hugging_face import HuggingFace
 from flexmoe.bench.peak import matrix_peak
 from flexmoe.bench.record import facts, summary
@@ -30,6 +29,7 @@ from flexmoe.bench.workload import make_prompts
 from flexmoe.config.engine import CacheConfig
 from flexmoe.engine.device import choose_device, set_threads
 from flexmoe.errors import ConfigError
+from flexmoe.planner.floor import Floor, expected_distinct, floor, mean_context, prompt_flops
 from flexmoe.scheduling.roofline import StepTokens
 
 Row = dict[str, Any]
@@ -223,10 +223,10 @@ class _Bench:
         return Timing((total - first) / count, first, tokens)
 
     def _touched(self, batch: int, itemsize: int, distinct: list[float]) -> Touched:
-        """What the average step reads: the first sees the prompt and a token, the last all tokens but one."""
+        """What the average step reads."""
         config = self.subject.config
         expected = expected_distinct(config, batch)
-        context = self.options.prompt_len + (self.options.output_len + 1) / 2
+        context = mean_context(self.options.prompt_len, self.options.output_len)
         needed = floor(config, batch, context, itemsize, distinct or expected)
         return Touched(needed, distinct or expected, counted=len(distinct) == len(expected))
 

@@ -18,7 +18,6 @@ import torch
 
 from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.engines import FlexMoE
-from flexmoe.bench.floor import floor
 from flexmoe.bench.kernel_operations import Kernel, operations_of
 from flexmoe.bench.record import facts
 from flexmoe.bench.subject import Changes, Subject, open_subject
@@ -29,6 +28,7 @@ from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.device import choose_device, set_threads
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError
+from flexmoe.planner.floor import floor
 
 Row = dict[str, Any]
 

@@ -22,7 +22,10 @@ from flexmoe.bench.endpoint import Answer, Endpoint, EndpointOptions, Prepared, 
 from flexmoe.bench.load import LoadOptions, plan, warm_up
 from flexmoe.bench.outcomes import INTERRUPTED, NOT_SENT, Outcome, Row, Slo, result, spread
 from flexmoe.bench.record import facts
+from flexmoe.config.machine import Machine
+from flexmoe.config.model import ModelConfig
 from flexmoe.errors import ConfigError
+from flexmoe.planner.recorded import Speed, served_floor
 
 DEFAULT_CONCURRENCY = 16
 DEFAULT_VOCAB_SIZE = 1000  # where the server does not tell: below what any model has
@@ -33,7 +36,8 @@ _LAG_SECONDS = 0.02
 class ServeOptions:
     """concurrency: requests under way at most; None: 16 in a closed loop, without limit in an open one.
 
-    vocab_size: token ids of prompts are below it; None: what the server tells.
+    vocab_size: token ids of prompts are below it; None: what the server tells. machine: what the server runs on, for
+    the floor of what it does; None: not known, and so neither is the floor.
     """
 
     endpoint: EndpointOptions = field(default_factory=EndpointOptions)
@@ -41,6 +45,7 @@ class ServeOptions:
     slo: Slo = field(default_factory=Slo)
     concurrency: int | None = None
     vocab_size: int | None = None
+    machine: Machine | None = None
 
     @property
     def limit(self) -> int | None:
@@ -86,7 +91,20 @@ async def _measure(options: ServeOptions, notify: Callable[[str], None]) -> Repo
         run = Run(endpoint, options.limit, was_interrupted=run.was_interrupted)
         outcomes = await run.all(requests)
     found = result(outcomes, options.slo) | {"most_running": run.most_running, "client": run.client()}
-    return Report(_row(options, served, vocab_size, found), outcomes, run.was_interrupted)
+    row = _row(options, served, vocab_size, found)
+    return Report(with_floor(row, _speed(options.machine, served)), outcomes, run.was_interrupted)
+
+
+def with_floor(row: Row, speed: Speed | None, config: ModelConfig | None = None) -> Row:
+    """The row, with the floor of what it measured. config: of the model, if what the server calls it says nothing."""
+    measured = {key: value for key, value in row["result"].items() if key != "floor_unknown"}
+    return row | {"result": measured | served_floor(row, speed, config)}
+
+
+def _speed(machine: Machine | None, served: Served) -> Speed | None:
+    if machine is None:
+        return None
+    return Speed(machine.device.read_bandwidth, machine.device.flops(str((served.engine or {}).get("dtype"))))
 
 
 def _vocab_size(options: ServeOptions, served: Served, notify: Callable[[str], None]) -> int:
@@ -255,7 +273,14 @@ def _row(options: ServeOptions, served: Served, vocab_size: int, found: Row) -> 
     }
     params |= {name: getattr(endpoint, name) for name in ("endpoint", "temperature", "ignore_eos", "timeout")}
     params |= {"concurrency": options.limit, "vocab_size": vocab_size}
-    config = {"url": endpoint.base, "version": served.version, "served": served.about, "engine": served.engine}
+    machine = None if options.machine is None else options.machine.name
+    config = {
+        "url": endpoint.base,
+        "machine": machine,
+        "version": served.version,
+        "served": served.about,
+        "engine": served.engine,
+    }
     return {
         "benchmark": "serve",
         "engine": served.about.get("owned_by"),

@@ -13,18 +13,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexmoe.bench import latency, profile, serving, throughput
+from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.endpoint import EndpointOptions
 from flexmoe.bench.hugging_face import import_transformers
 from flexmoe.bench.latency import HF_DEFAULT, OURS, LatencyOptions
 from flexmoe.bench.load import LoadOptions
 from flexmoe.bench.own_server import own_server, why_not
+from flexmoe.bench.peak import matrix_peak
 from flexmoe.bench.profile import ProfileOptions
 from flexmoe.bench.serving import ServeOptions
 from flexmoe.bench.subject import Subject, open_subject
 from flexmoe.bench.throughput import ThroughputOptions
-from flexmoe.engine.device import choose_device
+from flexmoe.engine.device import choose_device, set_threads
 from flexmoe.errors import ConfigError
+from flexmoe.planner.recorded import Speed
 
 Row = dict[str, Any]
 Notify = Callable[[str], None]
@@ -217,4 +222,8 @@ def _serving(options: SuiteOptions, subject: Subject, url: str | None, streams: 
     words += ["--threads", str(options.threads)] if options.threads else []
     with own_server(subject, words) as own:
         asked = replace(asked, endpoint=EndpointOptions(url=own), vocab_size=subject.config.vocab_size)
-        return serving.measure(asked).row | {"engine": OURS}
+        row = serving.measure(asked).row | {"engine": OURS}
+    # Only now, when nobody else computes on this device and its memory is free.
+    set_threads(options.threads)
+    device, dtype = choose_device(options.device), getattr(torch, row["config"]["engine"]["dtype"])
+    return serving.with_floor(row, Speed(read_bandwidth(device), matrix_peak(device, dtype)), subject.config)

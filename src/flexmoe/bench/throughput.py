@@ -16,7 +16,6 @@ from typing import Any
 from flexmoe.bench.bandwidth import read_bandwidth
 from flexmoe.bench.busy import busy_share
 from flexmoe.bench.engines import FlexMoE, Prompts, TimedEngine, greedy
-from flexmoe.bench.floor import expected_distinct, floor
 from flexmoe.bench.hugging_face import HuggingFace, import_transformers
 from flexmoe.bench.latency import HF_DEFAULT, OURS
 from flexmoe.bench.record import facts
@@ -25,6 +24,7 @@ from flexmoe.bench.workload import make_prompts
 from flexmoe.config.engine import MAX_ROWS, CacheConfig
 from flexmoe.engine.device import choose_device, set_threads
 from flexmoe.errors import ConfigError
+from flexmoe.planner.floor import expected_distinct, floor
 
 Row = dict[str, Any]
 

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexmoe.bench.floor import expected_distinct, floor
 from flexmoe.bench.kernel_timer import Launch, Timing, time_launches
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
@@ -26,6 +25,7 @@ from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.models.fused import FusedDecoder
 from flexmoe.models.loader import fill_dummy
+from flexmoe.planner.floor import expected_distinct, floor
 
 # What an operation computes, so that a tile's result can be compared: what attention or the feed-forward adds to the
 # residual stream, the router's logits, and those of the head.

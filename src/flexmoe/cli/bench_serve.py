@@ -94,6 +94,11 @@ def _range(_: click.Context, __: click.Parameter, value: str) -> tuple[int, int]
 @click.option("--timeout", type=_above_zero, default=600, show_default=True, help="Seconds for an answer.")
 @click.option("--slo-ttft-ms", type=_above_zero, help="A good answer's first token comes within so many milliseconds.")
 @click.option("--slo-tpot-ms", type=_above_zero, help="Its other tokens take so many each on average, or less.")
+@click.option(
+    "--machine",
+    metavar="NAME|FILE",
+    help="What FlexMoE's server runs on, for the floor of its times: as `flexmoe plan` takes it.",
+)
 @click.option("--out", type=OUTPUT, help="File to append a JSON row to.")
 @click.option("--requests", "requests_out", type=OUTPUT, help="File to append a JSON line for each request to.")
 @debug_option
@@ -134,6 +139,7 @@ def _options(options: dict[str, Any]) -> ServeOptions:
     from flexmoe.bench.load import LoadOptions
     from flexmoe.bench.outcomes import Slo
     from flexmoe.bench.serving import ServeOptions
+    from flexmoe.config.machine import Machine
 
     options["text"] |= options["endpoint"] == CHAT
     load, endpoint = (
@@ -145,6 +151,7 @@ def _options(options: dict[str, Any]) -> ServeOptions:
         slo=Slo(ttft_ms=options["slo_ttft_ms"], tpot_ms=options["slo_tpot_ms"]),
         concurrency=options["concurrency"],
         vocab_size=options["vocab_size"],
+        machine=None if options["machine"] is None else Machine.load(options["machine"]),
     )
 
 
@@ -209,7 +216,17 @@ def _speeds(result: dict[str, Any]) -> list[str]:
             f"within {' and '.join(limits)}: {result['within_slo']} of {result['requests']} requests, "
             f"{result['goodput_requests_per_s'] or 0:.2f} a second"
         )
-    return lines
+    return lines + _floors(result)
+
+
+def _floors(result: dict[str, Any]) -> list[str]:
+    """How near to the machine's own time, if that is known."""
+    named = {"first_token_floor": "TTFT", "floor": f"TPOT with {result.get('floor_sequences')} sequences at once"}
+    return [
+        f"floor of {what}: {result[f'{name}_ms']:,.2f} ms; {result[f'percent_of_{name}']:.0f}% of it was reached"
+        for name, what in named.items()
+        if f"{name}_ms" in result
+    ]
 
 
 def _doubts(row: dict[str, Any]) -> list[str]:

@@ -168,7 +168,7 @@ class Machine:
         """The machine in a file, or one of `shipped_machines` by its name. Raises ConfigError, in one line."""
         name = str(path)
         if name in shipped_machines():
-            return _read(_SHIPPED.joinpath(f"{name}.json").read_text(encoding="utf-8"), name)
+            return _read(machine_text(name), name)
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
@@ -184,6 +184,11 @@ class Machine:
 def shipped_machines() -> tuple[str, ...]:
     """Names of the machines that come with the package."""
     return tuple(sorted(Path(entry.name).stem for entry in _SHIPPED.iterdir() if entry.name.endswith(".json")))
+
+
+def machine_text(name: str) -> str:
+    """The file of one of `shipped_machines`."""
+    return _SHIPPED.joinpath(f"{name}.json").read_text(encoding="utf-8")
 
 
 def _text(machine: Machine) -> str:

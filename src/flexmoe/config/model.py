@@ -73,9 +73,10 @@ class MoEConfig:
     shared_width: int = 0
     shared_gate: bool = False
 
-    def expected_experts(self, tokens: int) -> float:
+    def expected_experts(self, tokens: float) -> float:
         """How many experts so many tokens are expected to choose, if all are as likely."""
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** tokens)
+        missed: float = (1 - self.top_k / self.num_experts) ** tokens  # by all of them, of each expert
+        return self.num_experts * (1 - missed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexmoe.config.machine import machine_text
 from flexmoe.errors import ConfigError
 
 CITED = Path(__file__).with_name("cited.jsonl")
@@ -16,7 +17,10 @@ DEFAULT_FOLDER = Path("benchmarks/results")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One number of one recorded line. key: its path in the row, e.g. "result.ms"."""
+    """One number of one recorded line. key: its path in the row, e.g. "result.ms".
+
+    line 0: of a machine that comes with the package, whose name `file` is.
+    """
 
     file: str
     line: int
@@ -92,6 +96,8 @@ def newest(rows: Iterable[Row], keys: Sequence[str]) -> list[Row]:
 
 def cell_number(cell: Cell, root: Path) -> float:
     """Read a cell again from its file."""
+    if cell.line == 0:
+        return Row(cell.file, 0, json.loads(machine_text(cell.file))).value(cell.key).number
     path = CITED if cell.file == CITED.name else root / cell.file
     line = path.read_text(encoding="utf-8").splitlines()[cell.line - 1]
     return Row(cell.file, cell.line, json.loads(line)).value(cell.key).number

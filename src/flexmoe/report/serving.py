@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from flexmoe.report.figure import ENGINES, model_name
+from flexmoe.report.floors import explained, served_percents, servers
 from flexmoe.report.rows import Row, newest
-from flexmoe.report.table import Shown, Table, dates, number, percent
+from flexmoe.report.table import Shown, Table, dates, number
 
 _SAME = ("config.engine.device", "engine", "model.name", "params", "note")
-_SHOWN = ("output_tokens_per_s", "ttft_ms.p50", "ttft_ms.p99", "tpot_ms.p50", "itl_ms.p99")
 
 
 def served(rows: Sequence[Row]) -> Table | None:
@@ -19,23 +19,33 @@ def served(rows: Sequence[Row]) -> Table | None:
     found = newest(found, _SAME)
     if not found:
         return None
-    lines = tuple(
-        (
-            Shown(model_name(row, "model.name")),
-            Shown(ENGINES.get(str(row.get("engine")), str(row.get("engine")))),
-            Shown(str(row.get("config.engine.device") or "")),
-            Shown(_load(row)),
-            *(number(row.value(f"result.{key}")) for key in _SHOWN),
-            percent(row, "result.percent_of_floor"),
-        )
-        for row in sorted(found, key=lambda row: str(row.get("model.name")))
-    )
+    machines = servers(rows)
+    lines = tuple(_line(row, machines) for row in sorted(found, key=lambda row: str(row.get("model.name"))))
     header = (
-        "model", "engine", "device", "load", "tokens/s", "first token, ms", "its p99", "a token, ms", "p99 of gaps, ms",
-        "% of floor",
+        "model", "engine", "device", "load", "tokens/s", "first token, ms", "its p99", "its % of floor", "a token, ms",
+        "p99 of gaps, ms", "% of floor",
     )  # fmt: skip
-    about = f"Medians, unless a percentile is named. {dates(found)}"
-    return Table("served", "Served over HTTP", header, lines, about)
+    about = (
+        "Medians, unless a percentile is named. Floor of a token: a step of as many sequences as decoded together on "
+        "average, at least one; of a first token: the average prompt, alone; experts all as likely. Both stand "
+        "against mean times. "
+        f"{dates(found)}"
+    )
+    return Table("served", "Served over HTTP", header, lines, explained(lines, about))
+
+
+def _line(row: Row, machines: Mapping[str, str]) -> tuple[Shown, ...]:
+    first_percent, token_percent = served_percents(row, machines)
+    return (
+        Shown(model_name(row, "model.name")),
+        Shown(ENGINES.get(str(row.get("engine")), str(row.get("engine")))),
+        Shown(str(row.get("config.engine.device") or "")),
+        Shown(_load(row)),
+        *(number(row.value(f"result.{key}")) for key in ("output_tokens_per_s", "ttft_ms.p50", "ttft_ms.p99")),
+        first_percent,
+        *(number(row.value(f"result.{key}")) for key in ("tpot_ms.p50", "itl_ms.p99")),
+        token_percent,
+    )
 
 
 def _load(row: Row) -> str:

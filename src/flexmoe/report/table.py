@@ -58,8 +58,10 @@ def number(value: Value, form: str | None = None) -> Shown:
 
 
 def percent(row: Row, path: str) -> Shown:
-    """The percentage at this path, if it was recorded."""
-    return Shown(MISSING) if row.get(path) is None else number(row.value(path), "{:.0f}")
+    """The percentage at this path, if it was recorded; else why not, if the row says so."""
+    if row.get(path) is None:
+        return Shown(str(row.get("result.floor_unknown") or MISSING))
+    return number(row.value(path), "{:.0f}")
 
 
 def _line(texts: Sequence[str]) -> str:

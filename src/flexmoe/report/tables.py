@@ -1,6 +1,6 @@
 """Tables of the report and of docs/performance.md. Enters: Rows. Leaves: Tables whose numbers are Values.
 
-Each row has the percentage of the floor; where a row was recorded without it, the table says so.
+Each row has the percentage of the floor; where a row was recorded without it, `floors.py` computes it or says why not.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from flexmoe.report.charts import (
     throughput_rows,
 )
 from flexmoe.report.figure import ENGINES, MODELS, model_name, short_device
+from flexmoe.report.floors import explained, slice_percent, step_percent
 from flexmoe.report.prompts import prompt_operations
 from flexmoe.report.rows import Row, newest
 from flexmoe.report.serving import served
 from flexmoe.report.strategies import shares, spread_pairs
-from flexmoe.report.table import MISSING, Shown, Table, dates, number, percent, versions
+from flexmoe.report.table import Shown, Table, dates, number, percent, versions
 
 _LONG_PROMPT = 256  # tokens from which a prompt is one to time
 _LLAMA_METRICS = {
@@ -197,7 +198,7 @@ def spread(rows: Sequence[Row]) -> Table | None:
         "Floor: all GPUs read what a step must together. “Busiest / mean”: choices of the rank that got most of a "
         "step, over the mean. “Sums”: how ranks add up."
     )
-    return Table("spread", "Several GPUs", header, lines, about)
+    return Table("spread", "Several GPUs", header, lines, explained(lines, about))
 
 
 def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
@@ -209,7 +210,7 @@ def _spread_line(row: Row, alone: Row) -> tuple[Shown, ...]:
         Shown(str(row.get("config.ranks")), row.value("config.ranks")),
         Shown(str(row.get("config.strategy"))),
         number(ours),
-        percent(row, "result.percent_of_floor"),
+        step_percent(row, "result.step_ms.median"),
         number(one),
         number(ours.over(one), "{:.2f}"),
         number(row.value("result.imbalance.step"), "{:.2f}"),
@@ -226,11 +227,14 @@ def slices(rows: Sequence[Row]) -> Table | None:
     least = [max((part for part in parts if part[0] == one), key=lambda part: part[1]) for one in ("tensor", "expert")]
     lines = tuple(_slices_line(group, parts, least) for group in found)
     named = [f"{strategy} {degree}, µs" for strategy, degree in parts if degree > 1]
-    header = ("model", "batch", "one rank, µs", *named, *(f"{strategy} {degree} / one" for strategy, degree in least))
+    ratios = (f"{strategy} {degree} / one" for strategy, degree in least)
+    percents = (f"{strategy} {degree}, % of floor" for strategy, degree in least)
+    header = ("model", "batch", "one rank, µs", *named, *ratios, "one rank, % of floor", *percents)
     whole = [group["tensor", 1] for group in found]
     about = f"{versions(whole[0])} {dates(whole)} " + (
         "A rank's router, its slices or experts by grouped kernels, and combine, alone on the GPU: nothing is sent. "
-        "Choices are random; of the expert strategy the rank that got most of them. At best a share of n takes 1 / n."
+        "Choices are random; of the expert strategy the rank that got most of them. At best a share of n takes 1 / n. "
+        "Floor: reading the router and the experts, or their slices, that were chosen, as fast as a plain stream."
     )
     return Table("slices", "A MoE layer in slices", header, lines, about)
 
@@ -246,6 +250,7 @@ def _slices_line(
         Shown(str(whole.get("batch")), whole.value("batch")),
         *(number(times[part]) if part in times else Shown("") for part in parts),
         *(number(times[part].over(times["tensor", 1]), "{:.2f}") if part in times else Shown("") for part in least),
+        *(slice_percent(group[part]) if part in group else Shown("") for part in (("tensor", 1), *least)),
     )
 
 
@@ -262,14 +267,17 @@ def experts(rows: Sequence[Row]) -> Table | None:
             Shown(short_device(str(row.get("device.name")))),
             Shown(str(row.get("model.experts")), row.value("model.experts")),
             number(row.value("result.ms"), "{:g}" if row.is_cited else None),
-            percent(row, "result.percent_of_floor"),
+            step_percent(row, "result.ms"),
             Shown(str(row.get("result.remark") or "")),
         )
         for row in (*cited, *found)
     )
     header = ("engine", "device", "experts", "ms a token", "% of floor", "remark")
     about = f"{versions(found[-1])} {dates(found)}"
-    return Table("experts", "Latency against the number of experts", header, lines, about)
+    if cited:
+        device, speed = short_device(str(cited[0].get("device.name"))), cited[0].get("device.read_gb_s")
+        about += f" Floor of cited rows: at {speed:g} GB/s, as the data sheet of the {device} says; 16 bits assumed."
+    return Table("experts", "Latency against the number of experts", header, lines, explained(lines, about))
 
 
 def cpu(rows: Sequence[Row]) -> Table | None:
@@ -356,7 +364,7 @@ def published(rows: Sequence[Row]) -> Table | None:
             number(row.value("result.ms"), "{:.0f}"),
             Shown(str(row.get("result.peer"))),
             number(row.value("result.peer_ms"), "{:.0f}"),
-            Shown(MISSING),
+            percent(row, "result.percent_of_floor"),
         )
         for row in found
     )

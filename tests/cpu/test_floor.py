@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from flexmoe.bench.floor import expected_distinct, floor, prompt_flops
 from flexmoe.config.model import LayerConfig
 from flexmoe.models.presets import PRESETS
+from flexmoe.planner.floor import expected_distinct, floor, prompt_flops
 from tests.cpu.tiny_decoders import config
 
 # Bytes of weights a step in bf16, GB, and distinct experts under uniform routing; worked out apart from this code.

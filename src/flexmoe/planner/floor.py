@@ -35,13 +35,13 @@ class Floor:
 
 def floor(
     config: ModelConfig,
-    batch: int,
+    batch: float,
     context: float,
     itemsize: int,
     distinct: Sequence[float],
     quantization: str | None = None,
 ) -> Floor:
-    """What a step of `batch` rows must read, each of which sees `context` tokens.
+    """What a step of `batch` rows, on average, must read, each of which sees `context` tokens.
 
     itemsize: bytes of a number. distinct: D of each MoE layer, in order. quantization: of the weights.
     """
@@ -60,6 +60,11 @@ def floor(
     return Floor(round(fixed), round(experts), _kv_bytes(config, batch, context, itemsize))
 
 
+def mean_context(prompt: float, output: float) -> float:
+    """Tokens that the average decode step sees, of `output`: the first sees the prompt and a token, the last all."""
+    return prompt + (output + 1) / 2
+
+
 def prompt_flops(config: ModelConfig, prompts: int, tokens: int) -> float:
     """Multiply-adds, counted twice, of so many prompts of so many tokens each, and one row of logits for each."""
     a, head = config.attention, config.vocab_size * config.hidden_size
@@ -73,7 +78,7 @@ def _pairs(tokens: int, window: int | None) -> int:
     return seen * (seen + 1) // 2 + (tokens - seen) * seen
 
 
-def expected_distinct(config: ModelConfig, batch: int) -> list[float]:
+def expected_distinct(config: ModelConfig, batch: float) -> list[float]:
     """D of each MoE layer: distinct experts that `batch` tokens choose if all choices are equally likely."""
     if config.moe is None:
         return []
@@ -81,7 +86,7 @@ def expected_distinct(config: ModelConfig, batch: int) -> list[float]:
     return [distinct for layer in config.layers if layer.is_moe]
 
 
-def _kv_bytes(config: ModelConfig, batch: int, context: float, itemsize: int) -> int:
+def _kv_bytes(config: ModelConfig, batch: float, context: float, itemsize: int) -> int:
     a = config.attention
     seen = sum(context if layer.window is None else min(context, layer.window) for layer in config.layers)
     return round(batch * seen * 2 * a.num_kv_heads * a.head_dim * itemsize)
