@@ -12,7 +12,7 @@ from torch import Tensor
 
 _LINE = 64  # codes of a cache line
 _LARGEST = 127
-_ROWS = 1024  # looked at together: few enough for the cache
+_TOGETHER = 2**15  # weights looked at together: few enough for the cache, and for torch to call no threads
 _SPLIT = 2**-16  # of an activation, what its two bf16 parts leave out
 _ROUNDING = 2**-24  # of each product and sum in fp32
 _REST = 1.001  # for the rounding of the bounds themselves
@@ -51,8 +51,10 @@ class Screen:
         columns = head.shape[1]
         rounding = _SPLIT + (columns + 1) * _ROUNDING
         self.codes[:, columns:] = 0
-        for start in range(0, len(head), _ROWS):
-            rows, part = slice(start, start + _ROWS), head[start : start + _ROWS].float()
+        count = max(1, _TOGETHER // columns)
+        for start in range(0, len(head), count):
+            rows = slice(start, start + count)
+            part = head[rows].float()
             scales = part.abs().amax(-1) / _LARGEST
             part = part / scales.masked_fill(scales == 0, 1.0)[:, None]  # so that no square is too small
             codes = part.round()
