@@ -12,7 +12,7 @@ from torch import Tensor
 
 _LINE = 64  # codes of a cache line
 _LARGEST = 127
-_TOGETHER = 2**15  # weights looked at together: few enough for the cache, and for torch to call no threads
+_ROWS = 256  # looked at together: few enough for the cache
 _SPLIT = 2**-16  # of an activation, what its two bf16 parts leave out
 _ROUNDING = 2**-24  # of each product and sum in fp32
 _REST = 1.001  # for the rounding of the bounds themselves
@@ -47,13 +47,24 @@ class Screen:
         return [getattr(self, field.name) for field in fields(self)]
 
     def fill(self, head: Tensor) -> Screen:
-        """Take the head's weights [V, H], of any dtype."""
+        """Take the head's weights [V, H], of any dtype.
+
+        In one thread: on a busy machine torch's wait for each other at each of these many small operations.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            self._fill(head)
+        finally:
+            torch.set_num_threads(threads)
+        return self
+
+    def _fill(self, head: Tensor) -> None:
         columns = head.shape[1]
         rounding = _SPLIT + (columns + 1) * _ROUNDING
         self.codes[:, columns:] = 0
-        count = max(1, _TOGETHER // columns)
-        for start in range(0, len(head), count):
-            rows = slice(start, start + count)
+        for start in range(0, len(head), _ROWS):
+            rows = slice(start, start + _ROWS)
             part = head[rows].float()
             scales = part.abs().amax(-1) / _LARGEST
             part = part / scales.masked_fill(scales == 0, 1.0)[:, None]  # so that no square is too small
@@ -63,7 +74,6 @@ class Screen:
             self.scales[rows] = scales
             self.lengths[rows] = _REST * scales * _lengths(codes)
             self.slack[rows] = _REST * scales * (_lengths(part - codes) + rounding * _lengths(part))
-        return self
 
 
 def _lengths(rows: Tensor) -> Tensor:
