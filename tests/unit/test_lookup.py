@@ -118,6 +118,19 @@ def test_prompts_take_products_and_experts_as_torch_does_where_only_that_was_mea
     assert lookup.estimate("prompts", Operation("router", 512, (8, 4096, 2))).extrapolated
 
 
+def test_a_head_is_priced_as_a_product_where_it_was_not_measured_itself() -> None:
+    shape = (32000, 1024)
+    (product,) = measured(lambda _: 2.0, Operation("linear", 8, shape))
+    (own,) = measured(lambda _: 0.6, Operation("head", 8, shape))
+    head = Operation("head", 8, shape)
+    for path in ("fused", "prompts", "torch"):
+        lookup = Lookup(replace(MACHINE, samples=(replace(product, op=f"{path}.linear"),)), "bfloat16")
+        assert lookup.estimate(path, head).seconds == pytest.approx(2 * least(head))
+    assert Lookup(replace(MACHINE, samples=(product, own)), "bfloat16").estimate(
+        "fused", head
+    ).seconds == pytest.approx(0.6 * least(head))
+
+
 def test_far_ones_and_unknown_ones_say_so() -> None:
     near = Operation("linear", 16, (4096, 4096))
     lookup = Lookup(replace(MACHINE, samples=measured(lambda _: 1.5, near)), "bfloat16")

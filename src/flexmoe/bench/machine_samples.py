@@ -101,7 +101,7 @@ def native_samples(layers: NativeLayers, rows: int, context: int) -> list[Sample
     routed = took["feed"] * moe.num_experts * hidden / (moe.num_experts * hidden + 3 * math.prod(experts))
     parts = [
         ("linear", rows, qkv, share * math.prod(qkv)), ("linear", rows, out, share * math.prod(out)),
-        ("linear", rows, (config.vocab_size, hidden), took["head"]),
+        ("head", rows, (config.vocab_size, hidden), took["head"]),
         ("attention", rows, (context, a.num_heads, a.num_kv_heads, a.head_dim), took["attention"]),
         ("router", rows, (moe.num_experts, hidden, moe.top_k), routed),
         ("experts", rows * moe.top_k, experts, took["feed"] - routed),

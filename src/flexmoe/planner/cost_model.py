@@ -267,9 +267,7 @@ class CostModel:
         """Embedding, head, the logits' way to whom samples, and from stage to stage."""
         plan, hidden, last = self.plan, self.model.hidden_size, self._stages[-1]
         cost = (
-            self._price(path, "head", Operation("linear", sampled, (last.vocabulary, hidden)))
-            if sampled
-            else StepCost()
+            self._price(path, "head", Operation("head", sampled, (last.vocabulary, hidden))) if sampled else StepCost()
         )
         cost = cost.plus(self._all_reduce(path, self._stages[0].groups["tp"], rows * hidden))
         group = last.groups["tp"]

@@ -17,13 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from flexmoe.config.machine import DeviceSpec, Machine, Sample
-from flexmoe.planner.operations import Operation, outlay, roofline
+from flexmoe.planner.operations import PATHS, Operation, outlay, roofline
 
 Array = npt.NDArray[np.float64]
 
 _GUESS = 1.25
 _FAR = math.log(8)  # of a size from that of the nearest sample
-_ALIKE = {"prompts.linear": "torch.linear", "prompts.experts": "torch.experts"}  # the same kernels on a GPU
+# What tells of an operation that was not measured itself: the same kernels.
+_ALIKE = {
+    "prompts.linear": ("torch.linear",), "prompts.experts": ("torch.experts",),
+    **{f"{path}.head": (f"{path}.linear", "torch.linear") for path in PATHS},
+}  # fmt: skip
 # How ratios of an operation differ, as standard deviations of their logarithms; all operations and machines are alike.
 _LEVEL = 10.0  # all of them together: as good as unknown
 _SLOPE = 0.25  # with each size, for each factor of e: a plane
@@ -87,7 +91,7 @@ class Lookup:
 
     def _estimate(self, path: str, operation: Operation) -> Estimate:
         named = f"{path}.{operation.name}"
-        op = next((op for op in (named, _ALIKE.get(named)) if op in self._samples), None)
+        op = next((op for op in (named, *_ALIKE.get(named, ())) if op in self._samples), None)
         if op is None:
             least = roofline(operation, self._device, self._dtype, self._weights)
             return Estimate(least * self._share * _GUESS, True)

@@ -5,6 +5,7 @@ kernels on a CPU; "prompts" is what prompts go through on GPUs that have such de
 and shape of each:
 
     linear      T rows; (N, K): by a weight of N rows
+    head        the same of those that sample; on a CPU greedy ones, for which kernels/cpu/screen.h reads less
     experts     pairs of a row and an expert; (A, H, F): A experts are chosen by any, of hidden size H and width F;
                 results of a row added up
     attention   T rows of one query each; (keys of each, query heads, key heads, head size)
@@ -119,7 +120,8 @@ def _router(rows: float, shape: tuple[float, ...]) -> Work:
 
 
 _WORK: Mapping[str, Callable[[float, tuple[float, ...]], Work]] = {
-    "linear": _linear, "experts": _experts, "attention": _attention, "prompt": _prompt, "router": _router,
+    "linear": _linear, "head": _linear, "experts": _experts, "attention": _attention, "prompt": _prompt,
+    "router": _router,
 }  # fmt: skip
 
 # Counted in the code of each path, in 16-bit numbers: one of 32 bits that stands between two launches counts twice.

@@ -92,6 +92,8 @@ def _is_of(sample: Sample, model: ModelConfig) -> bool:
         case "linear":
             shapes = (model.qkv_size, hidden), (hidden, a.num_heads * a.head_dim), (model.vocab_size, hidden)
             return sample.shape in shapes
+        case "head":
+            return sample.shape == (model.vocab_size, hidden)
         case "attention" | "prompt":
             return sample.shape[1:4] == heads
         case "experts":
