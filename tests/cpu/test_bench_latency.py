@@ -1,12 +1,8 @@
-"""`flexmoe bench latency`: its rows are well-formed and its figures follow from one another; wrong use is told.
-
-The clock goes on only while an engine generates, by a set time for each token: a busy machine changes no figure.
-"""
+"""`flexmoe bench latency`: its rows are well-formed and its figures follow from one another; wrong use is told."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +11,22 @@ import torch
 from click.testing import CliRunner, Result
 
 from flexmoe.bench import bandwidth, latency
-from flexmoe.bench.engines import FlexMoE, Prompts, TimedEngine
 from flexmoe.bench.hugging_face import DEFAULT, HuggingFace, Setup
 from flexmoe.bench.latency import LatencyOptions, first_difference, measure
 from flexmoe.bench.record import append, facts, summary
 from flexmoe.bench.subject import Changes
 from flexmoe.cli.main import main
 from flexmoe.errors import ConfigError
+from tests.cpu.engine_clock import EngineClock
 from tests.cpu.tiny_decoders import NEEDS_COMPILER
 from tests.cpu.tiny_models import tiny
 
 Row = dict[str, Any]
 
 
-class Clock:
-    """Stands in for the module `time`. An engine that generates `count` tokens takes `seconds(count)`."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.seconds: Callable[[int], float] = lambda count: 0.001 * count
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    monotonic = perf_counter
-
-    def watch(self, monkeypatch: pytest.MonkeyPatch, engine: type[TimedEngine]) -> None:
-        generate = engine.generate
-
-        def timed(this: TimedEngine, prompts: Prompts, count: int) -> list[list[int]]:
-            self.now += self.seconds(count)
-            return generate(this, prompts, count)
-
-        monkeypatch.setattr(engine, "generate", timed)
-
-
 @pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Its figures, and a known ceiling of memory."""
-    clock = Clock()
-    monkeypatch.setattr(latency, "time", clock)
-    monkeypatch.setattr(latency, "read_bandwidth", lambda _device: 10e9)
-    for engine in (FlexMoE, HuggingFace):
-        clock.watch(monkeypatch, engine)
-    return clock
+def clock(monkeypatch: pytest.MonkeyPatch) -> EngineClock:
+    return EngineClock(monkeypatch)
 
 
 def bench(*arguments: str) -> Result:
@@ -106,7 +74,7 @@ def test_the_builtin_model(tmp_path: Path) -> None:
     assert "(time for 5 tokens - time for 1) / 4" in table
 
 
-def test_a_time_that_ran_backwards_is_no_figure_but_an_error(clock: Clock, tmp_path: Path) -> None:
+def test_a_time_that_ran_backwards_is_no_figure_but_an_error(clock: EngineClock, tmp_path: Path) -> None:
     """On a busy machine the prompts alone can take longer than prompts and steps."""
     clock.seconds = lambda count: 2.0 / count
     done = bench("--batch", "1", "--out", str(tmp_path / "rows.jsonl"))
@@ -116,7 +84,7 @@ def test_a_time_that_ran_backwards_is_no_figure_but_an_error(clock: Clock, tmp_p
     assert "failed: the machine was too busy" in " ".join(done.stdout.split())
 
 
-def test_the_better_of_two_times_counts(clock: Clock) -> None:
+def test_the_better_of_two_times_counts(clock: EngineClock) -> None:
     """A time that something else on the machine made longer is none of the engine's."""
     calls = iter(range(100))
     clock.seconds = lambda count: 0.001 * count + (0.5 if next(calls) % 2 else 0.0)
