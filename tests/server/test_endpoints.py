@@ -101,10 +101,13 @@ def test_every_endpoint_is_documented(server: Running) -> None:
 def test_live_figures_tell_of_the_engine_and_its_experts(server: Running) -> None:
     url = server.url + "/v1/flexmoe/events?interval=0.2&count=8"
     body = {"prompt": "Once", "max_tokens": 700, "ignore_eos": True, "stream": True}
-    with slowed(server.engine), httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=PATIENCE):
-        with httpx.stream("GET", url, timeout=PATIENCE) as stream:
-            assert stream.headers["content-type"].startswith("text/event-stream")
-            lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
+    with (
+        slowed(server.engine),
+        httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=PATIENCE),
+        httpx.stream("GET", url, timeout=PATIENCE) as stream,
+    ):
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert len(events) == 8
     assert any(event["requests"]["running"] == 1 for event in events)
