@@ -281,7 +281,8 @@ def test_an_answer_that_breaks_off_is_logged(caplog: pytest.LogCaptureFixture, m
 
     monkeypatch.setattr(logging.getLogger("flexmoe"), "propagate", True)
     scope: Scope = {"type": "http", "headers": [], "method": "GET", "path": "/static/x"}
-    asyncio.run(Logged(app, Counter())(scope, nothing, nothing))
+    with ThreadPoolExecutor(1) as thread:  # in this one the browser of other tests may have an event loop
+        thread.submit(lambda: asyncio.run(Logged(app, Counter())(scope, nothing, nothing))).result()
     assert "the disk is gone" in caplog.text
 
 
