@@ -83,6 +83,8 @@ def test_a_stream_that_shared_the_cache_ends_with_an_error(llm: LLM, monkeypatch
         list(stream)
 
 
+# Python tells of an exception in a finalizer, and goes on: the answer is complete then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_at_any_time(llm: LLM) -> None:
     """A timer that rings at a random moment of the run, again and again. The quickest run shows how long one takes."""
     duration = 10.0
