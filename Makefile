@@ -13,8 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 ARGS ?=
 WORKERS ?= 2
-# Tests that start processes, servers and a browser, and time them: one after the other, when the rest is done.
-IN_TURNS := multi or server or web
+# Tests that start processes, servers and a browser, when the rest is done: these wait for much, and compute for little.
+STARTING := multi or server or web
 # Whole files to whichever worker is free, in the order that tests/conftest.py gives them.
 SHARED_OUT := --dist loadfile --no-loadscope-reorder
 OR_NONE := || [ $$? -eq 5 ]  # pytest's status when ARGS leave nothing to run
@@ -24,7 +24,7 @@ TEST_READY := $(VENV)/.ready-test
 REPORT_READY := $(VENV)/.ready-report
 
 .DEFAULT_GOAL := help
-.PHONY: help serve smoke chromium poster test test-beside test-in-turns check check-style check-types check-imports check-size format \
+.PHONY: help serve smoke chromium poster test test-computing test-starting check check-style check-types check-imports check-size format \
         performance-docs planner-docs cli-docs clean
 .DELETE_ON_ERROR:
 
@@ -40,13 +40,13 @@ smoke: $(USER_READY)  ## start the server, ask it a question, end it
 poster: $(REPORT_READY)  ## make poster and report from the recorded measurements, in build/report
 	$(BIN)/flexmoe report --out build/report
 
-test: test-beside test-in-turns  ## run the tests
+test: test-computing test-starting  ## run the tests
 
-test-beside: $(TEST_READY)
-	$(BIN)/python -m pytest -m "not ($(IN_TURNS))" --numprocesses $(WORKERS) $(SHARED_OUT) $(ARGS) $(OR_NONE)
+test-computing: $(TEST_READY)
+	$(BIN)/python -m pytest -m "not ($(STARTING))" --numprocesses $(WORKERS) $(SHARED_OUT) $(ARGS) $(OR_NONE)
 
-test-in-turns: $(TEST_READY) chromium
-	$(BIN)/python -m pytest -m "$(IN_TURNS)" $(ARGS) $(OR_NONE)
+test-starting: $(TEST_READY) chromium
+	$(BIN)/python -m pytest -m "$(STARTING)" --numprocesses $(WORKERS) $(SHARED_OUT) $(ARGS) $(OR_NONE)
 
 chromium:  # for the tests of the web page, which are skipped without it
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \

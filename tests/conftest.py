@@ -28,6 +28,7 @@ settings.load_profile("house")
 LONG = (
     "test_native_sanitizers.py", "test_fused_decoder.py", "test_native_neon.py", "test_pages.py",
     "test_serve_scripts.py", "test_step_operations.py", "test_fused_prompts.py", "test_compile.py", "test_verify.py",
+    "test_supervisor.py", "test_lifecycle.py", "test_ray.py", "test_torchrun.py", "test_models.py", "test_scripts.py",
 )  # fmt: skip
 
 

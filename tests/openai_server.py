@@ -1,12 +1,14 @@
 """A small OpenAI server with known manners, for tests of clients. Enters: how to behave. Leaves: a URL, what was asked.
 
 It speaks HTTP with nothing but asyncio, in a thread of its own, so that it can misbehave as no framework would. A
-request's `seed` picks its behaviour; "ok" streams `max_tokens` words, `gap` seconds apart.
+request's `seed` picks its behaviour; "ok" streams `max_tokens` words, `gap` seconds apart; with "leave" the server is
+gone for all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Mapping
@@ -30,10 +32,14 @@ class FakeServer:
         models: Any = MODELS,
         usage: bool = True,
         engine: Any = None,
+        together: int = 0,
     ) -> None:
-        """engine: what FlexMoE's server says of its engine; None: there is no such page."""
+        """engine: what FlexMoE's server says of its engine; None: there is no such page.
+
+        together: nobody gets an answer before so many have asked at once.
+        """
         self._behaviours, self._gap, self._key, self._models, self._usage = behaviours or {}, gap, key, models, usage
-        self._engine = engine
+        self._engine, self._together = engine, together
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._ready = threading.Event()
@@ -43,7 +49,7 @@ class FakeServer:
 
     def __enter__(self) -> FakeServer:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         return self
 
     def __exit__(
@@ -53,9 +59,9 @@ class FakeServer:
 
     def stop(self) -> None:
         """Close all connections, and refuse new ones."""
-        if self._thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # it left by itself
             self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -63,7 +69,7 @@ class FakeServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        self._stop = asyncio.Event()
+        self._stop, self._met = asyncio.Event(), asyncio.Event()
         server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         self._ready.set()
@@ -99,7 +105,10 @@ class FakeServer:
         self.requests.append(asked)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
+        if self.most_running >= self._together:
+            self._met.set()
         try:
+            await self._met.wait()
             return await self._behave(writer, asked, self._behaviours.get(asked["seed"], "ok"))
         finally:
             self.running -= 1
@@ -118,6 +127,9 @@ class FakeServer:
             return False
         if behaviour == "hang":
             await asyncio.sleep(60)
+        if behaviour == "leave":
+            self._stop.set()
+            return False
         return behaviour != "close" and await self._stream(writer, asked, behaviour)
 
     async def _stream(self, writer: Writer, asked: dict[str, Any], behaviour: str) -> bool:

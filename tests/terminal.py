@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+import psutil
+
 TIMEOUT = 60.0
 
 
@@ -60,6 +62,17 @@ class Terminal:
         deadline = time.monotonic() + TIMEOUT
         while not self._unread.strip() and time.monotonic() < deadline:
             self._read(0.05)
+
+    def wait_until_idle(self) -> None:
+        """The program waits for a key, or for something else that does not come."""
+        process, idle, before = psutil.Process(self._process.pid), 0, None
+        deadline = time.monotonic() + TIMEOUT
+        while idle < 5:
+            assert time.monotonic() < deadline, "the program works on and on"
+            time.sleep(0.02)
+            now = process.cpu_times()
+            idle = idle + 1 if process.status() == psutil.STATUS_SLEEPING and now == before else 0
+            before = now
 
     def exit_status(self) -> int:
         """Wait for the end."""

@@ -70,17 +70,18 @@ def test_answers_are_the_engine_s_and_streams_grow() -> None:
 def test_outputs_cross_as_often_as_the_rate_allows(rate: float, reported: list[bool]) -> None:
     """A stream of a token each 20 ms: each crosses by itself if so many may, though the next step begins at once."""
     asked: list[bool] = []
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
 
     class Slow:
         config = SimpleNamespace(moe=None)
 
         def step(self, *, report: bool) -> list[str]:
             asked.append(report)
-            time.sleep(0.02)
+            clock.now += 0.02
             return ["a token"] if report else []
 
     engine = AsyncEngine(Slow(), max_output_rate=rate)  # type: ignore[arg-type]
-    with patch.object(engine, "_tell"):
+    with patch.object(engine, "_tell"), patch("flexmoe.engine.async_engine.time", clock):
         for _ in range(6):
             engine._advance()
     assert asked == reported
@@ -151,7 +152,7 @@ def test_an_engine_that_does_not_end_in_order_is_not_waited_for(
                 await (await engine.submit(jobs(llm, TEXTS[:1], LONG)))[0].last()
         close = llm.engine.close
         monkeypatch.setattr(llm.engine, "close", lambda: fail(close))
-        await asyncio.wait_for(engine.close(), 5)
+        await asyncio.wait_for(engine.close(), 60)
         assert ("a rank hangs" in caplog.text) is not dead  # of a dead one it has been said why
 
     def fail(close: Callable[[], None]) -> None:
@@ -169,10 +170,10 @@ def test_death_is_told_to_all_who_wait_and_to_all_who_come() -> None:
                 streams = await engine.submit(jobs(llm, TEXTS, LONG, stream=True))
                 for stream in streams:
                     with pytest.raises(EngineError, match="the engine died: RuntimeError: out of memory"):
-                        await asyncio.wait_for(stream.last(), 5)
+                        await asyncio.wait_for(stream.last(), 60)
             assert deaths == [engine.error]
             with pytest.raises(EngineError, match="out of memory"):
-                await asyncio.wait_for(engine.submit(jobs(llm, TEXTS, LONG)), 5)
+                await asyncio.wait_for(engine.submit(jobs(llm, TEXTS, LONG)), 60)
             assert engine.num_streams == 0
 
     asyncio.run(run())
@@ -183,7 +184,9 @@ def test_what_does_not_end_in_time_ends_with_an_error() -> None:
         async with serving() as (engine, llm):
             quick = (await engine.submit([Job("quick", llm.encode("A"), replace(GREEDY, max_tokens=1))]))[0]
             slow = (await engine.submit([Job("slow", llm.encode("B"), replace(GREEDY, max_tokens=900))]))[0]
-            await engine.drain(0.1)
+            step = llm.engine.step
+            with patch.object(llm.engine, "step", lambda **options: (time.sleep(0.02), step(**options))[1]):
+                await engine.drain(1.0)
             assert (await quick.last()).finished
             with pytest.raises(EngineError, match="shuts down"):
                 await slow.last()

@@ -17,6 +17,7 @@ from flexmoe.bench.record import append, facts, summary
 from flexmoe.bench.subject import Changes
 from flexmoe.cli.main import main
 from flexmoe.errors import ConfigError
+from tests.cpu.engine_clock import EngineClock
 from tests.cpu.tiny_decoders import NEEDS_COMPILER
 from tests.cpu.tiny_models import tiny
 
@@ -24,8 +25,8 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
-def _a_known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexmoe.bench.latency.read_bandwidth", lambda _device: 10e9)
+def clock(monkeypatch: pytest.MonkeyPatch) -> EngineClock:
+    return EngineClock(monkeypatch)
 
 
 def bench(*arguments: str) -> Result:
@@ -39,8 +40,7 @@ def rows_in(path: Path) -> list[Row]:
 
 def check_figures(row: Row) -> None:
     result, batch = row["result"], row["params"]["batch"]
-    assert result["ms"] > 0
-    assert result["first_token_ms"] > 0
+    assert result["ms"] == result["first_token_ms"] == 1.0
     share = 100 * result["first_token_floor_ms"] / result["first_token_ms"]
     assert result["percent_of_first_token_floor"] == pytest.approx(share, rel=0.05, abs=0.01)
     assert result["tokens_per_s"] == pytest.approx(1e3 * batch / result["ms"], rel=1e-2)
@@ -74,14 +74,23 @@ def test_the_builtin_model(tmp_path: Path) -> None:
     assert "(time for 5 tokens - time for 1) / 4" in table
 
 
-def test_a_time_that_ran_backwards_is_no_figure_but_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_time_that_ran_backwards_is_no_figure_but_an_error(clock: EngineClock, tmp_path: Path) -> None:
     """On a busy machine the prompts alone can take longer than prompts and steps."""
-    monkeypatch.setattr(latency, "_timed", lambda _engine, _prompts, count: (2.0 / count, [[1] * count]))
+    clock.seconds = lambda count: 2.0 / count
     done = bench("--batch", "1", "--out", str(tmp_path / "rows.jsonl"))
     assert done.exit_code == 0, done.output
     (row,) = rows_in(tmp_path / "rows.jsonl")
     assert "too busy to measure" in row["result"]["error"]
     assert "failed: the machine was too busy" in " ".join(done.stdout.split())
+
+
+def test_the_better_of_two_times_counts(clock: EngineClock) -> None:
+    """A time that something else on the machine made longer is none of the engine's."""
+    calls = iter(range(100))
+    clock.seconds = lambda count: 0.001 * count + (0.5 if next(calls) % 2 else 0.0)
+    options = LatencyOptions(model=str(tiny("mixtral")), batches=(1,), prompt_len=4, output_len=2, threads=1)
+    (row,) = measure(options)
+    assert row["result"]["ms"] == row["result"]["first_token_ms"] == 1.0
 
 
 @NEEDS_COMPILER

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexmoe.bench import machine_cpu
+from flexmoe.bench import machine_cpu, machine_jobs, native_operations, torch_operations
 from flexmoe.bench.machine_jobs import Lazy, run_jobs
 from flexmoe.bench.machine_ranks import slowest
 from flexmoe.bench.machine_samples import (
@@ -43,6 +47,29 @@ def known(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes a microsecond for each operation of torch. Timed, a part can take longer than the whole."""
+
+    def timed(call: Callable[[int], Any], layer: int) -> float:
+        with Operations() as operations:
+            call(layer)
+        return 1e-6 * operations.count
+
+    monkeypatch.setattr(torch_operations, "_timed", timed)
+
+
+@pytest.mark.usefixtures("_counted")
 def test_operations_of_a_prompt_add_up_to_the_layer() -> None:
     layers = TorchLayers(BUILTIN, torch.float32, CPU)
     took = layers.prompt(32)
@@ -63,6 +90,7 @@ def test_of_ranks_the_slowest_counts_and_what_one_lost_is_left_out() -> None:
     assert slowest([[router, linear], [slower, router]]) == [router, slower]
 
 
+@pytest.mark.usefixtures("_counted")
 def test_a_prompt_behind_others_sees_them() -> None:
     layers = TorchLayers(BUILTIN, torch.float32, CPU)
     shape = next(s.shape for s in prompt_samples(layers, 64, 512) if s.op == "torch.prompt")
@@ -70,7 +98,8 @@ def test_a_prompt_behind_others_sees_them() -> None:
     assert shape == (512, a.num_heads, a.num_kv_heads, a.head_dim, 0)
 
 
-def test_parts_of_a_step_in_c() -> None:
+def test_parts_of_a_step_in_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_operations, "time", SimpleNamespace(perf_counter=time.thread_time))  # of ours alone
     layers = NativeLayers(BUILTIN, torch.float32, 1)
     samples = known(native_samples(layers, 4, 64))
     linears = [sample for sample in samples if sample.op == "fused.linear"]
@@ -125,12 +154,14 @@ def test_shapes_can_be_made() -> None:
         assert all(layer.is_moe for layer in shape.config.layers), shape.name
 
 
-def test_jobs_end_with_the_time() -> None:
+def test_jobs_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     sample = Sample("torch.linear", "float32", 1, (1, 1), 1.0)
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(machine_jobs, "time", clock)
 
     def slow() -> list[Sample]:
-        time.sleep(0.06)
+        clock.now += 0.06
         return [sample]
 
     assert run_jobs([("a", slow), ("b", slow), ("c", slow)], 0.05, said.append) == [sample]

@@ -13,12 +13,14 @@ from flexmoe.bench.latency import LatencyOptions
 from flexmoe.errors import ConfigError
 from flexmoe.report.charts import experts
 from flexmoe.report.rows import read_rows
+from tests.cpu.engine_clock import EngineClock
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> Any:
+    EngineClock(monkeypatch)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("course_experiment")
 

@@ -83,20 +83,22 @@ def test_a_stream_that_shared_the_cache_ends_with_an_error(llm: LLM, monkeypatch
         list(stream)
 
 
+# Python tells of an exception in a finalizer, and goes on: the answer is complete then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_at_any_time(llm: LLM) -> None:
-    """A timer that rings at a random moment of the run, again and again."""
-    start = time.perf_counter()
-    llm.generate(PROMPTS, GREEDY)
-    duration = time.perf_counter() - start
+    """A timer that rings at a random moment of the run, again and again. The quickest run shows how long one takes."""
+    duration = 10.0
     before = signal.signal(signal.SIGALRM, interrupt)
     rng = random.Random(0)
     interrupts = 0
     try:
-        for _ in range(60):
+        while interrupts < 30:
             try:
+                start = time.perf_counter()
                 signal.setitimer(signal.ITIMER_REAL, duration * rng.uniform(0.01, 1))
                 llm.generate(PROMPTS, GREEDY)
                 signal.setitimer(signal.ITIMER_REAL, 0)
+                duration = min(duration, time.perf_counter() - start)
             except KeyboardInterrupt:
                 interrupts += 1
             llm.engine.scheduler.check_integrity()
@@ -105,4 +107,3 @@ def test_at_any_time(llm: LLM) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     vars(llm)["_unseen"].clear()  # the note of a request that had finished is left, if the very last instruction is hit
-    assert interrupts > 10

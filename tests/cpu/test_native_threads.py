@@ -111,7 +111,7 @@ def test_an_idle_engine_is_idle() -> None:
     time.sleep(0.05)
     before = time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - before < 0.02, "threads spin while there is nothing to do"
+    assert time.process_time() - before < 0.1, "threads spin while there is nothing to do"
 
 
 def test_work_after_a_pause_wakes_the_threads() -> None:

@@ -169,12 +169,13 @@ def test_preparing_that_hangs_is_told_to_those_who_come(monkeypatch: pytest.Monk
             blocked.set()
             while engine.hang is not None:
                 await asyncio.sleep(0.001)
+            monkeypatch.setattr(engine, "_most_seconds", 60.0)  # a busy machine is slow without hanging
             assert (await (await engine.submit(jobs(llm, ["Once upon a time"], GREEDY)))[0].last()).finished
         finally:
             blocked.set()
             await engine.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_an_engine_prepares_nothing_while_it_serves_or_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

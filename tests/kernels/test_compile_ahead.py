@@ -51,7 +51,7 @@ def work(done: Path) -> None:
     worker = compile_ahead._worker(job().line(0, _SLICES, done))
     assert worker.stdin is not None
     with worker.stdin:
-        assert worker.wait(timeout=120) == 0
+        assert worker.wait(timeout=240) == 0
 
 
 def test_a_worker_compiles_its_share_once(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_worker_ends_with_its_engine() -> None:
     worker = compile_ahead._worker(job().line(0, 1, None))
     assert worker.stdin is not None
     worker.stdin.close()
-    assert worker.wait(timeout=30) == 0
+    assert worker.wait(timeout=240) == 0
 
 
 def remember(work: Job) -> None:
@@ -110,7 +110,7 @@ def test_a_worker_that_is_through_leaves_no_zombie() -> None:
     last = compiling._workers[1].stdin
     assert last is not None
     last.close()
-    for _ in range(1000):
+    for _ in range(6000):
         if not second.is_running():
             break
         time.sleep(0.01)

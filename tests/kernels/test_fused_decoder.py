@@ -115,7 +115,7 @@ def load(name: str) -> Decoder:
 
 @pytest.mark.parametrize("case", sorted(CASES) if ON_GPU else ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_every_family_agrees_stage_by_stage(case: str) -> None:
-    check(load(case), (5,), 1)
+    check(load(case), (5,), 1, None if ON_GPU else Coarse(grouped=False))
 
 
 @pytest.mark.parametrize(("rows", "bucket"), [(3, 4), (6, 6), (7, 8)])

@@ -26,5 +26,9 @@ def test_a_row_a_batch(tmp_path: Path, model: str) -> None:
     assert [(row["engine"], row["params"]["batch"], row["config"]["ranks"]) for row in rows] == [
         ("hf-tensor", 1, 2), ("hf-tensor", 2, 2),
     ]  # fmt: skip
-    assert all(row["result"]["step_ms"]["median"] > 0 for row in rows)
+    for row in rows:
+        result = row["result"]
+        assert result["first_token_ms"]["median"] > 0
+        step = result["step_ms"]["median"]  # a difference of two times, either of which other programs may lengthen
+        assert result["tokens_per_s"] == pytest.approx(1e3 * row["params"]["batch"] / step, rel=0.01, abs=0.1)
     assert rows[0]["model"]["layers"] == (1 if model == "preset" else 2)

@@ -18,7 +18,7 @@ import pytest
 from flexmoe.parallel.beats import LIFE
 from flexmoe.parallel.keeper import Keeper, KeptBeats, KeptProcess, Order, Place
 from flexmoe.parallel.rank import Setup
-from tests.multi.test_supervisor import all_end
+from tests.multi.test_supervisor import LIMIT, all_end
 
 KEY = b"0123456789abcdef"
 ORDER = Order("tests.multi.worker", 1, 2, {"FLEXMOE_TEST_WORD": "told"})
@@ -37,7 +37,7 @@ class Kept:
         self.process.connection.send(Setup(1, 2, 0, 1, "127.0.0.1", 1, 5.0))
 
     def is_over(self) -> bool:
-        self.thread.join(5)
+        self.thread.join(LIMIT)
         return not self.thread.is_alive() and all_end([self.process.pid])
 
 
@@ -55,7 +55,7 @@ def kept() -> Iterator[Kept]:
     made.process.kill()
     made.process.close()
     made.process.connection.close()
-    made.thread.join(5)
+    made.thread.join(LIMIT)
 
 
 def test_a_rank_is_reported_while_it_lives_and_when_it_dies(kept: Kept) -> None:
@@ -69,7 +69,7 @@ def test_a_rank_is_reported_while_it_lives_and_when_it_dies(kept: Kept) -> None:
     assert (process.ended(), process.code) == (False, None)
     Path(f"/proc/{process.pid}/fd/1").write_text("last words")
     os.kill(process.pid, signal.SIGTERM)
-    assert process.ended(5)
+    assert process.ended(LIMIT)
     assert (process.code, process.tail()) == (-signal.SIGTERM, b"last words")
     assert kept.is_over()
 
@@ -83,6 +83,6 @@ def test_a_rank_is_killed_on_demand(kept: Kept) -> None:
 
 def test_a_keeper_ends_without_its_driver(kept: Kept) -> None:
     kept.process.close()
-    assert kept.process.ended(5)
+    assert kept.process.ended(LIMIT)
     assert kept.process.code is None
     assert kept.is_over()

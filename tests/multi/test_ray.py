@@ -25,7 +25,7 @@ from flexmoe.parallel.child import SAFE_ENVIRONMENT
 from flexmoe.parallel.ray import Need, RayCluster
 from flexmoe.parallel.supervisor import Supervisor
 from tests.cpu.tiny_models import tiny
-from tests.multi.test_supervisor import OPTIONS, PARAMS, PROMPTS, ROOT, all_end, soon
+from tests.multi.test_supervisor import LIMIT, OPTIONS, PARAMS, PROMPTS, ROOT, all_end, soon
 from tests.multi.worker import PoolWorker
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'flexmoe[ray]'")
@@ -73,7 +73,7 @@ class Left:
 
     def is_nothing(self) -> bool:
         assert self._ports() <= self._before
-        deadline = time.monotonic() + 5  # Ray counts what it was given back a moment later
+        deadline = time.monotonic() + LIMIT  # Ray counts what it was given back a moment later
         while (found := self._held()) != ([], [], 2):
             assert time.monotonic() < deadline, found
             time.sleep(0.05)
@@ -228,7 +228,9 @@ def test_a_node_that_is_lost(cluster: Any, folder: Path) -> None:
     raylet = psutil.Process(cluster.worker_nodes.copy().pop().all_processes["raylet"][0].process.pid)
     lost = next(rank for rank in (0, 1) if raylet in psutil.Process(ranks[rank]).parents())
     Path(f"/proc/{ranks[lost]}/fd/2").write_text("these are the last words\n")
-    time.sleep(1.0)  # words reach the driver with the next report
+    process = llm.engine.runner.ranks.members[lost].process
+    while b"last words" not in process.tail():  # they reach the driver with the next report
+        time.sleep(0.05)
     raylet.kill()
     words = rf"rank {lost} of 2 .* on node .* is gone: .*; its log ends: these are the last words"
     with soon(), pytest.raises(RankError, match=words):
@@ -238,6 +240,6 @@ def test_a_node_that_is_lost(cluster: Any, folder: Path) -> None:
 
 
 def generate_on_and_on(llm: LLM) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         llm.generate(PROMPTS, PARAMS)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import unittest.mock
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -23,6 +26,7 @@ from flexmoe.server.service import Service
 
 ENGINE: dict[str, Any] = {"num_blocks": 192, "max_num_seqs": 8, "threads": 1}
 PATIENCE = 60.0  # seconds; the machine may be busy
+STEP_SECONDS = 0.05  # of an engine that is slowed
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,40 @@ def process(*arguments: str, program: Sequence[str] = ("-m", "flexmoe")) -> Iter
         yield server
     finally:
         server.end()
+
+
+@contextlib.contextmanager
+def slowed(engine: Engine) -> Iterator[None]:
+    """Within, a step takes so long that no answer of some hundred tokens ends while a test asks its next questions."""
+    with unittest.mock.patch.object(engine, "step", functools.partial(slow_step, engine.step)):
+        yield
+
+
+def slow_step(step: Callable[..., Any], **options: Any) -> Any:
+    time.sleep(STEP_SECONDS)
+    return step(**options)
+
+
+# `flexmoe serve` with such steps until there is the file {hurry}.
+SLOWED = """
+import sys, time
+from pathlib import Path
+from flexmoe.cli.main import main
+from flexmoe.engine.engine import Engine
+step, hurry = Engine.step, Path({hurry!r})
+def slow(*arguments, **options):
+    if not hurry.exists():
+        time.sleep({seconds})
+    return step(*arguments, **options)
+Engine.step = slow
+sys.argv[0] = "flexmoe"
+main()
+"""
+
+
+def slowed_process(hurry: Path, *arguments: str) -> contextlib.AbstractContextManager[Process]:
+    """A server whose steps are slow until the file is there."""
+    return process(*arguments, program=("-c", SLOWED.format(hurry=str(hurry), seconds=STEP_SECONDS)))
 
 
 def wait_for(condition: Any, seconds: float = PATIENCE) -> None:

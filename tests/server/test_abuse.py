@@ -23,7 +23,7 @@ from flexmoe.engine.stand_ins import StandIns
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.server.connection import Patient, room_for_connections
 from flexmoe.server.logs import Logged
-from tests.server.serving import PATIENCE, Running, running, wait_for
+from tests.server.serving import PATIENCE, Running, running, slowed, wait_for
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -220,9 +220,10 @@ MANY = 400_000
 )
 def test_what_is_wrong_many_times_is_refused_once(server: Running, path: str, body: dict[str, Any]) -> None:
     """A complaint about each entry took a minute for some megabytes, in which nobody else was served."""
-    start = time.monotonic()
-    error = error_of(send(server, json.dumps(body, separators=(",", ":")).encode(), path=path), 400)
-    assert time.monotonic() - start < 2.0
+    content = json.dumps(body, separators=(",", ":")).encode()
+    start = time.process_time()  # of the server, which is in this process; waiting for another program does not count
+    error = error_of(send(server, content, path=path), 400)
+    assert time.process_time() - start < 4.0
     assert len(error["message"]) < 500
 
 
@@ -280,7 +281,8 @@ def test_an_answer_that_breaks_off_is_logged(caplog: pytest.LogCaptureFixture, m
 
     monkeypatch.setattr(logging.getLogger("flexmoe"), "propagate", True)
     scope: Scope = {"type": "http", "headers": [], "method": "GET", "path": "/static/x"}
-    asyncio.run(Logged(app, Counter())(scope, nothing, nothing))
+    with ThreadPoolExecutor(1) as thread:  # in this one the browser of other tests may have an event loop
+        thread.submit(lambda: asyncio.run(Logged(app, Counter())(scope, nothing, nothing))).result()
     assert "the disk is gone" in caplog.text
 
 
@@ -333,7 +335,7 @@ def stay(server: Running, head: bytes, more: bytes) -> bytes:
         connection.sendall(head)
         time.sleep(0.2)
         connection.sendall(more)
-        return closed_within(connection, 6)
+        return closed_within(connection, 20)
 
 
 @pytest.fixture(scope="module")
@@ -431,19 +433,23 @@ def test_a_reader_who_stops_reading_holds_up_nobody(server: Running) -> None:
 def test_who_never_reads_is_cut_off(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever keeps a connection full for good keeps a place of the server's."""
     monkeypatch.setattr(Patient, "unread_seconds", 1.0)
-    asked = b"GET /openapi.json HTTP/1.1\r\n\r\n" * (2**24 // len(server.get("/openapi.json").content))
-    files = psutil.Process().num_fds()
+    page = len(server.get("/openapi.json").content)
+    asked = 2**24 // page
+    wait_for(lambda: server.connections == 0)
     with server.connect() as connection:
-        connection.sendall(asked)
-        wait_for(lambda: psutil.Process().num_fds() == files + 2)
-        wait_for(lambda: psutil.Process().num_fds() == files + 1, 10)  # this end's
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\n\r\n" * asked)
+        said = connection.recv(1)  # so that the server is at it; and no more
+        wait_for(lambda: server.connections == 0)
+        said += closed_within(connection, 20)
+    assert said.startswith(b"HTTP/1.1 200 OK")
+    assert len(said) < asked * page, "all was read, so that there was no reason to cut it off"
 
 
 # ------------------------------------------------------------------------------------------------------ limits and keys
 
 
 def test_more_than_can_wait_is_too_many() -> None:
-    with running({"max_num_seqs": 1}, max_waiting=1) as server:
+    with running({"max_num_seqs": 1}, max_waiting=1) as server, slowed(server.engine):
         url, body = server.url + COMPLETIONS, {"prompt": "x", "max_tokens": 900, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", url, json=body, timeout=PATIENCE) as first:
             assert first.status_code == 200
@@ -468,12 +474,12 @@ def test_files_are_left_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
     with monkeypatch.context() as patch:
         patch.setattr("flexmoe.server.run.room_for_connections", lambda: 4)
-        with running() as server:
+        with running(receive_seconds=600.0) as server:  # so that nobody is shown the door for being slow
             seated = [server.connect() for _ in range(4)]
             wait_for(lambda: server.connections == 4)
             for _ in range(3):
                 with server.connect() as late:
-                    assert closed_within(late, 1.5) == b""
+                    assert closed_within(late, 20) == b""
             for connection in seated:
                 connection.close()
             wait_for(lambda: server.connections == 0)

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from flexmoe import LLM, SamplingParams, __version__
-from tests.server.serving import PATIENCE, Running
+from tests.server.serving import PATIENCE, Running, slowed
 
 PAGE = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
 
@@ -100,11 +100,14 @@ def test_every_endpoint_is_documented(server: Running) -> None:
 
 def test_live_figures_tell_of_the_engine_and_its_experts(server: Running) -> None:
     url = server.url + "/v1/flexmoe/events?interval=0.2&count=8"
-    with httpx.stream("GET", url, timeout=PATIENCE) as stream:
+    body = {"prompt": "Once", "max_tokens": 700, "ignore_eos": True, "stream": True}
+    with (
+        slowed(server.engine),
+        httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=PATIENCE),
+        httpx.stream("GET", url, timeout=PATIENCE) as stream,
+    ):
         assert stream.headers["content-type"].startswith("text/event-stream")
-        body = {"prompt": "Once", "max_tokens": 700, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=PATIENCE):
-            lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
+        lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert len(events) == 8
     assert any(event["requests"]["running"] == 1 for event in events)

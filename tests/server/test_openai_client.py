@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -263,7 +264,8 @@ def test_the_async_client(server: Running) -> None:
                 assert [event.type async for event in events][-1] == "response.completed"
             assert [model.id async for model in client.models.list()] == [MODEL]
 
-    asyncio.run(run())
+    with ThreadPoolExecutor(1) as thread:  # in this one the browser of other tests may have an event loop
+        thread.submit(lambda: asyncio.run(run())).result()
 
 
 def test_errors_are_the_client_s_own(client: openai.OpenAI) -> None:

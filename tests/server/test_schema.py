@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.server.serving import Running
+from tests.server.serving import PATIENCE, Running
 
 if importlib.util.find_spec("schemathesis") is None:
     pytest.skip("needs schemathesis", allow_module_level=True)
@@ -47,7 +47,7 @@ def test_answers_are_as_the_page_says(server: Running, mode: GenerationMode) -> 
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: schemathesis.Case) -> None:
             _shorten(case)
-            case.call_and_validate(checks=CHECKS, timeout=30)
+            case.call_and_validate(checks=CHECKS, timeout=PATIENCE)
 
         check()
 

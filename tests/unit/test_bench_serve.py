@@ -6,9 +6,10 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,18 @@ def run(*arguments: str) -> Result:
 
 def test_the_times_are_those_of_the_server() -> None:
     with FakeServer(gap=0.03) as server:
+        start = time.perf_counter()
         report = ask(server, num_requests=6, concurrency=3)
+        took = time.perf_counter() - start
     found = report.row["result"]
     assert (found["requests"], found["succeeded"], found["errors"]) == (6, 6, {})
-    # Each text comes 30 ms after the last, the first after 30 ms: two rounds of three requests of four texts.
-    for name, expected in (("ttft_ms", 30), ("itl_ms", 30), ("tpot_ms", 30), ("e2e_ms", 120)):
-        assert expected <= found[name]["p50"] < expected + 500, name  # a busy machine is late, never early
-    assert 0.24 <= found["seconds"] < 2
+    # Each text comes 30 ms after the last, the first after 30 ms: two rounds of three requests of four texts. A busy
+    # machine is late and never early; only two texts may come closer to each other, if the first of them was late.
+    assert 30 <= found["ttft_ms"]["p50"] <= found["e2e_ms"]["p50"] <= 1e3 * took
+    assert found["e2e_ms"]["p50"] >= 120
+    assert 0.24 <= found["seconds"] <= took
+    assert 0 < found["tpot_ms"]["mean"] == pytest.approx(found["itl_ms"]["mean"], abs=0.01)
+    assert found["ttft_ms"]["mean"] + 3 * found["tpot_ms"]["mean"] <= found["e2e_ms"]["mean"] + 0.01
     assert found["output_tokens_per_s"] == pytest.approx(6 * 4 / found["seconds"], rel=0.01)
     assert found["total_tokens_per_s"] == pytest.approx(6 * 11 / found["seconds"], rel=0.01)
     assert (found["prompt_tokens"], found["output_tokens"], found["cached_tokens"]) == (42, 24, 18)
@@ -75,10 +81,10 @@ def test_the_times_are_those_of_the_server() -> None:
 
 def test_what_is_good_enough_is_counted() -> None:
     with FakeServer({1: "500"}, gap=0.02) as server:
-        found = ask(server, num_requests=4, slo=Slo(ttft_ms=1000, tpot_ms=1000)).row["result"]
+        found = ask(server, num_requests=4, slo=Slo(ttft_ms=60_000, tpot_ms=60_000)).row["result"]
         assert found["within_slo"] == 3
         assert found["goodput_requests_per_s"] == pytest.approx(3 / found["seconds"], rel=0.01)
-        assert ask(server, num_requests=4, slo=Slo(tpot_ms=1)).row["result"]["within_slo"] == 0
+        assert ask(server, num_requests=4, slo=Slo(ttft_ms=20)).row["result"]["within_slo"] == 0
 
 
 def test_pieces_are_counted_where_the_server_does_not_count_tokens() -> None:
@@ -93,7 +99,7 @@ def test_pieces_are_counted_where_the_server_does_not_count_tokens() -> None:
 
 
 def test_a_closed_loop_keeps_as_many_under_way_as_asked_for() -> None:
-    with FakeServer(gap=0.01) as server:
+    with FakeServer(gap=0.01, together=3) as server:
         report = ask(server, num_requests=12, concurrency=3)
         assert server.most_running == 3
     assert report.row["result"]["most_running"] == 3
@@ -101,12 +107,13 @@ def test_a_closed_loop_keeps_as_many_under_way_as_asked_for() -> None:
 
 
 def test_an_open_loop_sends_when_due_and_a_limit_makes_requests_wait() -> None:
-    with FakeServer(gap=0.02) as server:
+    with FakeServer(gap=0.02, together=5) as server:
         free = ask(server, num_requests=20, rate=200.0).row["result"]
+    with FakeServer(gap=0.02) as server:
         limited = ask(server, num_requests=20, rate=200.0, concurrency=2).row["result"]
     assert free["most_running"] > 4
     assert free["queued_ms"]["p50"] < limited["queued_ms"]["p50"] / 4
-    assert 0 <= free["client"]["late_ms"]["p50"] < 100
+    assert 0 <= free["client"]["late_ms"]["p50"] <= 1e3 * free["seconds"]
     assert limited["most_running"] == 2
     assert limited["queued_ms"]["max"] > 200  # the last of 20 waits for nine pairs of 80 ms, less its arrival
     assert limited["ttft_ms"]["p50"] < limited["queued_ms"]["p50"]  # waiting is not the server's time
@@ -123,7 +130,7 @@ def test_a_trace_says_when_how_long_and_what_is_shared(tmp_path: Path) -> None:
         report = ask(server, trace=trace, length_scale=0.1, time_scale=0.5)
     first, second = server.requests
     assert [outcome.due for outcome in report.outcomes] == [0, pytest.approx(0.2)]
-    assert report.outcomes[1].sent == pytest.approx(0.2, abs=0.15)
+    assert report.outcomes[1].sent >= 0.2
     assert (len(first["prompt"]), len(second["prompt"])) == (102, 100)
     assert (first["max_tokens"], second["max_tokens"]) == (2, 4)
     assert first["prompt"][:51] == second["prompt"][:51]
@@ -188,10 +195,30 @@ def test_a_prompt_that_the_endpoint_does_not_take_is_refused(tmp_path: Path) -> 
 # ------------------------------------------------------------------ failures
 
 
-@pytest.mark.parametrize("arrivals", [{"concurrency": 4}, {"rate": 500.0}, {"rate": 500.0, "concurrency": 2}])
-def test_every_request_is_accounted_for(arrivals: dict[str, Any]) -> None:
+ARRIVALS: dict[str, dict[str, Any]] = {
+    "closed": {"concurrency": 4},
+    "open": {"rate": 500.0},
+    "open, limited": {"rate": 500.0, "concurrency": 2},
+}
+
+
+def ask_badly(arrivals: dict[str, Any]) -> tuple[Report, int]:
+    """Of a server that misbehaves in all ways; and how many requests reached it."""
     with FakeServer(BEHAVIOURS, gap=0.002) as server:
-        report = ask(server, num_requests=30, timeout=0.7, **arrivals)
+        report = ask(server, num_requests=30, timeout=4.0, **arrivals)
+    return report, len(server.requests)
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[dict[str, Future[tuple[Report, int]]]]:
+    """By arrivals: all at once, for what takes its time is waiting for the answer that never comes."""
+    with ThreadPoolExecutor(len(ARRIVALS)) as clients:
+        yield {name: clients.submit(ask_badly, arrivals) for name, arrivals in ARRIVALS.items()}
+
+
+@pytest.mark.parametrize("name", ARRIVALS)
+def test_every_request_is_accounted_for(reports: dict[str, Future[tuple[Report, int]]], name: str) -> None:
+    report, asked = reports[name].result()
     found = report.row["result"]
     assert [outcome.number for outcome in report.outcomes] == list(range(30))
     assert found["errors"] == ERRORS
@@ -199,20 +226,17 @@ def test_every_request_is_accounted_for(arrivals: dict[str, Any]) -> None:
     assert {outcome.number for outcome in report.outcomes if outcome.error} == set(BEHAVIOURS)
     assert found["error_messages"]["HTTP 429"] == "too many requests"
     assert found["error_messages"]["server error"] == "the engine died"
-    assert found["error_messages"]["timeout"] == "no answer within 0.7 s"
-    assert len(server.requests) == 30  # each was sent, and sent once
+    assert found["error_messages"]["timeout"] == "no answer within 4 s"
+    assert asked == 30  # each was sent, and sent once
     partial = report.outcomes[6]
     assert (partial.error, len(partial.texts)) == ("cut off", 2)
 
 
 def test_a_server_that_goes_away_is_an_error_for_each_request() -> None:
-    with FakeServer(gap=0.01) as server:
-        timer = threading.Timer(0.15, server.stop)
-        timer.start()
+    with FakeServer({8: "leave"}, gap=0.01) as server:
         found = ask(server, num_requests=40, concurrency=2).row["result"]
-        timer.join()
-    assert found["succeeded"] >= 2
-    assert found["errors"]["no connection"] >= 2
+    assert 7 <= found["succeeded"] <= 8
+    assert found["errors"]["no connection"] >= 30
     assert found["succeeded"] + sum(found["errors"].values()) == 40
 
 
@@ -285,7 +309,7 @@ def interrupted(server: FakeServer, after: int, *arguments: str) -> str:
     while len(server.requests) < after and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=30)
+    said, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     return said

@@ -105,9 +105,9 @@ def test_constant_work_a_token() -> None:
     ids = TOKENIZERS["byte_level"].encode("Hello world 🐦 ", add_special_tokens=False)
     for repeats in (100, 5000):
         detok = detokenizer("byte_level", ids * 1000, stop=["never to be found"])
-        start = time.perf_counter()
+        start = time.thread_time()
         stream(detok, ids * repeats)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
     assert seconds[1] < 250 * seconds[0]
 
 
@@ -173,6 +173,6 @@ def test_min_tokens_lets_stop_strings_pass() -> None:
 def test_a_long_stop_string_is_no_burden() -> None:
     detok = detokenizer("byte_level", stop=["a" * 5000 + "b"])
     ids = TOKENIZERS["byte_level"].encode("a" * 20000, add_special_tokens=False)
-    start = time.perf_counter()
+    start = time.thread_time()
     assert len("".join(stream(detok, ids))) == 20000
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5

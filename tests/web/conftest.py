@@ -13,10 +13,12 @@ _MISSING = [name for name in ("playwright", "fastapi", "transformers") if import
 if _MISSING:
     collect_ignore_glob = ["test_*.py"]
 else:
-    from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+    from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
     from tests.server.serving import Running, running
-    from tests.web.browsing import CHROMIUM, FLAGS
+    from tests.web.browsing import CHROMIUM, FLAGS, PATIENCE
+
+    expect.set_options(timeout=PATIENCE)
 
     @pytest.fixture(scope="session")
     def server() -> Iterator[Running]:
@@ -39,6 +41,7 @@ else:
 
         def make(**options: Any) -> BrowserContext:
             context = browser.new_context(viewport=options.pop("viewport", {"width": 1100, "height": 800}), **options)
+            context.set_default_timeout(PATIENCE)
             made.append(context)
             return context
 
