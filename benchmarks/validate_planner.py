@@ -67,6 +67,14 @@ def model_of(row: dict[str, Any]) -> ModelConfig | None:
     return replace(config, layers=config.layers[: about["layers"]], moe=fewer)
 
 
+def served_model(row: dict[str, Any]) -> ModelConfig | None:
+    """The model that a row's server had, if it is the built-in one or a preset as it is."""
+    name = row["model"]["name"]
+    if name == "builtin":
+        return builtin_shape().config
+    return PRESETS[name].config if name in PRESETS else None
+
+
 def _read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
@@ -138,15 +146,15 @@ def load_of(row: dict[str, Any], trace: Path | None) -> LoadOptions:
 def served_groups(
     machine: Machine, paths: Sequence[Path], trace: Path | None, *, cold: bool = False
 ) -> Iterator[tuple[str, list[Check]]]:
-    """Predictions of rows of presets that FlexMoE served: times to first tokens, and between tokens."""
+    """Predictions of rows of presets, or the built-in model, that FlexMoE served: TTFT and TPOT, means and medians."""
     rows = _read(paths)
-    pairs = [
-        served_checks(machine, PRESETS[row["model"]["name"]].config, lengths(load_of(row, trace)), row, cold=cold)
+    found = [
+        served_checks(machine, model, lengths(load_of(row, trace)), row, cold=cold)
         for row in rows
-        if row["benchmark"] == "serve" and row["config"].get("engine") and row["model"]["name"] in PRESETS
+        if row["benchmark"] == "serve" and row["config"].get("engine") and (model := served_model(row)) is not None
     ]
-    for group, checks in zip(("served TTFT", "served TPOT"), zip(*pairs, strict=True), strict=False):
-        yield group, list(checks)
+    for group in dict.fromkeys(chain.from_iterable(found)):
+        yield group, [checks[group] for checks in found if group in checks]
 
 
 def main() -> None:
