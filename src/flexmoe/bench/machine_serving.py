@@ -1,4 +1,4 @@
-"""Measures what an HTTP server adds to an engine's times. Enters: a device, seconds. Leaves: Serving, or None, told why.
+"""Measures what an HTTP server adds to an engine's times. Enters: a device, seconds. Leaves: Serving, if it can.
 
 A server of the built-in model, in a process of its own, is asked over loopback as `flexmoe bench serve` asks. With each
 answer it tells what its engine took to the first token: what the client waited beyond that is the request's. What

@@ -38,7 +38,8 @@ def machine(out: Path, name: str | None, device: str, ranks: int, seconds: float
     """Measure this machine for the planner.
 
     Times the operations of MoE models, whole and as ranks share them, the speed of memory, what launching takes, and
-    with --ranks what ranks need to exchange tensors. Writes a machine file for `flexmoe plan --machine`.
+    with --ranks what ranks need to exchange tensors; and with the extras [server] and [bench] what an HTTP server adds,
+    by one of the built-in model over loopback. Writes a machine file for `flexmoe plan --machine`.
 
     \b
     Examples:
@@ -61,4 +62,16 @@ def _print(machine: Machine, out: Path) -> None:
     )
     for link in machine.links:
         click.echo(f"{link.name}: {link.latency_s * 1e6:.1f} µs, {link.bandwidth / 1e9:.2f} GB/s")
+    click.echo(_serving(machine))
     click.echo(f"written to {out}")
+
+
+def _serving(machine: Machine) -> str:
+    serving = machine.serving
+    if serving is None:
+        return "what a server adds: not measured; predictions are of the engine alone"
+    streams = ", ".join(f"{seconds * 1e6:,.0f} µs for {count}" for count, seconds in serving.streams)
+    return (
+        f"a server adds {serving.request_s * 1e3:.2f} ms to a request, {serving.prompt_token_s * 1e6:.2f} µs more for a "
+        f"token of its prompt; to a step, by the streams that get a token, {streams}"
+    )

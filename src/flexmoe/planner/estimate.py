@@ -139,9 +139,10 @@ class _Steady:
     def _token(self, batch: int) -> Terms:
         """Terms of the time between two tokens of a request, with so many at once, as a client sees it."""
         computed = self._computed(batch)
-        seconds = sum(computed.values())
-        sent = min(1.0, self.chunk_rate * seconds / batch)  # of the steps: as many as the server lets cross
-        return computed | ({SERVING: sent * self.serving.step(batch)} if self.serving.streams else {})
+        if not self.serving.streams:
+            return computed
+        sent = min(1.0, self.chunk_rate * sum(computed.values()) / batch)  # of the steps: what the server lets cross
+        return {**computed, SERVING: sent * self.serving.step(batch)}
 
     def _computed(self, batch: int) -> Terms:
         """Terms of the same in the engine."""
@@ -169,9 +170,9 @@ class _Steady:
         prompt, busy = prompts / ended, min(_BUSIEST, prompts / (decode + prompts))
         queue = busy / (2 * (1 - busy)) * prompt
         launched = decode + prompts if self.steps.ahead else 0.0
-        first = {**self.prompt, WAITING: queue + decode * 1.5 + launched}
         served = self.serving.request(round(self.demand.mean_input))
-        return first | ({SERVING: served} if served else {})
+        first = {**self.prompt, WAITING: queue + decode * 1.5 + launched}
+        return first if not served else {**first, SERVING: served}
 
 
 def _least(most: int, holds: Callable[[int], bool]) -> int:

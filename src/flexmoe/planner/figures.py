@@ -25,8 +25,8 @@ class Point:
     """One simulation, or one measurement. Milliseconds and tokens a second.
 
     kind: "measured"; "prediction" where the machine's tables and at least as many GPUs were measured; "extrapolation"
-    past them. kv_used: largest share of a KV cache. imbalance: of the busiest rank's experts, largest over mean. serving:
-    whether TTFT and TPOT hold what an HTTP server adds; None of a measurement.
+    past them. kv_used: largest share of a KV cache. imbalance: of the busiest rank's experts, largest over mean.
+    serving: whether TTFT and TPOT hold what an HTTP server adds; None of a measurement.
     """
 
     kind: str

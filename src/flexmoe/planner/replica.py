@@ -14,8 +14,8 @@ from functools import lru_cache
 from itertools import chain
 
 from flexmoe.config.engine import SchedulerConfig
-from flexmoe.config.serving import Serving
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.config.serving import Serving
 from flexmoe.planner.trace import BLOCK_TOKENS, TraceRequest
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks, scheduler_for
@@ -32,9 +32,9 @@ class EngineLimits:
     """What a simulated engine has: limits of a step, and the KV cache, of each of its data ranks.
 
     tokens: of a step, what pays on the device; None: on a CPU. watched: answers are streamed, so that prompts give way
-    to decodes. serving: what the server before it adds, and chunk_rate: pieces of streams that it lets cross in a second;
-    None: there is none. ahead: steps are launched before the tokens of the one before are known, those with prompts, too.
-    one_pass: see Scheduler.
+    to decodes. ahead: steps are launched before the tokens of the one before are known, those with prompts, too.
+    one_pass: see Scheduler. serving: what the server before it adds; None: nothing. chunk_rate: pieces of streams that
+    it lets cross in a second.
     """
 
     scheduler: SchedulerConfig
