@@ -72,6 +72,6 @@ def _serving(machine: Machine) -> str:
         return "what a server adds: not measured; predictions are of the engine alone"
     streams = ", ".join(f"{seconds * 1e6:,.0f} µs for {count}" for count, seconds in serving.streams)
     return (
-        f"a server adds {serving.request_s * 1e3:.2f} ms to a request, {serving.prompt_token_s * 1e6:.2f} µs more for a "
-        f"token of its prompt; to a step, by the streams that get a token, {streams}"
+        f"a server adds {serving.request_s * 1e3:.2f} ms to a request, {serving.prompt_token_s * 1e6:.2f} µs more for "
+        f"a token of its prompt; to a step, by the streams that get a token, {streams}"
     )
