@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -132,7 +132,10 @@ def compare(url: str, load: LoadOptions, serving: Serving) -> dict[str, Any]:
     row = measure(ServeOptions(endpoint=EndpointOptions(url=url), load=load)).row
     result, engine = row["result"], row["config"]["engine"]
     measured = {f"{name}_{key}": result[f"{name}_ms"][key] for name in ("ttft", "tpot") for key in ("mean", "p50")}
-    expected = {"server": figures(foretold(load, engine, serving)), "engine alone": figures(foretold(load, engine, None))}
+    expected = {
+        "server": figures(foretold(load, engine, serving)),
+        "engine alone": figures(foretold(load, engine, None)),
+    }
     params = {**row["params"], "trace": load.trace and load.trace.name}
     busy = {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}
     found = {"requests": result["requests"], "succeeded": result["succeeded"], "measured_ms": measured}

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.server import ServerProcess
-
 from flexmoe.bench.endpoint import EndpointOptions
 from flexmoe.bench.load import LoadOptions
 from flexmoe.bench.serving import ServeOptions, measure
+from harness.server import ServerProcess
 
 _SECONDS = 40.0
 _RATES = 1.0, 4.0  # requests a second
