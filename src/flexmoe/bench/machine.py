@@ -24,8 +24,13 @@ def measure(name: str, device: str, ranks: int, seconds: float | None, notify: N
     """
     chosen = choose_device(device)
     limit = _SECONDS[chosen.type] if seconds is None else seconds
-    found = _measure_device(name, chosen, ranks, limit, notify)
-    return replace(found, serving=measure_serving(str(chosen), min(limit, _SERVING_SECONDS), notify))
+    return with_server(_measure_device(name, chosen, ranks, limit, notify), device, limit, notify)
+
+
+def with_server(machine: Machine, device: str, seconds: float | None, notify: Notify) -> Machine:
+    """The machine with what a server adds, within about `seconds` or 15; where it cannot be measured, as it is."""
+    limit = min(seconds or _SERVING_SECONDS, _SERVING_SECONDS)
+    return replace(machine, serving=measure_serving(str(choose_device(device)), limit, notify) or machine.serving)
 
 
 def _measure_device(name: str, device: torch.device, ranks: int, seconds: float, notify: Notify) -> Machine:

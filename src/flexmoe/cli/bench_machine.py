@@ -33,8 +33,11 @@ _SECONDS = {"cuda": 540, "cpu": 100}
     "--seconds", type=click.FloatRange(min=1),
     help="Begin no other measurement after so long.  [default: 540 on a GPU, 100 on a CPU]",
 )  # fmt: skip
+@click.option("--server-only", is_flag=True, help="Measure anew what a server adds, into an --out that is there.")
 @debug_option
-def machine(out: Path, name: str | None, device: str, ranks: int, seconds: float | None) -> None:
+def machine(
+    out: Path, name: str | None, device: str, ranks: int, seconds: float | None, *, server_only: bool
+) -> None:  # fmt: skip
     """Measure this machine for the planner.
 
     Times the operations of MoE models, whole and as ranks share them, the speed of memory, what launching takes, and
@@ -45,10 +48,15 @@ def machine(out: Path, name: str | None, device: str, ranks: int, seconds: float
     Examples:
       flexmoe bench machine --out machine.json
       flexmoe bench machine --ranks 8 --name h200x8 --out h200x8.json
+      flexmoe bench machine --server-only --out machine.json
     """
-    from flexmoe.bench.machine import measure
+    from flexmoe.bench.machine import measure, with_server
+    from flexmoe.config.machine import Machine
 
-    found = measure(name or platform.node(), device, ranks, seconds, notify=note)
+    if server_only:
+        found = with_server(Machine.load(out), device, seconds, notify=note)
+    else:
+        found = measure(name or platform.node(), device, ranks, seconds, notify=note)
     found.save(out)
     _print(found, out)
 
