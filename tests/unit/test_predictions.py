@@ -280,3 +280,16 @@ def test_a_server_that_has_just_started_captures_graphs_on_the_way() -> None:
     )
     launching = 16 * 2e-3
     assert cold - warm == pytest.approx((launching - warm + launching) / 4, rel=0.01)
+
+
+def test_a_load_can_be_served_and_held_against_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    script = importlib.import_module("validate_planner")
+    monkeypatch.setattr(script, "served_now", lambda trace, rounds: iter([served_row()] * rounds))
+    file = tmp_path / "served.jsonl"
+    monkeypatch.setattr("sys.argv", ["validate", "--machine", "h200x1", "--serve", str(file), "--rounds", "3"])
+    script.main()
+    assert len(file.read_text().splitlines()) == 3
+    assert "served TTFT:    3 predictions" in capsys.readouterr().out
