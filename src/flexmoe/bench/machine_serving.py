@@ -75,8 +75,8 @@ class _Client:
         self._random, self._numbers = random.Random(0), iter(range(2**31))
 
     async def beside_engine(self, length: int) -> float:
-        """Seconds to the first token beside what the engine took to it. After a pause, as requests come: what was just
-        awake and in caches answers in half the time.
+        """Seconds to the first token beside what the engine took to it. After a pause, so that all sleep, as they do
+        where requests come now and then.
         """
         (request,), answer = self._prepared(1, length, 1), Answer()
         await asyncio.sleep(self._random.uniform(*_PAUSES))
