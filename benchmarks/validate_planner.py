@@ -4,13 +4,15 @@
     python benchmarks/validate_planner.py --machine h200x2 --rows benchmarks/results/h200_strategies.jsonl
     python benchmarks/validate_planner.py --machine machine.json --measure [--out rows.jsonl]
     python benchmarks/validate_planner.py --machine h200x1 --served rows.jsonl [--trace trace.csv]
+    python benchmarks/validate_planner.py --machine machine.json --serve rows.jsonl [--trace trace.csv]
     python benchmarks/validate_planner.py --machine h200x8 --foretold predicted.jsonl --rows measured.jsonl
 
 Operations of the machine's table are each predicted without their own sample. Steps are those of rows of `flexmoe bench
 latency` and benchmarks/strategies.py, or with --measure of models that are measured now, which the table has no shapes
 of. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs ranks count
 whose sums are one launch, as today's are. Served are rows of `flexmoe bench serve` against FlexMoE's server: their
-requests are simulated on the engine that each tells of. Foretold is what `benchmarks/strategies.py --predict` wrote
+requests are simulated on the engine that each tells of; with --serve the built-in model is served on this CPU now, and
+the rows are kept in that file. Foretold is what `benchmarks/strategies.py --predict` wrote
 down before a run, and by how much the strategy that it would have chosen was slower than the best. A row for each group
 of predictions.
 """
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.predicted import foretold
+from harness.served import served_now
 
 from flexmoe.bench.load import LoadOptions, lengths
 from flexmoe.bench.machine_shapes import builtin_shape
@@ -65,6 +68,14 @@ def model_of(row: dict[str, Any]) -> ModelConfig | None:
         moe, num_experts=about["experts"], top_k=about["top_k"], expert_width=about["expert_width"]
     )  # fmt: skip
     return replace(config, layers=config.layers[: about["layers"]], moe=fewer)
+
+
+def served_model(row: dict[str, Any]) -> ModelConfig | None:
+    """The model that a row's server had, if it is the built-in one or a preset as it is."""
+    name = row["model"]["name"]
+    if name == "builtin":
+        return builtin_shape().config
+    return PRESETS[name].config if name in PRESETS else None
 
 
 def _read(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -136,17 +147,16 @@ def load_of(row: dict[str, Any], trace: Path | None) -> LoadOptions:
 
 
 def served_groups(
-    machine: Machine, paths: Sequence[Path], trace: Path | None, *, cold: bool = False
+    machine: Machine, rows: Sequence[dict[str, Any]], trace: Path | None, *, cold: bool = False
 ) -> Iterator[tuple[str, list[Check]]]:
-    """Predictions of rows of presets that FlexMoE served: times to first tokens, and between tokens."""
-    rows = _read(paths)
-    pairs = [
-        served_checks(machine, PRESETS[row["model"]["name"]].config, lengths(load_of(row, trace)), row, cold=cold)
+    """Predictions of rows of presets, or the built-in model, that FlexMoE served: TTFT and TPOT, means and medians."""
+    found = [
+        served_checks(machine, model, lengths(load_of(row, trace)), row, cold=cold)
         for row in rows
-        if row["benchmark"] == "serve" and row["config"].get("engine") and row["model"]["name"] in PRESETS
+        if row["benchmark"] == "serve" and row["config"].get("engine") and (model := served_model(row)) is not None
     ]
-    for group, checks in zip(("served TTFT", "served TPOT"), zip(*pairs, strict=True), strict=False):
-        yield group, list(checks)
+    for group in dict.fromkeys(chain.from_iterable(found)):
+        yield group, [checks[group] for checks in found if group in checks]
 
 
 def main() -> None:
@@ -155,10 +165,14 @@ def main() -> None:
     machine = Machine.load(args.machine)
     read = _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
     rows = list(measured_rows()) if args.measure else read
-    kinds = [served_groups(machine, args.served, args.trace, cold=args.cold)]
+    served = _read(args.served)
+    for row in served_now(args.trace, args.rounds) if args.serve else ():
+        append(args.serve, row)
+        served.append(row)
+    kinds = [served_groups(machine, served, args.trace, cold=args.cold)]
     if args.foretold:
         kinds.append(foretold(_read(args.foretold), rows))
-    elif rows or not args.served:
+    elif rows or not served:
         kinds.append(groups(machine, rows))
     for group, checks in chain.from_iterable(kinds):
         if not checks:
@@ -183,6 +197,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, nargs="*", default=[])
     parser.add_argument("--foretold", type=Path, nargs="*", default=[], help="rows of `strategies.py --predict`")
     parser.add_argument("--served", type=Path, nargs="*", default=[], help="rows of `flexmoe bench serve`")
+    parser.add_argument("--serve", type=Path, help="serve on this CPU now, and append rows to this file")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each load is served")
     parser.add_argument("--trace", type=Path, help="the trace of the served rows, if it is not where they say")
     parser.add_argument("--cold", action="store_true", help="each served row was its server's first load")
     parser.add_argument("--since", default="", help="leave out rows that are older than this date")

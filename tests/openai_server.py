@@ -33,13 +33,15 @@ class FakeServer:
         usage: bool = True,
         engine: Any = None,
         together: int = 0,
+        engine_gap: float | None = None,
     ) -> None:
         """engine: what FlexMoE's server says of its engine; None: there is no such page.
 
+        gap: seconds before each piece of a stream. engine_gap: of these the engine's, as FlexMoE's server tells it.
         together: nobody gets an answer before so many have asked at once.
         """
         self._behaviours, self._gap, self._key, self._models, self._usage = behaviours or {}, gap, key, models, usage
-        self._engine, self._together = engine, together
+        self._engine, self._together, self._engine_gap = engine, together, engine_gap
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._ready = threading.Event()
@@ -130,6 +132,9 @@ class FakeServer:
         if behaviour == "leave":
             self._stop.set()
             return False
+        if not asked["stream"]:
+            await asyncio.sleep(asked["max_tokens"] * (self._engine_gap or 0.0))
+            return await _json(writer, "200 OK", {"choices": []})
         return behaviour != "close" and await self._stream(writer, asked, behaviour)
 
     async def _stream(self, writer: Writer, asked: dict[str, Any], behaviour: str) -> bool:
@@ -145,7 +150,8 @@ class FakeServer:
             await _event(writer, {"choices": [_choice(asked["path"], f" {number}", reason)]})
         if self._usage:
             usage = {"prompt_tokens": 7, "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": 3}}
-            await _event(writer, {"choices": [], "usage": usage})
+            times = {} if self._engine_gap is None else {"timings": {"ttft": self._engine_gap}}
+            await _event(writer, {"choices": [], "usage": usage, **times})
         await _chunk(writer, b"data: [DONE]\n\n")
         await _chunk(writer, b"")
         return True

@@ -1,9 +1,10 @@
 """Write the machine files that come with the package, from rows in benchmarks/results and from data sheets.
 
-    python tools/shipped_machines.py [--measured machine.json]
+    python tools/shipped_machines.py [--measured machine.json] [--serving machine.json]
 
 Enters: what each operation adds to a decode step of an H200, what a prompt's kernels took, and exchanges on two; or a
-file that `flexmoe bench machine` wrote on an H200, whose device and operations then go first. Leaves:
+file that `flexmoe bench machine` wrote on an H200, whose device and operations then go first. What a server adds is
+read from such a file alone, that of --measured or, without its operations, of --serving. Leaves:
 src/flexmoe/assets/machines/*.json. What nobody measured is named there under "extrapolated".
 """
 
@@ -21,6 +22,7 @@ from flexmoe.bench.collectives import link_of
 from flexmoe.bench.machine_samples import gpu_prompt_samples, step_samples
 from flexmoe.bench.prompt_operations import split
 from flexmoe.config.machine import DeviceSpec, Link, Machine, Sample
+from flexmoe.config.serving import Serving
 from flexmoe.models.presets import PRESETS
 from flexmoe.planner.operations import Operation, roofline
 
@@ -103,14 +105,14 @@ def on_other(samples: tuple[Sample, ...], before: DeviceSpec, after: DeviceSpec)
     return tuple(found)
 
 
-def machines(measured: Machine | None) -> Iterator[Machine]:
-    """All of them."""
+def machines(measured: Machine | None, serving: Serving | None) -> Iterator[Machine]:
+    """All of them. serving: of an H200."""
     device = H200 if measured is None else measured.device
     samples = tuple(step_tables()) if measured is None else measured.samples
     notes = {"rows": "benchmarks/results/h200_*.jsonl"} if measured is None else measured.notes
     if not any(sample.op.startswith("prompts.") for sample in samples):
         samples, notes = samples + tuple(prompt_tables()), {**notes, "prompts": "benchmarks/results/h200_prompts.jsonl"}
-    one = Machine("h200x1", 1, 1, device, (), samples, GPU_RESERVE, (), notes)
+    one = Machine("h200x1", 1, 1, device, (), samples, GPU_RESERVE, (), notes, serving)
     yield one
     yield replace(one, name="h200x2", devices_per_node=2, links=(nvlink(2),))
     eight = replace(one, name="h200x8", devices_per_node=8, links=(nvlink(8),), extrapolated=(MORE_RANKS,))
@@ -123,7 +125,7 @@ def machines(measured: Machine | None) -> Iterator[Machine]:
     words = ("operations: of an H200 with NVLink", f"links: {SHEETS}")
     yield replace(eight, name="h200x8-pcie", links=(pcie,), extrapolated=words)
     yield replace(
-        eight, name="h100x8", device=H100, samples=on_other(samples, device, H100),
+        eight, name="h100x8", device=H100, samples=on_other(samples, device, H100), serving=None,
         extrapolated=("operations: of an H200, in proportion to the roofline", "exchanges: of H200"),
     )  # fmt: skip
     rough = ("operations: roofline", f"links: {SHEETS}")
@@ -135,8 +137,11 @@ def main() -> None:
     """Write them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--measured", type=Path, help="a machine file of an H200")
-    measured = parser.parse_args().measured
-    for machine in machines(None if measured is None else Machine.load(measured)):
+    parser.add_argument("--serving", type=Path, help="one of which only what a server adds counts")
+    args = parser.parse_args()
+    measured, asked = (None if path is None else Machine.load(path) for path in (args.measured, args.serving))
+    server = asked or measured
+    for machine in machines(measured, None if server is None else server.serving):
         machine.save(MACHINES / f"{machine.name}.json")
 
 

@@ -7,20 +7,22 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import psutil
 
 _START_SECONDS = 300.0
+_COMMAND = (sys.executable, "-m", "flexmoe", "serve", "--port", "0")
 
 
 class ServerProcess:
     """Started on a free port; a context manager that ends it."""
 
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "flexmoe", "serve", "--port", "0", *arguments]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    def __init__(self, *arguments: str, command: Sequence[str] = _COMMAND) -> None:
+        """command: what starts a server that speaks like `flexmoe serve`."""
+        self._process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
         self.log: list[dict[str, Any]] = []  # a dictionary for each line of JSON
         self.url = ""
         self._ready = threading.Event()

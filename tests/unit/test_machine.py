@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flexmoe.config.machine import DeviceSpec, Exchange, Link, Machine, Sample, shipped_machines
+from flexmoe.config.serving import Serving
 from flexmoe.errors import ConfigError
 
 GPU = DeviceSpec("cuda", "a GPU", 80 * 2**30, 3e12, {"bfloat16": 7e14, "float32": 5e13}, 2e-6, 3e-5, 1e-6, 1e-3, 5e-5)
@@ -55,6 +56,15 @@ def test_machines_that_come_along(name: str) -> None:
     assert machine.name == name
     assert machine.num_devices == 1 or machine.links
     assert machine.samples or machine.extrapolated, "what nobody measured says so"
+
+
+def test_what_a_server_adds_reads_back_and_may_be_missing(tmp_path: Path) -> None:
+    measured = replace(MACHINE, serving=Serving(2.5e-3, 3e-7, ((1, 4e-4), (16, 2e-3))))
+    measured.save(tmp_path / "machine.json")
+    assert Machine.load(tmp_path / "machine.json") == measured
+    MACHINE.save(tmp_path / "older.json")
+    assert "serving" not in json.loads((tmp_path / "older.json").read_text())
+    assert Machine.load(tmp_path / "older.json").serving is None
 
 
 def test_links_are_the_innermost_in_common() -> None:

@@ -16,6 +16,7 @@ from flexmoe.bench.machine_shapes import builtin_shape
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.machine import Machine
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.serving import Serving
 from flexmoe.errors import ConfigError
 from flexmoe.models.presets import PRESETS
 from flexmoe.planner.lookup import Lookup
@@ -199,13 +200,29 @@ def served_row(**result: Any) -> dict[str, Any]:
 def test_a_served_row_is_held_against_a_simulation_of_its_load() -> None:
     config = PRESETS["olmoe-1b-7b"].config
     row = served_row()
-    ttft, tpot = served_checks(H200, config, [TraceRequest(0.5, 9, 10)], row)
+    checks = served_checks(H200, config, [TraceRequest(0.5, 9, 10)], row)
+    ttft, tpot = checks["served TTFT"], checks["served TPOT"]
     steps = Setting.of("olmoe", config, H200).steps(ParallelPlan(), SchedulerConfig())
     assert ttft.predicted == pytest.approx(sum(steps.prompt(9).values()))
     assert tpot.predicted == pytest.approx(sum(steps.decode(1, 14).values()), rel=0.02)
     assert (ttft.measured, tpot.measured) == (0.02, 0.001)
+    assert ttft.what.endswith("the engine alone: TTFT"), "nobody measured a server there"
     with pytest.raises(ConfigError, match=r"of 2 requests 1 fit, but the row has 1 answers to 1"):
         served_checks(H200, config, [TraceRequest(0.5, 9, 10), TraceRequest(0.6, 5000, 10)], row)
+
+
+def test_what_a_server_adds_is_in_the_prediction_of_a_served_row() -> None:
+    config, asked = PRESETS["olmoe-1b-7b"].config, [TraceRequest(0.5, 9, 10)]
+    row = served_row(ttft_ms={"mean": 20.0, "p50": 19.0})
+    alone = served_checks(H200, config, asked, row)
+    server = replace(H200, serving=Serving(3e-3, 1e-6, ((1, 1e-4),)))
+    served = served_checks(server, config, asked, row)
+    assert list(served) == ["served TTFT", "served TPOT", "served TTFT, median"]
+    assert served["served TTFT, median"].measured == pytest.approx(0.019)
+    added = {name: served[name].predicted - alone[name].predicted for name in served}
+    assert added["served TTFT"] == added["served TTFT, median"] == pytest.approx(3e-3 + 9e-6)
+    assert added["served TPOT"] == pytest.approx(1e-4)
+    assert "alone" not in served["served TTFT"].what
 
 
 def test_what_was_foretold_of_four_gpus_is_held_against_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,14 +254,18 @@ def test_served_rows_are_read_with_their_load(tmp_path: Path, monkeypatch: pytes
     rows = [served_row(), {"benchmark": "latency"}, served_row() | {"config": {"engine": None}}]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = dict(script.served_groups(H200, [file], None))
+
+    def read() -> list[dict[str, Any]]:
+        return list(script._read([file]))
+
+    found = dict(script.served_groups(H200, read(), None))
     assert {group: len(checks) for group, checks in found.items()} == {"served TTFT": 1, "served TPOT": 1}
     assert found["served TPOT"][0].what.startswith("olmoe-1b-7b, 1 requests at ")
     trace = tmp_path / "trace.csv"
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,9,10\n")
     params = rows[0]["params"] | {"rate": None, "num_requests": None, "trace": "/elsewhere/trace.csv"}
     file.write_text(json.dumps(rows[0] | {"params": params}) + "\n")
-    again = dict(script.served_groups(H200, [file], trace))
+    again = dict(script.served_groups(H200, read(), trace))
     assert again["served TPOT"][0].predicted == pytest.approx(found["served TPOT"][0].predicted)
 
 
@@ -254,8 +275,21 @@ def test_a_server_that_has_just_started_captures_graphs_on_the_way() -> None:
     requests = [TraceRequest(float(n), 100, 2) for n in range(4)]
     row = served_row(requests=4, succeeded=4)
     warm, cold = (
-        served_checks(slow, PRESETS["olmoe-1b-7b"].config, requests, row, cold=cold)[0].predicted
+        served_checks(slow, PRESETS["olmoe-1b-7b"].config, requests, row, cold=cold)["served TTFT"].predicted
         for cold in (False, True)
     )
     launching = 16 * 2e-3
     assert cold - warm == pytest.approx((launching - warm + launching) / 4, rel=0.01)
+
+
+def test_a_load_can_be_served_and_held_against_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    script = importlib.import_module("validate_planner")
+    monkeypatch.setattr(script, "served_now", lambda trace, rounds: iter([served_row()] * rounds))
+    file = tmp_path / "served.jsonl"
+    monkeypatch.setattr("sys.argv", ["validate", "--machine", "h200x1", "--serve", str(file), "--rounds", "3"])
+    script.main()
+    assert len(file.read_text().splitlines()) == 3
+    assert "served TTFT:    3 predictions" in capsys.readouterr().out

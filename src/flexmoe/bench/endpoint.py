@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -91,10 +91,14 @@ class Prepared:
 
 @dataclass(slots=True)
 class Answer:
-    """What has come so far. texts: when each piece of text came, on time.perf_counter's clock."""
+    """What has come so far. texts: when each piece of text came, on time.perf_counter's clock.
+
+    timings: seconds to the first token and between tokens, as FlexMoE's engine took them; empty of another server.
+    """
 
     texts: list[float] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, Any] = field(default_factory=dict)
     finish_reason: str | None = None
     is_done: bool = False
 
@@ -108,6 +112,7 @@ class Answer:
             if chunk.get("error"):
                 raise RequestFailed("server error", _message(chunk))
             self.usage |= chunk.get("usage") or {}
+            self.timings |= chunk.get("timings") or {}
             for choice in chunk.get("choices", ()):
                 self._choice(choice, now)
         except (ValueError, TypeError, AttributeError) as error:
@@ -211,11 +216,21 @@ class Endpoint:
 
     async def ask(self, request: Prepared, answer: Answer) -> None:
         """Send a request and fill in its answer as it comes. Raises RequestFailed."""
+        await self._post(request.body, lambda response: _read_stream(response, answer))
+        if not answer.is_done and answer.finish_reason is None:
+            raise RequestFailed("cut off", "the stream ended before the answer did")
+
+    async def ask_whole(self, request: Prepared) -> None:
+        """The same in one piece, which nobody looks at. Raises RequestFailed."""
+        body = json.loads(request.body) | {"stream": False}
+        del body["stream_options"]
+        await self._post(json.dumps(body).encode(), _read_whole)
+
+    async def _post(self, body: bytes, read: Callable[[aiohttp.ClientResponse], Awaitable[None]]) -> None:
         url = self._options.base + _PATHS[self._options.endpoint]
         try:
-            async with self._session.post(url, data=request.body, headers=_JSON) as response:
-                await _check(response)
-                await _read(response.content, answer)
+            async with self._session.post(url, data=body, headers=_JSON) as response:
+                await read(response)
         except TimeoutError as error:
             raise RequestFailed("timeout", f"no answer within {self._options.timeout:g} s") from error
         except self._http.ClientConnectorError as error:
@@ -226,8 +241,6 @@ class Endpoint:
             raise RequestFailed("cut off", _shortened(str(error) or type(error).__name__)) from error
         except self._http.ClientError as error:
             raise RequestFailed("bad answer", _shortened(str(error) or type(error).__name__)) from error
-        if not answer.is_done and answer.finish_reason is None:
-            raise RequestFailed("cut off", "the stream ended before the answer did")
 
     def _body(self, request: Planned, model: str) -> dict[str, Any]:
         options = self._options
@@ -255,17 +268,23 @@ def _asked(prompt: Prompt, endpoint: str) -> dict[str, Any]:
     return {"messages": prompt if is_messages else [{"role": "user", "content": prompt}]}
 
 
-async def _check(response: aiohttp.ClientResponse) -> None:
-    """Raise RequestFailed unless a stream of events follows."""
+async def _check_status(response: aiohttp.ClientResponse) -> None:
     if response.status != 200:
         said = _json(await response.read())
         raise RequestFailed(f"HTTP {response.status}", _message(said) if said else str(response.reason))
+
+
+async def _read_whole(response: aiohttp.ClientResponse) -> None:
+    await _check_status(response)
+    await response.read()
+
+
+async def _read_stream(response: aiohttp.ClientResponse, answer: Answer) -> None:
+    """Raises RequestFailed unless it is a stream of events."""
+    await _check_status(response)
     if response.content_type != "text/event-stream":
         raise RequestFailed("bad answer", f"content type {response.content_type!r} in place of an event stream")
-
-
-async def _read(content: aiohttp.StreamReader, answer: Answer) -> None:
-    async for events in _events(content):
+    async for events in _events(response.content):
         now = time.perf_counter()
         for event in events:
             answer.take(event, now)

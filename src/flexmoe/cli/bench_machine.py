@@ -33,21 +33,30 @@ _SECONDS = {"cuda": 540, "cpu": 100}
     "--seconds", type=click.FloatRange(min=1),
     help="Begin no other measurement after so long.  [default: 540 on a GPU, 100 on a CPU]",
 )  # fmt: skip
+@click.option("--server-only", is_flag=True, help="Measure anew what a server adds, into an --out that is there.")
 @debug_option
-def machine(out: Path, name: str | None, device: str, ranks: int, seconds: float | None) -> None:
+def machine(
+    out: Path, name: str | None, device: str, ranks: int, seconds: float | None, *, server_only: bool
+) -> None:  # fmt: skip
     """Measure this machine for the planner.
 
     Times the operations of MoE models, whole and as ranks share them, the speed of memory, what launching takes, and
-    with --ranks what ranks need to exchange tensors. Writes a machine file for `flexmoe plan --machine`.
+    with --ranks what ranks need to exchange tensors; and with the extras [server] and [bench] what an HTTP server adds,
+    by one of the built-in model over loopback. Writes a machine file for `flexmoe plan --machine`.
 
     \b
     Examples:
       flexmoe bench machine --out machine.json
       flexmoe bench machine --ranks 8 --name h200x8 --out h200x8.json
+      flexmoe bench machine --server-only --out machine.json
     """
-    from flexmoe.bench.machine import measure
+    from flexmoe.bench.machine import measure, with_server
+    from flexmoe.config.machine import Machine
 
-    found = measure(name or platform.node(), device, ranks, seconds, notify=note)
+    if server_only:
+        found = with_server(Machine.load(out), device, seconds, notify=note)
+    else:
+        found = measure(name or platform.node(), device, ranks, seconds, notify=note)
     found.save(out)
     _print(found, out)
 
@@ -61,4 +70,16 @@ def _print(machine: Machine, out: Path) -> None:
     )
     for link in machine.links:
         click.echo(f"{link.name}: {link.latency_s * 1e6:.1f} µs, {link.bandwidth / 1e9:.2f} GB/s")
+    click.echo(_serving(machine))
     click.echo(f"written to {out}")
+
+
+def _serving(machine: Machine) -> str:
+    serving = machine.serving
+    if serving is None:
+        return "what a server adds: not measured; predictions are of the engine alone"
+    streams = ", ".join(f"{seconds * 1e6:,.0f} µs for {count}" for count, seconds in serving.streams)
+    return (
+        f"a server adds {serving.request_s * 1e3:.2f} ms to a request, {serving.prompt_token_s * 1e6:.2f} µs more for "
+        f"a token of its prompt; to a step, by the streams that get a token, {streams}"
+    )

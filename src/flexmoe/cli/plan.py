@@ -13,6 +13,7 @@ from flexmoe.cli.planning import (
     limits_of,
     setting_of,
     setting_options,
+    times_of,
     wide_console,
     workload_of,
     workload_options,
@@ -84,9 +85,10 @@ def plan(model: str | None, **options: Any) -> None:
     if options["out"] is not None:
         found.best.candidate.plan.write(options["out"])
     if options["as_json"]:
-        click.echo(json.dumps(_as_json(found), indent=2))
+        click.echo(json.dumps(_as_json(found, serving=setting.machine.serving is not None), indent=2))
     else:
         _print(found, question, setting, options["top"], explain=options["explain"])
+        note(times_of(setting.machine))
     if options["out"] is not None:
         note(f"The plan is in {options['out']}: use it by --plan.{_engines(found.best)}")
 
@@ -106,9 +108,11 @@ def _engines(best: Estimate) -> str:
     return f" Start {count} engines with it, on {each} each." if count > 1 else ""
 
 
-def _as_json(found: Found) -> dict[str, Any]:
+def _as_json(found: Found, *, serving: bool) -> dict[str, Any]:
+    """serving: whether TTFT and TPOT hold what an HTTP server adds."""
     return {
         "objective": found.objective,
+        "serving": serving,
         "skipped": found.skipped,
         "plans": [_row_json(ranked) for ranked in found.ranking],
     }

@@ -17,6 +17,7 @@ from flexmoe.config.machine import shipped_machines
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from flexmoe.config.machine import Machine
     from flexmoe.planner.planning import Setting
     from flexmoe.planner.workload import Workload
 
@@ -129,6 +130,16 @@ def setting_of(model: str | None, options: Mapping[str, Any]) -> Setting:
         dtype=options["dtype"],
         quantization=options["quantization"],
         routing=options["routing"],
+    )
+
+
+def times_of(machine: Machine) -> str:
+    """What times of a served workload hold, for the reader."""
+    if machine.serving is not None:
+        return "TTFT and TPOT hold what an HTTP server adds."
+    return (
+        f"TTFT and TPOT are of the engine alone: what an HTTP server adds was not measured for {machine.name}; "
+        "`flexmoe bench machine` does."
     )
 
 

@@ -18,6 +18,7 @@ from flexmoe.cli.planning import (
     limits_of,
     setting_of,
     setting_options,
+    times_of,
     wide_console,
     workload_of,
     workload_options,
@@ -159,6 +160,7 @@ def _print(points: Sequence[Point], setting: Setting, seconds: float) -> None:
         style="dim",
         markup=False,
     )
+    note(times_of(setting.machine))
     for gpus, plan in dict.fromkeys((point.gpus, point.plan) for point in points if point.plan):
         note(f"{several(gpus, 'GPU')}: {plan}")
     for point in points:

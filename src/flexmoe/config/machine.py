@@ -14,12 +14,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from flexmoe.config.fields import number, positive, required, six_digits
 from flexmoe.config.flexflow_machine import is_flexflow_machine, read_flexflow_machine
+from flexmoe.config.serving import Serving
 from flexmoe.errors import ConfigError, UnknownOptionError
 
 KINDS = ("cuda", "cpu")
-_KEYS = ("machine", "version", "devices_per_node", "nodes", "device", "links", "reserve_gib", "extrapolated", "notes",
-         "samples")  # fmt: skip
+_KEYS = ("machine", "version", "devices_per_node", "nodes", "device", "links", "reserve_gib", "serving", "extrapolated",
+         "notes", "samples")  # fmt: skip
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "one_shot", "send")
 _VERSION = 1
 _GIB = 2**30
@@ -105,7 +107,8 @@ class Machine:
 
     devices_per_node: GPUs, or the cores of a CPU, each of which can have a rank of its own. reserve_bytes: of each
     device, for what is neither weights nor cache nor activations. samples: measured operations. extrapolated: which
-    parts nobody measured here, in words. notes: where the rest comes from: date, versions, commit.
+    parts nobody measured here, in words. notes: where the rest comes from: date, versions, commit. serving: what
+    an HTTP server adds; None where nobody measured it, and then predictions are of the engine alone.
     """
 
     name: str
@@ -117,6 +120,7 @@ class Machine:
     reserve_bytes: int = 0
     extrapolated: tuple[str, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+    serving: Serving | None = None
 
     def __post_init__(self) -> None:
         for name in ("devices_per_node", "nodes"):
@@ -198,16 +202,17 @@ def _text(machine: Machine) -> str:
         "machine": machine.name, "version": _VERSION,
         "devices_per_node": machine.devices_per_node, "nodes": machine.nodes,
         "device": {
-            "kind": device.kind, "name": device.name, "memory_gib": _digits(device.memory_bytes / _GIB),
-            "read_gb_s": _digits(device.read_bandwidth / 1e9),
-            "tflops": {dtype: _digits(flops / 1e12) for dtype, flops in device.peak_flops.items()},
-            "launch_us": _digits(device.launch_s * 1e6), "host_us": _digits(device.host_s * 1e6),
-            "host_row_us": _digits(device.host_row_s * 1e6),
-            "prompt_layer_us": _digits(device.prompt_layer_s * 1e6),
-            "torch_layer_us": _digits(device.torch_layer_s * 1e6),
-            "torch_chunk_us": _digits(device.torch_chunk_s * 1e6), "cores": device.cores,
+            "kind": device.kind, "name": device.name, "memory_gib": six_digits(device.memory_bytes / _GIB),
+            "read_gb_s": six_digits(device.read_bandwidth / 1e9),
+            "tflops": {dtype: six_digits(flops / 1e12) for dtype, flops in device.peak_flops.items()},
+            "launch_us": six_digits(device.launch_s * 1e6), "host_us": six_digits(device.host_s * 1e6),
+            "host_row_us": six_digits(device.host_row_s * 1e6),
+            "prompt_layer_us": six_digits(device.prompt_layer_s * 1e6),
+            "torch_layer_us": six_digits(device.torch_layer_s * 1e6),
+            "torch_chunk_us": six_digits(device.torch_chunk_s * 1e6), "cores": device.cores,
         },
-        "reserve_gib": _digits(machine.reserve_bytes / _GIB),
+        "reserve_gib": six_digits(machine.reserve_bytes / _GIB),
+        **({} if machine.serving is None else {"serving": machine.serving.to_json()}),
         "extrapolated": list(machine.extrapolated), "notes": dict(machine.notes),
     }  # fmt: skip
     links = _lines([json.dumps(_link_json(link)) for link in machine.links])
@@ -220,10 +225,10 @@ def _lines(items: list[str]) -> str:
 
 
 def _link_json(link: Link) -> dict[str, Any]:
-    measured = [[e.op, e.ranks, e.num_bytes, e.captured, _digits(e.seconds * 1e6)] for e in link.measured]
+    measured = [[e.op, e.ranks, e.num_bytes, e.captured, six_digits(e.seconds * 1e6)] for e in link.measured]
     return {
-        "name": link.name, "size": link.size, "latency_us": _digits(link.latency_s * 1e6),
-        "gb_s": _digits(link.bandwidth / 1e9), "measured": measured,
+        "name": link.name, "size": link.size, "latency_us": six_digits(link.latency_s * 1e6),
+        "gb_s": six_digits(link.bandwidth / 1e9), "measured": measured,
     }  # fmt: skip
 
 
@@ -234,13 +239,8 @@ def _sample_json(sample: Sample) -> list[Any]:
         sample.ranks,
         sample.rows,
         [_plain(size) for size in sample.shape],
-        _digits(sample.seconds * 1e6),
+        six_digits(sample.seconds * 1e6),
     ]
-
-
-def _digits(value: float) -> float:
-    """Six of them: more were never measured."""
-    return float(f"{value:.6g}")
 
 
 def _plain(size: float) -> float:
@@ -266,44 +266,45 @@ def _machine(data: Any) -> Machine:
     if data.get("version", _VERSION) != _VERSION:
         raise ConfigError(f"it is of version {data['version']!r}, but this program reads version {_VERSION}.")
     return Machine(
-        name=str(_field(data, "machine")),
-        devices_per_node=_field(data, "devices_per_node"),
+        name=str(required(data, "machine")),
+        devices_per_node=required(data, "devices_per_node"),
         nodes=data.get("nodes", 1),
-        device=_device(_field(data, "device")),
+        device=_device(required(data, "device")),
         links=tuple(map(_link, data.get("links", ()))),
         samples=tuple(map(_sample, data.get("samples", ()))),
-        reserve_bytes=round(_number(data, "reserve_gib", 0) * _GIB),
+        reserve_bytes=round(number(data, "reserve_gib", 0) * _GIB),
         extrapolated=tuple(map(str, data.get("extrapolated", ()))),
         notes=data.get("notes", {}),
+        serving=Serving.from_json(data["serving"]) if "serving" in data else None,
     )
 
 
 def _device(data: Any) -> DeviceSpec:
-    flops = _field(data, "tflops")
+    flops = required(data, "tflops")
     if not isinstance(flops, Mapping) or not flops:
         raise ConfigError("the device's tflops is not an object with a number for at least one dtype.")
     return DeviceSpec(
-        kind=str(_field(data, "kind")),
-        name=str(_field(data, "name")),
-        memory_bytes=round(_positive(data, "memory_gib") * _GIB),
-        read_bandwidth=_positive(data, "read_gb_s") * 1e9,
-        peak_flops={dtype: _positive(flops, dtype) * 1e12 for dtype in flops},
-        launch_s=_number(data, "launch_us") / 1e6,
-        host_s=_number(data, "host_us", 0) / 1e6,
-        host_row_s=_number(data, "host_row_us", 0) / 1e6,
-        prompt_layer_s=_number(data, "prompt_layer_us", 0) / 1e6,
-        torch_layer_s=_number(data, "torch_layer_us", 0) / 1e6,
-        torch_chunk_s=_number(data, "torch_chunk_us", 0) / 1e6,
-        cores=round(_number(data, "cores", 0)),
+        kind=str(required(data, "kind")),
+        name=str(required(data, "name")),
+        memory_bytes=round(positive(data, "memory_gib") * _GIB),
+        read_bandwidth=positive(data, "read_gb_s") * 1e9,
+        peak_flops={dtype: positive(flops, dtype) * 1e12 for dtype in flops},
+        launch_s=number(data, "launch_us") / 1e6,
+        host_s=number(data, "host_us", 0) / 1e6,
+        host_row_s=number(data, "host_row_us", 0) / 1e6,
+        prompt_layer_s=number(data, "prompt_layer_us", 0) / 1e6,
+        torch_layer_s=number(data, "torch_layer_us", 0) / 1e6,
+        torch_chunk_s=number(data, "torch_chunk_us", 0) / 1e6,
+        cores=round(number(data, "cores", 0)),
     )
 
 
 def _link(data: Any) -> Link:
     return Link(
-        name=str(_field(data, "name")),
-        size=round(_number(data, "size", 0)),
-        latency_s=_number(data, "latency_us") / 1e6,
-        bandwidth=_positive(data, "gb_s") * 1e9,
+        name=str(required(data, "name")),
+        size=round(number(data, "size", 0)),
+        latency_s=number(data, "latency_us") / 1e6,
+        bandwidth=positive(data, "gb_s") * 1e9,
         measured=tuple(map(_exchange, data.get("measured", ()))),
     )
 
@@ -325,23 +326,3 @@ def _sample(row: Any) -> Sample:
     raise ConfigError(
         f"{row!r} is no measured operation; one is [operation, dtype, ranks, rows, [sizes], microseconds]."
     )
-
-
-def _field(data: Any, name: str) -> Any:
-    if not isinstance(data, Mapping) or name not in data:
-        raise ConfigError(f"{name!r} is missing.")
-    return data[name]
-
-
-def _number(data: Any, name: str, default: float | None = None) -> float:
-    value = data.get(name, default) if default is not None else _field(data, name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-        raise ConfigError(f"{name}={value!r} is not a number from 0.")
-    return float(value)
-
-
-def _positive(data: Any, name: str) -> float:
-    value = _number(data, name)
-    if not value:
-        raise ConfigError(f"{name} is 0; it must be above.")
-    return value

@@ -8,7 +8,7 @@ new prompts are computed, since as many requests end; where they are several, to
 Both grow with B. The B that a rate of requests leads to, and the largest B that keeps the promised times and fits the
 KV cache, are found by bisection. A first token comes after half a step that is under way, another one where steps are
 launched ahead, the prompts before it (as in a queue with random arrivals and equal services), its own prompt, and a
-decode step beside it.
+decode step beside it. Both times hold what an HTTP server adds, if the machine tells; throughput is the engine's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from flexmoe.config.engine import SchedulerConfig
+from flexmoe.config.server import usual_chunk_rate
+from flexmoe.config.serving import Serving
 from flexmoe.planner.space import Candidate
 from flexmoe.planner.steps import Steps
 from flexmoe.planner.workload import Demand
 
 Terms = Mapping[str, float]
-PROMPTS, WAITING = "prompts", "waiting"
+PROMPTS, WAITING, SERVING = "prompts", "waiting", "serving"
 # What stops the largest batch.
 MEMORY, SEATS, TIMES = "KV cache", "max_num_seqs", "promised times"
 _BUSIEST = 0.98  # of the time in prompts: above, a queue only grows
@@ -88,6 +90,8 @@ class _Steady:
         self.candidate, self.steps, self.demand, self.promise = candidate, steps, demand, promise
         self.data_ranks = candidate.plan.data_parallel_size
         self.rate = demand.rate / candidate.replicas
+        machine = steps.cost.machine
+        self.serving, self.chunk_rate = machine.serving or Serving(0.0), usual_chunk_rate(machine.device.kind)
         self.context = round(demand.mean_input + demand.mean_output / 2)
         self.prompt = steps.prompt(round(demand.mean_input))
         tokens = demand.mean_input + demand.mean_output
@@ -104,7 +108,7 @@ class _Steady:
         tpot = self._token_seconds(batch or self.bound)
         first = self._first(batch or self.bound)
         at_once = working * self.candidate.replicas
-        work = {name: seconds / at_once for name, seconds in self._token(working).items()}
+        work = {name: seconds / at_once for name, seconds in self._computed(working).items()}
         limit = self.limit if most == self.bound else TIMES
         return Estimate(
             candidate=self.candidate, missed=self._missed(batch), hopeless=not most, batch=batch or self.bound,
@@ -133,7 +137,15 @@ class _Steady:
         return sum(self._token(batch).values())
 
     def _token(self, batch: int) -> Terms:
-        """Terms of the time between two tokens of a request, with so many at once."""
+        """Terms of the time between two tokens of a request, with so many at once, as a client sees it."""
+        computed = self._computed(batch)
+        if not self.serving.streams:
+            return computed
+        sent = min(1.0, self.chunk_rate * sum(computed.values()) / batch)  # of the steps: what the server lets cross
+        return {**computed, SERVING: sent * self.serving.step(batch)}
+
+    def _computed(self, batch: int) -> Terms:
+        """Terms of the same in the engine."""
         return {**self._decode(batch), PROMPTS: self._prompts(self._ended(batch))}
 
     def _ended(self, batch: int) -> float:
@@ -158,7 +170,9 @@ class _Steady:
         prompt, busy = prompts / ended, min(_BUSIEST, prompts / (decode + prompts))
         queue = busy / (2 * (1 - busy)) * prompt
         launched = decode + prompts if self.steps.ahead else 0.0
-        return {**self.prompt, WAITING: queue + decode * 1.5 + launched}
+        served = self.serving.request(round(self.demand.mean_input))
+        first = {**self.prompt, WAITING: queue + decode * 1.5 + launched}
+        return first if not served else {**first, SERVING: served}
 
 
 def _least(most: int, holds: Callable[[int], bool]) -> int:

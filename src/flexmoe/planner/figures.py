@@ -26,6 +26,7 @@ class Point:
 
     kind: "measured"; "prediction" where the machine's tables and at least as many GPUs were measured; "extrapolation"
     past them. kv_used: largest share of a KV cache. imbalance: of the busiest rank's experts, largest over mean.
+    serving: whether TTFT and TPOT hold what an HTTP server adds; None of a measurement.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Point:
     cut_tokens: int = 0
     imbalance: float | None = None
     steps: int | None = None
+    serving: bool | None = None
 
 
 def point(
@@ -62,6 +64,7 @@ def point(
         within_slo=sum(_is_good(one, slo_ms) for one in served) / len(served) if any(slo_ms) else None,
         kv_used=max(done.line.kv_used), waiting=max(done.line.waiting), busy=done.busy, preemptions=done.preemptions,
         cut_tokens=sum(one.cut for one in served), imbalance=imbalance, steps=done.steps,
+        serving=fleet.limits.serving is not None,
     )  # fmt: skip
 
 

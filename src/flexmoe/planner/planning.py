@@ -15,6 +15,7 @@ from flexmoe.config.machine import Machine, shipped_machines
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.routing import LayerLoad, read_recording
+from flexmoe.config.server import usual_chunk_rate
 from flexmoe.config.shard import Shard, check
 from flexmoe.errors import ConfigError
 from flexmoe.models.hub import open_model
@@ -153,6 +154,8 @@ class Setting:
             prefix_caching=any(request.blocks for request in requests),
             tokens=self.step_tokens,
             ahead=steps.ahead,
+            serving=self.machine.serving,
+            chunk_rate=usual_chunk_rate(self.machine.device.kind),
         )
         fleet = Fleet(engine, steps.seconds, candidate.plan.num_ranks, candidate.replicas, simulated)
         done = simulate(fleet, requests)

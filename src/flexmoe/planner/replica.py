@@ -2,7 +2,8 @@
 
 The scheduler, the block manager and the prefix cache are the engine's own; only the model is missing. As in an engine,
 a step is chosen when the one before has ended, or, where steps are launched ahead, when it begins; and a request's
-tokens are there at the end of their step.
+tokens are there at the end of their step. Where it is known what a server adds, a request is added when the server is
+done with it, and steps whose tokens are sent take longer; which these are is the rule of `engine/async_engine.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import chain
 
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.sampling import SamplingParams
+from flexmoe.config.serving import Serving
 from flexmoe.planner.trace import BLOCK_TOKENS, TraceRequest
 from flexmoe.scheduling.block_manager import BlockManager
 from flexmoe.scheduling.data_ranks import DataRanks, scheduler_for
@@ -31,7 +33,8 @@ class EngineLimits:
 
     tokens: of a step, what pays on the device; None: on a CPU. watched: answers are streamed, so that prompts give way
     to decodes. ahead: steps are launched before the tokens of the one before are known, those with prompts, too.
-    one_pass: see Scheduler.
+    one_pass: see Scheduler. serving: what the server before it adds; None: nothing. chunk_rate: pieces of streams that
+    it lets cross in a second.
     """
 
     scheduler: SchedulerConfig
@@ -43,6 +46,12 @@ class EngineLimits:
     watched: bool = True
     ahead: bool = False
     one_pass: bool = False
+    serving: Serving | None = None
+    chunk_rate: float = 1000.0
+
+    def ready(self, asked: TraceRequest) -> float:
+        """When a request can be scheduled."""
+        return asked.arrival + (0.0 if self.serving is None else self.serving.request(asked.input_len))
 
     @property
     def longest(self) -> int:
@@ -94,6 +103,7 @@ class Replica:
     _step: Step | None = None
     _ahead: Step | None = None
     _seconds: float = 0.0
+    _next_crossing: float = 0.0
     _served: dict[str, Served] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,7 +134,7 @@ class Replica:
         self.outstanding += prompt + answer
         return served
 
-    def begin(self) -> float | None:
+    def begin(self, now: float) -> float | None:
         """Choose the next step. Returns the seconds that it takes, None if there is nothing to do."""
         step, self._ahead = self._ahead or self.scheduler.schedule(), None
         self.preemptions += len(step.preempted)
@@ -135,9 +145,18 @@ class Replica:
         if self.limits.ahead:
             self._ahead = self.scheduler.schedule_ahead(step, prompts=True)
         self.steps += 1
-        self._seconds = self.seconds(step)
+        self._seconds = self._with_streams(step, now)
         self.busy += self._seconds
         return self._seconds
+
+    def _with_streams(self, step: Step, now: float) -> float:
+        """What the step takes, with sending what it gives to those that decode. First tokens count with requests."""
+        seconds, serving = self.seconds(step), self.limits.serving
+        if serving is None or now + self._seconds < self._next_crossing:
+            return seconds
+        seconds += serving.step(step.num_decodes)
+        self._next_crossing = now + seconds + step.num_decodes / self.limits.chunk_rate
+        return seconds
 
     def finish(self, now: float) -> int:
         """The step has ended. Returns how many tokens it gave."""

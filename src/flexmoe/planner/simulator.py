@@ -69,20 +69,20 @@ class Simulated:
 def simulate(fleet: Fleet, requests: Sequence[TraceRequest]) -> Simulated:
     """Serve the requests, which are the share of the replicas simulated and come by arrival."""
     replicas = [Replica(fleet.limits, fleet.seconds) for _ in range(fleet.simulated)]
-    served: list[Served] = []
+    served: dict[int, Served] = {}
     line = TimeLine(max(requests[-1].arrival, 1e-9) / _MOMENTS * (1 + 1e-9))
     running: list[tuple[float, int]] = []  # ends of steps, and whose
-    now = 0.0
-    for number, request in enumerate(requests):
-        now = _advance(replicas, running, line, request.arrival, now)
+    now, ready = 0.0, fleet.limits.ready
+    for number, request in sorted(enumerate(requests), key=lambda pair: ready(pair[1])):
+        now = _advance(replicas, running, line, ready(request), now)
         chosen = min(range(len(replicas)), key=lambda index: replicas[index].outstanding)
-        served.append(replicas[chosen].add(number, request))
+        served[number] = replicas[chosen].add(number, request)
         if replicas[chosen].is_idle:
-            _begin(replicas, running, chosen, request.arrival)
+            _begin(replicas, running, chosen, ready(request))
     end = _advance(replicas, running, line, float("inf"), now)
     busy = sum(replica.busy for replica in replicas) / (len(replicas) * end) if end else 0.0
     steps, preemptions = (sum(getattr(r, name) for r in replicas) for name in ("steps", "preemptions"))
-    return Simulated(served, line, end, busy, steps, preemptions)
+    return Simulated([served[number] for number in range(len(served))], line, end, busy, steps, preemptions)
 
 
 def _advance(
@@ -93,7 +93,7 @@ def _advance(
         now, index = running[0]
         replica = replicas[index]
         line.add(now, replica, replica.finish(now))
-        seconds = replica.begin()
+        seconds = replica.begin(now)
         if seconds is None:
             heapq.heappop(running)
         else:
@@ -102,6 +102,6 @@ def _advance(
 
 
 def _begin(replicas: list[Replica], running: list[tuple[float, int]], index: int, now: float) -> None:
-    seconds = replicas[index].begin()
+    seconds = replicas[index].begin(now)
     assert seconds is not None, "a replica with a new request has something to do"
     heapq.heappush(running, (now + seconds, index))

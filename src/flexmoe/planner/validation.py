@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.machine import Machine, Sample
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.server import usual_chunk_rate
 from flexmoe.errors import ConfigError
 from flexmoe.planner.captures import Captures
 from flexmoe.planner.cost_model import Chunk, CostModel, StepShape
@@ -133,10 +134,10 @@ def served_checks(
     row: Mapping[str, Any],
     *,
     cold: bool = False,
-) -> tuple[Check, Check]:
-    """Mean TTFT and TPOT of a row of `flexmoe bench serve`: its requests, simulated on the engine that it tells of.
+) -> dict[str, Check]:
+    """TTFT and TPOT of a row of `flexmoe bench serve`, by name: its requests, simulated on the engine that it tells of.
 
-    cold: its server had computed no prompts of such lengths before.
+    cold: its server had computed no prompts of such lengths before. Means, and medians where the row has them.
 
     Raises ConfigError if the row was asked other requests, or some of its own were not answered.
     """
@@ -148,6 +149,7 @@ def served_checks(
         scheduler=limits, num_blocks=engine["kv_cache_blocks"], block_size=engine["block_size"],
         data_ranks=plan.data_parallel_size, prefix_caching=engine["prefix_caching"], tokens=setting.step_tokens,
         ahead=engine["prompts_ahead"], one_pass=engine.get("one_pass", False),
+        serving=machine.serving, chunk_rate=usual_chunk_rate(machine.device.kind),
     )  # fmt: skip
     fit = [request for request in requests if request.input_len < told.longest]  # the server refuses the others
     if (len(requests), len(fit)) != (result["requests"], result["succeeded"]):
@@ -158,12 +160,17 @@ def served_checks(
     steps = setting.steps(plan, limits)
     fleet = Fleet(told, Captures(steps).seconds if cold else steps.seconds, plan.num_ranks, 1, 1)
     served = simulate(fleet, fit).served
-    ttft, tpot = fmean(one.ttft for one in served), fmean(one.tpot for one in served if one.tpot is not None)
     what = f"{setting.name}, {len(fit)} requests at {len(fit) / max(fit[-1].arrival, 1e-9):.3g} a second"
-    return (
-        Check(f"{what}: TTFT", ttft, result["ttft_ms"]["mean"] * 1e-3),
-        Check(f"{what}: TPOT", tpot, result["tpot_ms"]["mean"] * 1e-3),
-    )
+    what += "" if machine.serving else ", the engine alone"
+    times = {
+        "TTFT": ([one.ttft for one in served], result["ttft_ms"]),
+        "TPOT": ([one.tpot for one in served if one.tpot is not None], result["tpot_ms"]),
+    }
+    kinds = (("", fmean, "mean"), (", median", median, "p50"))
+    return {
+        f"served {name}{kind}": Check(f"{what}: {name}{kind}", middle(predicted), measured[key] * 1e-3)
+        for kind, middle, key in kinds for name, (predicted, measured) in times.items() if key in measured
+    }  # fmt: skip
 
 
 def _name(row: Mapping[str, Any]) -> str:

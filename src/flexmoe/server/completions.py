@@ -14,7 +14,7 @@ from flexmoe.engine.outputs import CompletionOutput, RequestOutput
 from flexmoe.errors import RequestError
 from flexmoe.server.deltas import Deltas
 from flexmoe.server.openai import CompletionRequest
-from flexmoe.server.pieces import LogprobsWriter, ending, usage
+from flexmoe.server.pieces import LogprobsWriter, ending, timings, usage
 from flexmoe.server.replies import Completion, generated
 from flexmoe.server.service import Generation, Prompt, Service
 from flexmoe.server.stream import Answer, EventStream, event_of
@@ -123,7 +123,9 @@ class _Completions:
                 }
                 yield event_of({**self._head, "choices": [choice], **usage_field})
         if self._body.tells_usage:
-            yield event_of({**self._head, "choices": [], "usage": usage(list(last.values()))})
+            outputs = list(last.values())
+            times = {"timings": timings(outputs[0])} if len(outputs) == 1 else {}
+            yield event_of({**self._head, "choices": [], "usage": usage(outputs), **times})
 
     def _best(self, output: RequestOutput) -> Sequence[CompletionOutput]:
         """The n samples with the highest mean log-probability, if more were asked for by best_of."""

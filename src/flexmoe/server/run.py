@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 
-from flexmoe.config.server import ServerConfig
+from flexmoe.config.server import ServerConfig, usual_chunk_rate
 from flexmoe.engine.async_engine import AsyncEngine
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError, EngineError
@@ -35,8 +35,6 @@ _log = logging.getLogger("flexmoe.server")
 # How long a thread may hold the interpreter before another gets it. With Python's 5 ms the engine, back from a step,
 # would wait for the event loop longer than the step took.
 _SWITCH_SECONDS = 0.0005
-# Pieces of streams a second, by device. One costs some 20 us, which a model on a CPU misses on its cores.
-_CHUNK_RATES = {"cpu": 1000.0}
 # That a step may take, by device: many tokens on a slow CPU, or on a GPU a step whose kernels are all to be compiled.
 _STEP_SECONDS = {"cpu": 1800.0}
 # Until streams that were told to end have said so to their clients.
@@ -71,7 +69,7 @@ class Server(uvicorn.Server):
         self._engine = AsyncEngine(
             engine,
             expert_interval=config.expert_interval,
-            max_output_rate=config.max_chunk_rate or _CHUNK_RATES.get(device, 10_000.0),
+            max_output_rate=config.max_chunk_rate or usual_chunk_rate(device),
             step_seconds=_STEP_SECONDS.get(device, 300.0) if most_seconds is None else most_seconds,
             on_death=self._on_death,
         )
