@@ -37,7 +37,7 @@ class LLM:
     def __init__(self, model: str | PathLike[str] | None = None, **options: Any) -> None:
         self._engine = make_engine({"model": model, **options})
         self._unseen: dict[str, RequestOutput | None] = {}  # by request: its latest output, until its caller has it
-        self._turn = threading.RLock()  # not Lock: a forgotten stream is ended by whoever collects it, maybe within a step
+        self._turn = threading.RLock()  # reentrant: a forgotten stream is ended wherever it is collected
 
     @property
     def engine(self) -> Engine:

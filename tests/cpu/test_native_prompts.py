@@ -153,8 +153,8 @@ def test_in_fp32_a_prompt_has_the_bits_of_its_decodes(level: levels.Level) -> No
 @pytest.mark.parametrize("window", [3, 40])
 def test_far_below_zero_behind_a_window(level: levels.Level, window: int) -> None:
     """Queries turned away from all keys that they see, in blocks of which some rows see none of the first tile."""
-    attention = {"num_heads": 2, "qk_norm": "head"}
-    model = decoder(config(attention, layers=(LayerConfig(is_moe=False, window=window),)), torch.bfloat16, 2, level.name)
+    layers = (LayerConfig(is_moe=False, window=window),)
+    model = decoder(config({"num_heads": 2, "qk_norm": "head"}, layers=layers), torch.bfloat16, 2, level.name)
     for name, weight in model.weights().items():
         assert isinstance(weight, Tensor)
         if name.endswith("qkv.weight"):
