@@ -133,7 +133,7 @@ def test_weights_of_every_kind(dtype: torch.dtype) -> None:
 
 @NEEDS_COMPILER
 @dtypes
-@pytest.mark.parametrize(("weights", "activations"), [(1e-18, 1e-25), (1e-38, 1), (1e-40, 1e5), (1e-43, 1e20)])
+@pytest.mark.parametrize(("weights", "activations"), [(1e-18, 1e-23), (1e-38, 1), (1e-40, 1e5), (1e-42, 1e20)])
 @pytest.mark.parametrize("name", ["odd", "few"])
 def test_numbers_too_small_for_fp32(name: str, weights: float, activations: float, dtype: torch.dtype) -> None:
     """Products that vanish, in some kernels sooner than in others, and weights that do."""
