@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -24,7 +25,7 @@ Message: TypeAlias = Mapping[str, Any]
 
 
 class LLM:
-    """A model that generates text in this process, for one thread at a time.
+    """A model that generates text in this process. Threads may share it: they take turns, step by step.
 
     model: a folder, a Hugging Face hub id, or None for the built-in model. Options are those of `EngineConfig`'s
     parts by their flat names, e.g. `LLM("folder", dtype="float32", max_num_seqs=8, kv_cache_memory=2**30)`, and those
@@ -36,6 +37,7 @@ class LLM:
     def __init__(self, model: str | PathLike[str] | None = None, **options: Any) -> None:
         self._engine = make_engine({"model": model, **options})
         self._unseen: dict[str, RequestOutput | None] = {}  # by request: its latest output, until its caller has it
+        self._turn = threading.RLock()  # reentrant: a forgotten stream is ended wherever it is collected
 
     @property
     def engine(self) -> Engine:
@@ -119,7 +121,8 @@ class LLM:
 
     def close(self) -> None:
         """Free the model. May be called twice."""
-        self._engine.close()
+        with self._turn:
+            self._engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -141,9 +144,10 @@ class LLM:
     ) -> list[RequestOutput]:
         ids = [self._engine.new_id() for _ in prompts]
         try:
-            for request_id, (text, tokens), sampling in zip(ids, prompts, params, strict=True):
-                self._unseen[request_id] = None
-                self._engine.add_request(tokens, sampling, prompt=text, request_id=request_id)
+            with self._turn:
+                for request_id, (text, tokens), sampling in zip(ids, prompts, params, strict=True):
+                    self._unseen[request_id] = None
+                    self._engine.add_request(tokens, sampling, prompt=text, request_id=request_id)
             return [self._next(request_id) for request_id in ids]
         finally:
             self._end(ids)
@@ -154,8 +158,9 @@ class LLM:
         params = SamplingParams() if sampling is None else sampling
         request_id = self._engine.new_id()
         try:
-            self._unseen[request_id] = None
-            self._engine.add_request(tokens, params, prompt=text, request_id=request_id, stream=True)
+            with self._turn:
+                self._unseen[request_id] = None
+                self._engine.add_request(tokens, params, prompt=text, request_id=request_id, stream=True)
             finished = False
             while not finished:
                 output = self._next(request_id)
@@ -166,22 +171,30 @@ class LLM:
 
     def _end(self, ids: Sequence[str]) -> None:
         """Whatever happened, nothing of these requests is left."""
-        self._engine.discard(ids)
-        for request_id in ids:
-            self._unseen.pop(request_id, None)
+        with self._turn:
+            self._engine.discard(ids)
+            for request_id in ids:
+                self._unseen.pop(request_id, None)
 
     def _next(self, request_id: str) -> RequestOutput:
-        """Step until this request has something new. What others in progress get meanwhile is kept for them."""
-        while (output := self._unseen[request_id]) is None:
-            for new in self._engine.step():
-                if new.request_id in self._unseen:
-                    self._unseen[new.request_id] = new
-            if self._unseen[request_id] is None and not self._engine.serves(request_id):
-                raise EngineError(f"request {request_id!r} was aborted while its output was awaited.")
-        self._unseen[request_id] = None
+        """Step until this request has something new."""
+        while (output := self._take(request_id)) is None:
+            pass
         if output.error is not None:
             raise RequestFailedError(output.error)
         return output
+
+    def _take(self, request_id: str) -> RequestOutput | None:
+        """What this request has that is new, if need be after a step. What others get by it is kept for them."""
+        with self._turn:
+            if self._unseen[request_id] is None:
+                for new in self._engine.step():
+                    if new.request_id in self._unseen:
+                        self._unseen[new.request_id] = new
+                if self._unseen[request_id] is None and not self._engine.serves(request_id):
+                    raise EngineError(f"request {request_id!r} was aborted while its output was awaited.")
+            output, self._unseen[request_id] = self._unseen[request_id], None
+            return output
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -345,6 +345,12 @@ def test_hub_id_that_is_not_cached_offline(hub_cache: Path) -> None:
         open_model(LoadConfig(model="mixtral-8x7", load_format="dummy"))
 
 
+@pytest.mark.parametrize(("name", "meant"), [("bulitin", "builtin"), ("mixtral-8x7", "mixtral-8x7b")])
+def test_a_misspelt_name(hub_cache: Path, name: str, meant: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"Did you mean '{meant}'\?$"):
+        open_model(LoadConfig(model=name))
+
+
 def test_hub_id_that_is_cached_opens_offline(hub_cache: Path) -> None:
     repository, commit = hub_cache / "models--some--model", "0" * 40
     copy_of(tiny("mixtral", sharded=True), repository / "snapshots" / commit)

@@ -7,6 +7,7 @@ import itertools
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,18 @@ def test_generate_within_a_stream(llm: LLM) -> None:
     assert texts(llm.generate(PROMPTS[1:], GREEDY)) == alone[1:]
     *_, last = stream
     assert last.text == alone[0]
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    """Each gets its own answer, of generate and of stream, whoever makes the step that brings it."""
+    wanted = texts(llm.generate(PROMPTS, GREEDY))
+
+    def ask(number: int) -> str:
+        prompt = PROMPTS[number % len(PROMPTS)]
+        return list(llm.stream(prompt, GREEDY))[-1].text if number % 2 else llm.generate(prompt, GREEDY)[0].text
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ask, range(24))) == wanted * 8
 
 
 def test_closing_a_stream_aborts_its_request(llm: LLM) -> None:

@@ -149,6 +149,27 @@ def test_in_fp32_a_prompt_has_the_bits_of_its_decodes(level: levels.Level) -> No
     assert torch.equal(logits, wanted)
 
 
+@levels_here
+@pytest.mark.parametrize("window", [3, 40])
+def test_far_below_zero_behind_a_window(level: levels.Level, window: int) -> None:
+    """Queries turned away from all keys that they see, in blocks of which some rows see none of the first tile."""
+    layers = (LayerConfig(is_moe=False, window=window),)
+    model = decoder(config({"num_heads": 2, "qk_norm": "head"}, layers=layers), torch.bfloat16, 2, level.name)
+    for name, weight in model.weights().items():
+        assert isinstance(weight, Tensor)
+        if name.endswith("qkv.weight"):
+            weight[32:64] = -weight[:32]
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            weight.fill_(30 if "q_norm" in name else 1)
+    model.pack(2, isa=level.name)
+    requests, num_blocks = scattered([131, 195], BLOCK, 1)
+    wide = in_fp32(model)
+    whole = by_c(model, prompts(requests), poisoned(model, num_blocks))
+    assert error(whole, by_torch(wide, prompts(requests), poisoned(wide, num_blocks))) < 0.03
+    for most in (1, 7, 50):
+        assert torch.equal(by_c(model, prompts(requests), poisoned(model, num_blocks), most), whole)
+
+
 def test_tile_units_leave_prompts_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(levels, "features", lambda: frozenset({"amx_tile"}))
     assert not takes_prompts(torch.bfloat16, "portable", quantized=True)

@@ -10,7 +10,7 @@ import torch
 from flexmoe import LLM, SamplingParams
 from flexmoe.config.model import LayerConfig, ModelConfig
 from flexmoe.kernels.cpu import levels
-from flexmoe.kernels.cpu.screen import Screen
+from flexmoe.kernels.cpu.screen import MOST_COLUMNS, Screen
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.native import NativeDecoder, screen_of
 from tests.cpu.paging import scattered
@@ -129,6 +129,38 @@ def test_weights_of_every_kind(dtype: torch.dtype) -> None:
         for count in (1, 3, 4, 9):
             steps.check(count)
         head *= 1e-25  # all tiny: their squares are below any number of fp32
+
+
+@NEEDS_COMPILER
+@dtypes
+@pytest.mark.parametrize(("weights", "activations"), [(1e-18, 1e-23), (1e-38, 1), (1e-40, 1e5), (1e-42, 1e20)])
+@pytest.mark.parametrize("name", ["odd", "few"])
+def test_numbers_too_small_for_fp32(name: str, weights: float, activations: float, dtype: torch.dtype) -> None:
+    """Products that vanish, in some kernels sooner than in others, and weights that do."""
+    torch.manual_seed(7)
+    for level in levels.available():
+        model = decoder(shape(name), dtype, 2, level.name)
+        model.norm.weight.data.mul_(activations)
+        assert model.lm_head is not None
+        assert model.lm_head.weight is not None
+        head = model.lm_head.weight.data
+        head.copy_((torch.randn(head.shape, dtype=torch.float64) * weights).to(dtype))
+        model.pack(2, isa=level.name)
+        steps = Steps(model, dtype, LENGTHS)
+        for count in (1, 4, 9):
+            steps.check(count)
+
+
+def test_a_head_too_wide_for_sums_of_codes_has_none() -> None:
+    assert screen_of(torch.zeros(2, 66311)) is not None
+    assert screen_of(torch.zeros(2, 66312)) is None
+
+
+def test_the_longest_sum_of_codes_fits() -> None:
+    """255 times 127 as often as may be, less what the shift takes off."""
+    screen = Screen.empty(1, MOST_COLUMNS).fill(torch.ones(1, MOST_COLUMNS))
+    assert screen.codes.sum(dtype=torch.int64) * 255 < 2**31
+    assert screen.shifts.item() == 128 * 127 * MOST_COLUMNS
 
 
 @pytest.mark.parametrize("spread", [0.0, 3.0])  # of the sizes of weights and activations

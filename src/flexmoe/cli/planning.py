@@ -57,7 +57,11 @@ _WORKLOAD = (
     click.option("--input-len", metavar="N[:M]", callback=_length, help="Tokens of a prompt.  [default: 512]"),
     click.option("--output-len", metavar="N[:M]", callback=_length, help="Tokens of an answer.  [default: 128]"),
     click.option("--length-scale", type=_above_zero, help="Factor for the lengths of a trace.  [default: 1]"),
-    click.option("--duration", type=_above_zero, help="Seconds of requests.  [default: all]"),
+    click.option(
+        "--duration",
+        type=_above_zero,
+        help="Seconds of requests.  [default: all; to simulate without a trace or --num-requests 600]",
+    ),
     click.option("--num-requests", type=_positive, help="Requests at most.  [default: 1000; of a trace all]"),
     click.option("--slo-ttft-ms", type=_above_zero, help="A first token should come within so many milliseconds."),
     click.option("--slo-tpot-ms", type=_above_zero, help="The others should take so many each, or less."),

@@ -6,6 +6,7 @@ without a network.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -152,12 +153,18 @@ def _download(model: str, load: LoadConfig) -> Path:
     except errors.HFValidationError as error:
         raise CheckpointError(f"no folder {model!r} exists, and it is no hub id either: {error}") from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]  # httpx's, of whichever version
-        presets = f" Presets: {', '.join(PRESETS)}." if load.load_format == "dummy" else ""
         raise CheckpointError(
             f"no folder {model!r} exists, so it was taken for a Hugging Face hub id; "
-            f"{_why(model, load, error)}{presets}"
+            f"{_why(model, load, error)}{_other_names(model, load)}"
         ) from error
     return Path(folder)
+
+
+def _other_names(model: str, load: LoadConfig) -> str:
+    """Names known here that may have been meant."""
+    near = difflib.get_close_matches(model, [BUILTIN_NAME, *PRESETS], n=1)
+    presets = f" Presets: {', '.join(PRESETS)}." if load.load_format == "dummy" else ""
+    return presets + (f" Did you mean {near[0]!r}?" if near else "")
 
 
 def _why(model: str, load: LoadConfig, error: Exception) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.cpu import levels, library
 from flexmoe.kernels.cpu.decode import Activations, DecodeModel, LayerWeights, OuterWeights, PagedRows, Part, supports
-from flexmoe.kernels.cpu.screen import Screen
+from flexmoe.kernels.cpu.screen import MOST_COLUMNS, Screen
 from flexmoe.kernels.quantize import QuantizedMatrix, Weights
 from flexmoe.layers.attention import Attention
 from flexmoe.layers.embedding import Embedding
@@ -182,8 +182,8 @@ def _add_dense(weights: LayerWeights, mlp: GatedMLP) -> None:
 
 
 def screen_of(head: Weights) -> Screen | None:
-    """The head's screen, which adds half its bytes; None if it is in few bits itself."""
-    if isinstance(head, QuantizedMatrix):
+    """The head's screen, which adds half its bytes; None if it is in few bits itself, or too wide."""
+    if isinstance(head, QuantizedMatrix) or head.shape[1] > MOST_COLUMNS:
         return None
     screen = Screen.empty(*head.shape)
     move_to_large_pages(screen.tensors())

@@ -37,7 +37,8 @@ def new_tokens(max_length: int, max_new_tokens: int, prompt_tokens: int, max_seq
     else:
         room, limit, name = max_length - prompt_tokens, max_length, "max_length"
     if room < 1:
-        remedy = "compile with a larger one" if name == "max_seq_length" else "raise it"
+        larger = "compile with a larger one if the model's context allows"
+        remedy = larger if name == "max_seq_length" else "raise it"
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens, and {name}={limit} counts prompt and output together; "
             f"{remedy}, or shorten the prompt to at most {limit - 1} tokens."
@@ -53,5 +54,5 @@ def _check(name: str, value: object, max_seq_length: int) -> None:
     if value >= max_seq_length:
         raise RequestError(
             f"{name}={value} is not below max_seq_length={max_seq_length}; use at most {max_seq_length - 1}, "
-            f"or compile with max_seq_length={value + 1} or more."
+            f"or compile with max_seq_length={value + 1} or more if the model's context allows."
         )

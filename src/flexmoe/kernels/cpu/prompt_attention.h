@@ -128,13 +128,13 @@ INLINE float weigh_tile(v16 *scores, int groups, float scale, Run keys, int64_t 
     }
     float best = *largest;
     for (int i = 0; i < LANES; i++) best = all[i] > best ? all[i] : best;
-    if (best == -INFINITY) best = 0.0f; /* none is seen yet */
-    float factor = exp16((v16){0} + (*largest - best))[0];
+    float origin = best == -INFINITY ? 0.0f : best; /* none is seen yet, and the largest stays open */
+    float factor = exp16((v16){0} + (*largest - origin))[0];
     sum *= factor;
     for (int c = 0; c < KEYS / LANES; c += 2) {
         v16 two[2] = {{0}, {0}};
         for (int i = 0; i < 2; i++)
-            if (c + i < groups) sum += two[i] = exp16(scores[c + i] - best);
+            if (c + i < groups) sum += two[i] = exp16(scores[c + i] - origin);
         store_step(weights + c * LANES, (reg)two[0], (reg)two[1]);
     }
     memcpy(total, &sum, sizeof sum);

@@ -11,6 +11,9 @@
 /* Activations that share the loads of ROWS rows of codes; bytes from the rows at hand to those to ask for. */
 enum { BATCH = 4, FAR = 8192 };
 
+/* Logits may be off by this besides: above all that products lose which are too small for fp32 or its bf16 units. */
+static const float UNDERFLOW_LOSS = 1e-30f;
+
 /* One row's activations as codes + 128, filled up with 128. */
 typedef struct Coded {
     const uint8_t *codes;
@@ -133,6 +136,7 @@ static void screened_head(const Model *m, const Step *step, const Buffers *b, co
     for (int64_t t = 0; t < count; t++) {
         float *logits = step->logits + t * vocab, *least = b->least + t * threads, most = least[0];
         for (int64_t i = 1; i < threads; i++) most = least[i] > most ? least[i] : most;
+        most -= UNDERFLOW_LOSS;
         for (int64_t n = from, next; n < to; n = next) {
             next = n + LANES < to ? n + LANES : to;
             if (next == n + LANES && all_below(s, x + t, logits, n, most))

@@ -12,10 +12,12 @@ from torch import Tensor
 
 _LINE = 64  # codes of a cache line
 _LARGEST = 127
+MOST_COLUMNS = 2**31 // (255 * _LARGEST)  # whose sums of codes certainly fit into 32 bits
 _ROWS = 256  # looked at together: few enough for the cache
 _SPLIT = 2**-16  # of an activation, what its two bf16 parts leave out
 _ROUNDING = 2**-24  # of each product and sum in fp32
 _REST = 1.001  # for the rounding of the bounds themselves
+_SMALLEST = 1e-30  # of a scale: weights that bf16 units take for 0 have codes of 0, and squares are not too small
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,8 @@ class Screen:
         for start in range(0, len(head), _ROWS):
             rows = slice(start, start + _ROWS)
             part = head[rows].float()
-            scales = part.abs().amax(-1) / _LARGEST
-            part = part / scales.masked_fill(scales == 0, 1.0)[:, None]  # so that no square is too small
+            scales = (part.abs().amax(-1) / _LARGEST).clamp_min(_SMALLEST)
+            part = part / scales[:, None]
             codes = part.round()
             self.codes[rows, :columns] = codes.to(torch.int8)
             self.shifts[rows] = 128 * codes.sum(-1).to(torch.int32)
