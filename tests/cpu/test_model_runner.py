@@ -36,9 +36,9 @@ class Watched:
     def __init__(self, native: NativeDecoder, max_rows: int, *, prompts: bool = False) -> None:
         self._native, self.max_rows, self.prompts, self.calls = native, max_rows, prompts, list[int]()
 
-    def __call__(self, rows: Any, *rest: Any) -> torch.Tensor:
+    def __call__(self, rows: Any, *rest: Any, **options: Any) -> torch.Tensor:
         self.calls.append(len(rows.token_ids))
-        return self._native(rows, *rest)
+        return self._native(rows, *rest, **options)
 
 
 def make_step(num_decodes: int, num_prefills: int, *, samples: bool = True) -> tuple[Step, int]:
@@ -224,7 +224,7 @@ def test_torch_has_its_threads_back_after_an_error(monkeypatch: pytest.MonkeyPat
     runner = ModelRunner(model, cache, CPU)
     seen: list[int] = []
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         seen.append(torch.get_num_threads())
         raise MemoryError
 
