@@ -224,7 +224,7 @@ def test_torch_has_its_threads_back_after_an_error(monkeypatch: pytest.MonkeyPat
     runner = ModelRunner(model, cache, CPU)
     seen: list[int] = []
 
-    def fail(*arguments: object, **options: object) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
         seen.append(torch.get_num_threads())
         raise MemoryError
 
