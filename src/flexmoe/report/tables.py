@@ -332,8 +332,8 @@ def llama_cpp(rows: Sequence[Row]) -> Table | None:
     version = next((said for row in found if (said := row.get("about.llama-cpp-python"))), "of unknown version")
     about = (
         f"Random weights, {first.get('device.cores')} cores; medians of one run whose rounds interleave. “Ratio”: how "
-        f"many times better ours is than the best of the others. The floor reads the whole head, which our greedy steps "
-        f"in bf16 look through in 8 bits. llama-cpp-python {version}; "
+        f"many times better ours is than the best of the others. The floor reads the whole head, through which our "
+        f"greedy steps in bf16 look in 8 bits. llama-cpp-python {version}; "
         f"{versions(first)} {dates(used)}"
     )
     return Table("llama_cpp", "On a CPU, beside llama.cpp", header, tuple(lines), about)
