@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,5 +48,5 @@ class Pool:
 def llm_of(engine: Engine) -> LLM:
     """The plain face of an engine that was made by hand."""
     llm = object.__new__(LLM)
-    llm._engine, llm._unseen = engine, {}
+    llm._engine, llm._unseen, llm._turn = engine, {}, threading.RLock()
     return llm
