@@ -91,8 +91,8 @@ class Part(IntFlag):
     FEED = 4
     HEAD = 8
     BEST = 16
-    ALL = 15
-    GREEDY = 23
+    ALL = EMBED | ATTEND | FEED | HEAD
+    GREEDY = EMBED | ATTEND | FEED | BEST
 
 
 @dataclass(frozen=True, slots=True)

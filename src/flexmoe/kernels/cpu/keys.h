@@ -3,7 +3,7 @@
 #define FLEXMOE_KEYS_H
 #include "products.h"
 
-/* Keys [from, to) of one sequence, block by block: `first` is the cache slot of the run's first key. */
+/* Keys [from, to) of one sequence, block by block: `slot` is where the run's first key lies in the cache. */
 typedef struct {
     int64_t key, stop, slot;
 } Run;
