@@ -15,6 +15,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models import fused as fused_module
 from flexmoe.models import fused_data_ranks as data_module
 from flexmoe.models import fused_experts as experts_module
+from flexmoe.models import fused_grouped as grouped_module
 from flexmoe.models import fused_vocabulary as vocabulary_module
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
@@ -32,9 +33,10 @@ GROUPED = [
 HEAD = ["norm_linear", "greedy"]
 OF_FUSED = ("count_choices", "decode_attention", "rms_norm")
 OF_EXPERTS = (
-    "combine", "combine_norm", "expert_down_gemv", "expert_down_grouped", "expert_gate_up_gemv",
-    "expert_gate_up_grouped", "group_by_expert", "route", "topk", "topk_by_expert",
+    "combine", "combine_norm", "expert_down_gemv", "expert_gate_up_gemv", "group_by_expert", "route", "topk",
+    "topk_by_expert",
 )  # fmt: skip
+OF_GROUPED = ("expert_down_grouped", "expert_gate_up_grouped")
 VIEWS = {
     "_unsafe_view", "alias", "as_strided", "detach", "expand", "select", "slice", "split", "t", "transpose",
     "unsqueeze", "view",
@@ -67,6 +69,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         replace(fused_module, name)
     for name in OF_EXPERTS:
         replace(experts_module, name)
+    for name in OF_GROUPED:
+        replace(grouped_module, name)
     replace(data_module, "combine_norm")
     replace(fused_module.norm_linear, "norm_linear")
     replace(vocabulary_module, "embed")

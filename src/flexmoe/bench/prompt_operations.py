@@ -35,6 +35,7 @@ _OURS = {
     "_rms_norm": ("norm", "qkv"), "_rotate_and_store": ("rotate", "qkv"), "_prefill_attention": ("attention", "output"),
     "_route_many": ("router", "other"), "_topk": ("group", "other"), "_group_by_expert": ("group", "other"),
     "_gate_up_grouped": ("gate_up", "other"), "_down_grouped": ("down", "other"),
+    "expert_gate_up_products": ("gate_up", "other"), "expert_down_products": ("down", "other"),
 }  # fmt: skip
 
 

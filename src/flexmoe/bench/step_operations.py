@@ -19,7 +19,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
 from flexmoe.kernels.triton import norm_linear
 from flexmoe.layers.kv_cache import KVCache
-from flexmoe.models import fused, fused_experts
+from flexmoe.models import fused, fused_experts, fused_grouped
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.models.loader import fill_dummy
@@ -99,7 +99,7 @@ class Steps:
 
         stubs: dict[tuple[ModuleType, str], Any] = {(norm_linear, "norm_linear"): project}
         for name in set(ops) - set(_PROJECTIONS):
-            for module in (fused, fused_experts):
+            for module in (fused, fused_experts, fused_grouped):
                 if hasattr(module, name):
                     stubs[module, name] = lambda *_, name=name, **__: met.add(name)
         originals = {(module, name): getattr(module, name) for module, name in stubs}

@@ -167,7 +167,8 @@ class _Prompts:
         from flexmoe.kernels.triton.tiles import tiles_of
         from flexmoe.models.fused_prompts import PromptDecoder
 
-        self._model, self._cache = PromptDecoder(model, job.max_position, _CPU, tiles_of(job.gpu)), cache
+        pdl, tiles = job.capability >= PDL_CAPABILITY, tiles_of(job.gpu)
+        self._model, self._cache = PromptDecoder(model, job.max_position, _CPU, tiles, pdl=pdl), cache
 
     def step(self, tokens: int, *, padded: bool) -> None:
         """One prompt of so many tokens."""

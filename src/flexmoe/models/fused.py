@@ -40,6 +40,7 @@ from flexmoe.models.device_rows import PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused_buffers import Buffers
 from flexmoe.models.fused_data_ranks import GatheredRows, gathered_of
 from flexmoe.models.fused_experts import FusedExperts
+from flexmoe.models.fused_grouped import products_on
 from flexmoe.models.fused_ranks import SharedSums, sums_of
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.fused_vocabulary import Vocabulary
@@ -262,7 +263,8 @@ class FusedDecoder:
         self._head = embedding if model.lm_head is None else weight_of(model.lm_head)
         can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
         self._pdl = can if pdl is None else pdl
-        self._tiles = tiles = StepTiles(tiles_for(device) if table is None else table, config, dtype)
+        products = products_on(device, config, dtype)
+        self._tiles = tiles = StepTiles(tiles_for(device) if table is None else table, config, dtype, products)
         shapes = {(n, k) for n, k in (*_projections(model), tuple(self._head.shape))}
         slots = max(
             (len(layer.moe.experts.gate_up) for layer in model.decoder_layers if layer.moe is not None), default=0

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flexmoe.config.model import ModelConfig
 from flexmoe.kernels.triton.combine import combine, combine_norm
-from flexmoe.kernels.triton.expert_down import expert_down_gemv, expert_down_grouped
-from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv, expert_gate_up_grouped
+from flexmoe.kernels.triton.expert_down import expert_down_gemv
+from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_gemv
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.norm_linear import NormAfter
 from flexmoe.kernels.triton.route import norms_first, route
@@ -20,6 +20,7 @@ from flexmoe.kernels.triton.topk import topk
 from flexmoe.kernels.triton.topk_by_expert import topk_by_expert
 from flexmoe.models.decoder import DecoderLayer
 from flexmoe.models.fused_buffers import Buffers
+from flexmoe.models.fused_grouped import compute_grouped
 from flexmoe.models.fused_ranks import slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.moe.block import MoEBlock
@@ -94,8 +95,7 @@ class FusedExperts:
         """Rows of one expert together, each (token, expert) pair by itself to `expert_out`; returns where they are."""
         b, count, pdl, experts = self._buffers, len(lengths), self._pdl, self._moe.experts
         hidden, rows_out = b.hidden[:count].flatten(0, 1), b.expert_out[:count].flatten(0, 1)
-        gate_up, down, weights = experts.gate_up.data, experts.down.data, b.topk_weights[:count]
-        slots, counts = len(gate_up), b.counts
+        weights, slots, counts = b.topk_weights[:count], experts.num_slots, b.counts
         grouped = b.grouped[: slots * count].view(slots, count)
         if self._slots is None and self._tiles.groups_in_one(count, slots):
             places = self.ids[:count]
@@ -106,10 +106,7 @@ class FusedExperts:
         else:
             places = self._choose(lengths)
             group_by_expert(places, slots, grouped, counts, pdl=pdl)
-        first, second = self._tiles.many_experts(count)
-        top_k = places.shape[1]
-        expert_gate_up_grouped(normed, grouped, counts, gate_up, hidden, top_k=top_k, tile=first, pdl=pdl)
-        expert_down_grouped(hidden, grouped, counts, weights, down, rows_out, tile=second, pdl=pdl)
+        compute_grouped(self._tiles, experts, normed, grouped, counts, weights, hidden, rows_out, pdl=pdl)
         return places
 
     def _choose(self, lengths: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from flexmoe.kernels.triton.cache_keys import fix_cache_keys
 from flexmoe.kernels.triton.combine import combine, combine_norm
-from flexmoe.kernels.triton.expert_down import expert_down_grouped
-from flexmoe.kernels.triton.expert_gate_up import expert_gate_up_grouped
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.prefill_attention import default_tile, prefill_attention
 from flexmoe.kernels.triton.rms_norm import rms_norm
@@ -31,9 +29,10 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.layers.norm import RMSNorm
 from flexmoe.layers.rotary import rotary_tables
 from flexmoe.models.decoder import Decoder, DecoderLayer
-from flexmoe.models.device_rows import PromptRows
+from flexmoe.models.device_rows import PDL_CAPABILITY, PromptRows
 from flexmoe.models.fused import qk_norm, weight_of
 from flexmoe.models.fused_experts import narrowest
+from flexmoe.models.fused_grouped import compute_grouped, products_on
 from flexmoe.models.fused_ranks import slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.seen import Seen
@@ -45,10 +44,10 @@ class PromptLayer:
     """One decoder layer. following: the norm that comes after it."""
 
     def __init__(
-        self, layer: DecoderLayer, following: RMSNorm, tiles: StepTiles, mesh: Mesh, dtype: torch.dtype
+        self, layer: DecoderLayer, following: RMSNorm, tiles: StepTiles, mesh: Mesh, dtype: torch.dtype, *, pdl: bool
     ) -> None:
         self.layer, self.index, self._following, self._mesh = layer, layer.index, following, mesh
-        self._tiles = tiles
+        self._tiles, self._pdl = tiles, pdl
         self.stage = "mlp" if layer.moe is None else "moe"
         self._norm = qk_norm(layer.attention)
         self.travels = layer.moe is not None and mesh.plan.moves_tokens
@@ -94,7 +93,7 @@ class PromptLayer:
             return self._add(x, self._mesh.stage.all_reduce(out, "combine"), norm)
         if shared is not None:
             x += shared
-        combine_norm(y, places, x, norm.weight.data, norm.eps, out)
+        combine_norm(y, places, x, norm.weight.data, norm.eps, out, pdl=self._pdl)
         return out
 
     def _add(self, x: Tensor, part: Tensor, norm: RMSNorm) -> Tensor:
@@ -111,12 +110,16 @@ class PromptLayer:
         T, E, K = len(x), len(self._router), moe.router.top_k
         logits = torch.empty(T, E, dtype=torch.float32, device=x.device)
         tile, norm = many_rows_tile(T, E, self._router.itemsize), self.layer.mlp_norm
-        route(x, norm.weight.data, norm.eps, self._router, normed, logits, is_normed=True, tile=tile)
+        pdl = self._pdl
+        route(x, norm.weight.data, norm.eps, self._router, normed, logits, is_normed=True, tile=tile, pdl=pdl)
         ids = torch.empty(T, K, dtype=torch.int32, device=x.device)
         weights = torch.empty(T, K, dtype=torch.float32, device=x.device)
         slots = None if self._slots is None else self._slots.rows(T)
         places = ids if slots is None else torch.empty_like(ids)
-        topk(logits, ids, weights, renormalize=moe.router.renormalize, lengths=lengths, slots=slots, slot_ids=places)
+        topk(
+            logits, ids, weights, renormalize=moe.router.renormalize, lengths=lengths, slots=slots, slot_ids=places,
+            pdl=pdl,
+        )  # fmt: skip
         return ids, weights, places
 
     def _experts(self, moe: MoEBlock, normed: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -128,26 +131,30 @@ class PromptLayer:
         rows = torch.empty(S, T, dtype=torch.int32, device=places.device)
         counts = torch.empty(S, dtype=torch.int32, device=places.device)
         hidden = normed.new_empty(T * K, experts.width)
-        first, second = self._tiles.many_experts(T)
-        group_by_expert(places, S, rows, counts)
-        expert_gate_up_grouped(normed, rows, counts, experts.gate_up.data, hidden, top_k=K, tile=first)
-        expert_down_grouped(hidden, rows, counts, weights, experts.down.data, y, tile=second)
+        group_by_expert(places, S, rows, counts, pdl=self._pdl)
+        compute_grouped(self._tiles, experts, normed, rows, counts, weights, hidden, y, pdl=self._pdl)
         return y
 
 
 class PromptDecoder:
     """Computes prompts of a loaded Decoder, all of whose layers are here; see `DevicePrompts`."""
 
-    def __init__(self, model: Decoder, max_position: int, device: torch.device, table: TileTable | None = None) -> None:
-        """table: measured tiles; None: those of the package and of the user for this GPU."""
+    def __init__(
+        self, model: Decoder, max_position: int, device: torch.device, table: TileTable | None = None, *,
+        pdl: bool | None = None,
+    ) -> None:  # fmt: skip
+        """table: measured tiles; None: the package's and the user's for this GPU. pdl: as for `FusedDecoder`."""
         fix_cache_keys()
         self._model, dtype = model, model.norm.weight.dtype
         layers, local = model.decoder_layers, model.mesh.shard(model.config).local
-        tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype)
+        can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+        products = products_on(device, local, dtype)
+        tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype, products)
         following = [*(layer.input_norm for layer in layers[1:]), model.norm]
         self._first = layers[0].input_norm
         self._layers = [
-            PromptLayer(layer, norm, tiles, model.mesh, dtype) for layer, norm in zip(layers, following, strict=True)
+            PromptLayer(layer, norm, tiles, model.mesh, dtype, pdl=can if pdl is None else pdl)
+            for layer, norm in zip(layers, following, strict=True)
         ]
         cos, sin = rotary_tables(model.config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)

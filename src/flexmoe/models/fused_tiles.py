@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.config.model import ModelConfig, MoEConfig
+from flexmoe.kernels.hopper.products import ExpertProducts
 from flexmoe.kernels.triton import decode_attention, expert_down, expert_gate_up, norm_linear
 from flexmoe.kernels.triton.route import RouteTile
 from flexmoe.kernels.triton.route import default_tile as default_route
@@ -33,13 +34,17 @@ GroupedTiles = tuple[expert_gate_up.GateUpTile, expert_down.DownTile]
 # H200, 1.2 pairs an expert cost nothing (Mixtral and OLMoE at 90% and 77% of the floor), 1.5 a tenth of the step.
 _GEMV_ROWS, _PAIRS_AN_EXPERT = 4, 1.25
 MOST_RANKED = 256  # that one launch can rank
+_PRODUCTS_ROWS = 64  # of an expert, from which on the kernels for Hopper are faster: measured on an H200
 
 
 class StepTiles:
     """Tiles by rows. dtype: of the model."""
 
-    def __init__(self, table: TileTable, config: ModelConfig, dtype: torch.dtype) -> None:
-        self._table, self._config, self._dtype = table, config, dtype
+    def __init__(
+        self, table: TileTable, config: ModelConfig, dtype: torch.dtype, products: ExpertProducts | None = None
+    ) -> None:
+        """products: the kernels for Hopper, where they serve this model's experts."""
+        self._table, self._config, self._dtype, self._products = table, config, dtype, products
         self._found: dict[tuple[Work, int], Any] = {}
         self._grouped: dict[int, GroupedTiles] = {}
 
@@ -85,6 +90,11 @@ class StepTiles:
             second = self._expert("expert_down_grouped", rows) or expert_down.default_tile(*shape)
             self._grouped[rows] = first, second
         return self._grouped[rows]
+
+    def products(self, rows: int) -> ExpertProducts | None:
+        """The kernels for Hopper if they serve experts with so many rows in a step, not `many_experts`."""
+        enough = rows * self._moe.top_k >= _PRODUCTS_ROWS * self._moe.num_experts
+        return self._products if enough else None
 
     def reads_alone(self, rows: int) -> bool:
         """Whether `few_experts` serve so many rows, not `many_experts`."""

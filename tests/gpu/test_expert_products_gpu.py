@@ -1,0 +1,181 @@
+"""The kernels for Hopper's tensor cores, of both halves of experts: against plain torch, in graphs, again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexmoe.kernels.hopper.products import ExpertProducts
+from flexmoe.kernels.triton.group_by_expert import group_by_expert
+
+DEVICE = torch.device("cuda")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+# tokens, top_k, experts, hidden, width: one row; columns and depths that tiles do not divide; blocks that are full, and
+# one row more; many experts of few rows, few of many
+SHAPES = [
+    (1, 2, 8, 64, 64), (40, 2, 4, 256, 256), (300, 2, 5, 200, 72), (513, 4, 16, 512, 384), (160, 1, 1, 128, 128),
+    (161, 1, 1, 128, 128), (320, 2, 2, 64, 520), (257, 3, 33, 128, 136), (2000, 2, 3, 264, 520), (96, 8, 512, 64, 64),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Experts, tokens, and who chose whom."""
+
+    x: Tensor
+    gate_up: Tensor
+    down: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Layer:
+        tokens, top_k, experts, hidden, width = shape
+        torch.manual_seed(seed)
+        ids = torch.rand(tokens, experts, device=DEVICE).argsort(-1)[:, :top_k].int().contiguous()
+        return Layer(
+            torch.randn(tokens, hidden, device=DEVICE).to(dtype),
+            (torch.randn(experts, 2 * width, hidden, device=DEVICE) * hidden**-0.5).to(dtype),
+            (torch.randn(experts, hidden, width, device=DEVICE) * width**-0.5).to(dtype),
+            ids, torch.rand(tokens, top_k, device=DEVICE),
+        )  # fmt: skip
+
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        rows = torch.full((len(self.down), len(self.x)), -1, dtype=torch.int32, device=DEVICE)
+        counts = torch.empty(len(self.down), dtype=torch.int32, device=DEVICE)
+        group_by_expert(self.ids, len(self.down), rows, counts)
+        return rows, counts
+
+    def hidden(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """In fp32, in the order of slots."""
+        found, top_k = [], self.ids.shape[1]
+        for slot, count in enumerate(counts.tolist()):
+            both = self.x[rows[slot, :count].long() // top_k].float() @ self.gate_up[slot].float().T
+            gate, up = both.chunk(2, -1)
+            found.append(torch.nn.functional.silu(gate) * up)
+        return torch.cat(found)
+
+    def y(self, hidden: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+        """In fp32, from hidden rows in the order of slots; NaN where no slot is chosen."""
+        y = torch.full((self.ids.numel(), self.x.shape[1]), torch.nan, device=DEVICE)
+        for slot, part in enumerate(hidden.float().split(counts.tolist())):
+            a = rows[slot, : len(part)].long()
+            y[a] = part @ self.down[slot].float().T * self.weights.flatten()[a][:, None]
+        return y
+
+
+def computed(layer: Layer, products: ExpertProducts) -> tuple[Tensor, Tensor]:
+    """hidden and y, where what is not written stays NaN."""
+    (rows, counts), choices = layer.grouped(), layer.ids.numel()
+    hidden = layer.x.new_full((choices, layer.down.shape[2]), torch.nan)
+    y = layer.x.new_full((choices, layer.x.shape[1]), torch.nan)
+    products.gate_up(layer.x, rows, counts, layer.gate_up, hidden, top_k=layer.ids.shape[1])
+    products.down(hidden, rows, counts, layer.weights, layer.down, y)
+    return hidden, y
+
+
+def check(layer: Layer, products: ExpertProducts) -> None:
+    hidden, y = computed(layer, products)
+    rows, counts = layer.grouped()
+    here = int(counts.sum())
+    assert hidden[here:].isnan().all()
+    assert off(hidden[:here], layer.hidden(rows, counts)) < 4e-3
+    expected = layer.y(hidden[:here], rows, counts)
+    chosen = ~expected[:, 0].isnan()
+    assert y[~chosen].isnan().all()
+    assert off(y[chosen], expected[chosen]) < 4e-3
+    assert not products._progress.any()  # ready for the next launch
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of a row, relative to the row; NaN never passes."""
+    apart = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(apart.max())
+
+
+@pytest.fixture(scope="module")
+def products() -> ExpertProducts:
+    return ExpertProducts(DEVICE, torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_halves_are_what_torch_computes(products: ExpertProducts, shape: tuple[int, ...]) -> None:
+    check(Layer.of(shape), products)
+
+
+def test_in_fp16() -> None:
+    check(Layer.of((300, 2, 5, 200, 72), torch.float16), ExpertProducts(DEVICE, torch.float16))
+
+
+def test_all_tokens_on_one_expert_and_none_on_others(products: ExpertProducts) -> None:
+    layer = Layer.of((700, 2, 6, 128, 128))
+    layer.ids[:, 0], layer.ids[:, 1] = 4, 2
+    check(layer, products)
+
+
+def test_choices_without_a_slot_here(products: ExpertProducts) -> None:
+    layer = Layer.of((400, 3, 9, 128, 192))
+    layer.ids[torch.rand(layer.ids.shape, device=DEVICE) < 0.4] = -1
+    check(layer, products)
+    layer.ids.fill_(-1)
+    hidden, y = computed(layer, products)
+    assert hidden.isnan().all()
+    assert y.isnan().all()
+
+
+def test_the_same_bits_time_after_time(products: ExpertProducts) -> None:
+    layer = Layer.of((1500, 4, 12, 512, 256))
+    first = computed(layer, products)
+    for _ in range(5):
+        for again, before in zip(computed(layer, products), first, strict=True):
+            assert torch.equal(again, before)
+
+
+def test_a_row_has_the_same_bits_in_whatever_company(products: ExpertProducts) -> None:
+    """Sums go along a row's own columns, so neither tiles nor other rows change them."""
+    layer = Layer.of((900, 2, 4, 256, 128))
+    _, y = computed(layer, products)
+    for count in (1, 33, 450):
+        fewer = Layer(layer.x[:count], layer.gate_up, layer.down, layer.ids[:count], layer.weights[:count])
+        _, alone = computed(fewer, products)
+        assert torch.equal(alone, y[: count * 2])
+
+
+def test_in_a_graph_that_is_replayed_with_other_choices(products: ExpertProducts) -> None:
+    shape = (256, 2, 8, 128, 128)
+    layer, other = Layer.of(shape), Layer.of(shape, seed=1)
+    rows, counts = layer.grouped()
+    hidden, y = torch.empty(512, 128, device=DEVICE, dtype=torch.bfloat16), layer.x.new_empty(512, 128)
+
+    def step() -> None:
+        group_by_expert(layer.ids, 8, rows, counts, pdl=True)
+        products.gate_up(layer.x, rows, counts, layer.gate_up, hidden, top_k=2, pdl=True)
+        products.down(hidden, rows, counts, layer.weights, layer.down, y, pdl=True)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for ids in (other.ids, layer.ids.clone()):
+        layer.ids.copy_(ids)
+        y.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        _, expected = computed(layer, products)
+        assert torch.equal(y, expected)
+
+
+def test_more_experts_than_it_takes_are_refused(products: ExpertProducts) -> None:
+    gate_up = torch.empty(513, 16, 8, device=DEVICE, dtype=torch.bfloat16)
+    rows, counts = (
+        torch.zeros(513, 1, dtype=torch.int32, device=DEVICE),
+        torch.zeros(513, dtype=torch.int32, device=DEVICE),
+    )
+    with pytest.raises(ValueError, match="513 experts, of which 512"):
+        products.gate_up(gate_up[0, :1], rows, counts, gate_up, gate_up[0], top_k=1)
