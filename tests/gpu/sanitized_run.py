@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from flexmoe.engine.prompt_graphs import GraphedPrompts
+from tests.gpu.hopper_prompts import Steps
 from tests.gpu.test_cuda_graph import DRAWN, GREEDY, make, without_graphs
 
 PROMPTS = [list(range(3, 20)), *([11 + i, 7, 5] for i in range(40))]
@@ -29,6 +31,8 @@ def main() -> None:
                 for params in (GREEDY, DRAWN):
                     answers = llm.generate(PROMPTS[:rows], dataclasses.replace(params, max_tokens=3))
                     assert all(len(answer.token_ids) == 3 for answer in answers)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert Steps.of((300, 1)).logits([(130, 0), (300, 1)], None).isfinite().all()
 
 
 if __name__ == "__main__":

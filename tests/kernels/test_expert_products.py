@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexmoe.errors import FlexMoEError
-from flexmoe.kernels.hopper import compiler, products
+from flexmoe.kernels.hopper import compiler, driver, products
 from flexmoe.models.presets import PRESETS
 
 HOPPER = (9, 0)
@@ -86,7 +86,7 @@ def test_whom_they_do_not_serve(
 
 
 def test_without_the_bindings_that_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(driver.importlib.util, "find_spec", lambda _: None)
     assert "cuda-bindings" in products.why_no_products(HOPPER, torch.bfloat16, 8, 64, 64)
 
 

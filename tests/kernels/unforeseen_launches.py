@@ -30,6 +30,7 @@ from flexmoe.models.device_rows import PDL_CAPABILITY, Sampling
 from flexmoe.models.families import read_config
 from flexmoe.models.fused import FusedDecoder
 from flexmoe.models.fused_prompts import PromptDecoder
+from flexmoe.models.hopper import imagined_kernels
 from flexmoe.models.presets import PRESETS
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.step import ScheduledChunk
@@ -60,7 +61,8 @@ class Engine:
         decoder.pack(in_place=True)
         table = tiles_of(GPU)
         self._fused = FusedDecoder(decoder, MOST_TOKENS, CPU, table, max(ROWS), pdl=True)
-        self._prompts = PromptDecoder(decoder, MOST_TOKENS, CPU, table)
+        hopper = imagined_kernels(PDL_CAPABILITY, model, torch.bfloat16)
+        self._prompts = PromptDecoder(decoder, MOST_TOKENS, CPU, table, pdl=True, hopper=hopper)
         self._cache = KVCache(model, 1, BLOCK_SIZE, torch.bfloat16, CPU)
         self._counter = ExpertCounter(model, CPU)
 

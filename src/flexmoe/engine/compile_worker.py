@@ -166,9 +166,12 @@ class _Prompts:
     def __init__(self, job: Job, model: Decoder, cache: KVCache) -> None:
         from flexmoe.kernels.triton.tiles import tiles_of
         from flexmoe.models.fused_prompts import PromptDecoder
+        from flexmoe.models.hopper import imagined_kernels
 
         pdl, tiles = job.capability >= PDL_CAPABILITY, tiles_of(job.gpu)
-        self._model, self._cache = PromptDecoder(model, job.max_position, _CPU, tiles, pdl=pdl), cache
+        hopper = imagined_kernels(job.capability, model.config, model.norm.weight.dtype)
+        self._model = PromptDecoder(model, job.max_position, _CPU, tiles, pdl=pdl, hopper=hopper)
+        self._cache = cache
 
     def step(self, tokens: int, *, padded: bool) -> None:
         """One prompt of so many tokens."""

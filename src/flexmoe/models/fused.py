@@ -40,10 +40,10 @@ from flexmoe.models.device_rows import PDL_CAPABILITY, DeviceRows, Sampling
 from flexmoe.models.fused_buffers import Buffers
 from flexmoe.models.fused_data_ranks import GatheredRows, gathered_of
 from flexmoe.models.fused_experts import FusedExperts
-from flexmoe.models.fused_grouped import products_on
 from flexmoe.models.fused_ranks import SharedSums, sums_of
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.fused_vocabulary import Vocabulary
+from flexmoe.models.hopper import hopper_kernels
 from flexmoe.models.seen import Seen
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.mesh import Mesh
@@ -263,7 +263,7 @@ class FusedDecoder:
         self._head = embedding if model.lm_head is None else weight_of(model.lm_head)
         can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
         self._pdl = can if pdl is None else pdl
-        products = products_on(device, config, dtype)
+        products = hopper_kernels(device, config, dtype).products
         self._tiles = tiles = StepTiles(tiles_for(device) if table is None else table, config, dtype, products)
         shapes = {(n, k) for n, k in (*_projections(model), tuple(self._head.shape))}
         slots = max(

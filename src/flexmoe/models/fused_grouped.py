@@ -5,33 +5,11 @@ Where experts have dozens of rows each, on Hopper: kernels of its own (`kernels/
 
 from __future__ import annotations
 
-import logging
-
-import torch
 from torch import Tensor
 
-from flexmoe.config.model import ModelConfig
-from flexmoe.kernels.hopper.products import ExpertProducts, why_no_products
 from flexmoe.kernels.triton import expert_down, expert_gate_up
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.moe.experts.weights import ExpertWeights
-
-_log = logging.getLogger(__name__)
-
-
-def products_on(device: torch.device, config: ModelConfig, dtype: torch.dtype) -> ExpertProducts | None:
-    """The kernels for Hopper for experts of a model; None where they cannot serve it, or there is no such GPU.
-
-    config: with the widths of this rank.
-    """
-    if config.moe is None or device.type != "cuda":
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    reason = why_no_products(capability, dtype, config.moe.num_experts, config.hidden_size, config.moe.expert_width)
-    if reason:
-        _log.info("experts with many rows are computed by Triton's kernels, not by those for Hopper: %s", reason)
-        return None
-    return ExpertProducts(device, dtype)
 
 
 def compute_grouped(

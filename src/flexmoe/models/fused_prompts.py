@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmoe.kernels.hopper.attention import PromptAttention
 from flexmoe.kernels.triton.cache_keys import fix_cache_keys
 from flexmoe.kernels.triton.combine import combine, combine_norm
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
@@ -32,9 +33,10 @@ from flexmoe.models.decoder import Decoder, DecoderLayer
 from flexmoe.models.device_rows import PDL_CAPABILITY, PromptRows
 from flexmoe.models.fused import qk_norm, weight_of
 from flexmoe.models.fused_experts import narrowest
-from flexmoe.models.fused_grouped import compute_grouped, products_on
+from flexmoe.models.fused_grouped import compute_grouped
 from flexmoe.models.fused_ranks import slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
+from flexmoe.models.hopper import HopperKernels, hopper_kernels
 from flexmoe.models.seen import Seen
 from flexmoe.moe.block import MoEBlock
 from flexmoe.parallel.mesh import Mesh
@@ -44,10 +46,12 @@ class PromptLayer:
     """One decoder layer. following: the norm that comes after it."""
 
     def __init__(
-        self, layer: DecoderLayer, following: RMSNorm, tiles: StepTiles, mesh: Mesh, dtype: torch.dtype, *, pdl: bool
-    ) -> None:
+        self, layer: DecoderLayer, following: RMSNorm, tiles: StepTiles, mesh: Mesh, dtype: torch.dtype,
+        attention: PromptAttention | None, *, pdl: bool,
+    ) -> None:  # fmt: skip
+        """attention: the kernel for Hopper, if it serves the model."""
         self.layer, self.index, self._following, self._mesh = layer, layer.index, following, mesh
-        self._tiles, self._pdl = tiles, pdl
+        self._tiles, self._attention, self._pdl = tiles, attention, pdl
         self.stage = "mlp" if layer.moe is None else "moe"
         self._norm = qk_norm(layer.attention)
         self.travels = layer.moe is not None and mesh.plan.moves_tokens
@@ -64,11 +68,16 @@ class PromptLayer:
         if norm is not None and norm.full and self._mesh.tp.size > 1:  # over heads of other ranks, too
             qkv, norm = attention.norm(qkv), None
         query = qkv.new_empty(len(qkv), a.num_heads * a.head_dim)
+        attended, fresh = torch.empty_like(query), None
+        if self._attention is not None:
+            fresh = qkv.new_empty(len(qkv), *cache.shape[1:])
         rotate_and_store(
-            qkv, cache, rows.positions, rows.slots, cos, sin, query, norm=norm, clip=a.clip_qkv
+            qkv, cache, rows.positions, rows.slots, cos, sin, query, norm=norm, clip=a.clip_qkv, fresh=fresh
         )  # fmt: skip
-        attended = torch.empty_like(query)
-        prefill_attention(query, cache, rows.spans, attended, window=attention.window)
+        if self._attention is not None and fresh is not None:
+            self._attention(query, fresh, cache, rows.spans, attended, window=attention.window)
+        else:
+            prefill_attention(query, cache, rows.spans, attended, window=attention.window)
         out = F.linear(attended, weight_of(attention.out), attention.out.added)
         return self._add(x, self._mesh.tp.all_reduce(out, "linear"), self.layer.mlp_norm)
 
@@ -141,24 +150,28 @@ class PromptDecoder:
 
     def __init__(
         self, model: Decoder, max_position: int, device: torch.device, table: TileTable | None = None, *,
-        pdl: bool | None = None,
+        pdl: bool | None = None, hopper: HopperKernels | None = None,
     ) -> None:  # fmt: skip
-        """table: measured tiles; None: the package's and the user's for this GPU. pdl: as for `FusedDecoder`."""
+        """table: measured tiles; None: the package's and the user's for this GPU. pdl: as for `FusedDecoder`.
+
+        hopper: None for the kernels that serve the model on this GPU.
+        """
         fix_cache_keys()
         self._model, dtype = model, model.norm.weight.dtype
         layers, local = model.decoder_layers, model.mesh.shard(model.config).local
         can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
-        products = products_on(device, local, dtype)
-        tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype, products)
+        hopper = hopper or hopper_kernels(device, local, dtype)
+        tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype, hopper.products)
         following = [*(layer.input_norm for layer in layers[1:]), model.norm]
         self._first = layers[0].input_norm
         self._layers = [
-            PromptLayer(layer, norm, tiles, model.mesh, dtype, pdl=can if pdl is None else pdl)
+            PromptLayer(layer, norm, tiles, model.mesh, dtype, hopper.attention, pdl=can if pdl is None else pdl)
             for layer, norm in zip(layers, following, strict=True)
         ]
         cos, sin = rotary_tables(model.config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
-        self.block_rows = default_tile(model.config.attention.head_dim, dtype).rows
+        triton = default_tile(model.config.attention.head_dim, dtype)
+        self.block_rows = triton.rows if hopper.attention is None else hopper.attention.rows
 
     def logits(
         self, rows: PromptRows, cache: KVCache, probe: Probe | None = None, most_rows: int | None = None

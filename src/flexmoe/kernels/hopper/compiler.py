@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,6 +92,6 @@ def _write(file: Path, cubin: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
             part.write(hashlib.sha256(cubin).digest() + cubin)
-        os.replace(part.name, file)
+        Path(part.name).replace(file)
     except OSError as error:
         _log.info("%s cannot be kept: %s", file, error)

@@ -60,11 +60,6 @@ __device__ __forceinline__ void load_weights(u32 to, const TensorMap *map, u64 *
         ::"r"(to), "l"(map), "r"(address_of(barrier)), "r"(k), "r"(column * TILE_M), "r"(slot) : "memory");
 #endif
 }
-// Of 64 rows of weights and N of tokens, 16 columns of each: `first` begins sums, `add` adds to them. products.py writes
-// one for each N.
-template <int N> struct Product;
-//PRODUCTS//
-
 // Begins the products of a stage, once it is there.
 template <int N, bool FIRST> __device__ __forceinline__ void multiply_stage(
     Shared &shared, float (&sums)[M_TILES][N / 2], u32 ring, int group, int stage, u32 parity

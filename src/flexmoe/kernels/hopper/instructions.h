@@ -67,9 +67,18 @@ __device__ __forceinline__ u32 pair_of(float low, float high) {  // as two eleme
 #endif
     return pair;
 }
+__device__ __forceinline__ float exp2_of(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
 // Four 8 x 8 matrices to shared memory, transposed; lane i of eight says where row i of its matrix goes.
 __device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// Products of 64 rows of one matrix and N of another, 16 columns deep: `first` begins sums, `add` adds to them.
+// instructions.py writes one for each N.
+template <int N> struct Product;      // both matrices in shared memory
+template <int N> struct Weighted;     // the first in registers; the second with its N columns together

@@ -22,8 +22,8 @@ from flexmoe.kernels.triton.decode_attention_kernels import (
     normed_rotated,
 )
 
-_HEADS = 8  # that a program takes
-_FULL_HEADS = 16  # where each program needs the norm over all of them, and works it out for itself
+_HEADS = 8  # that a program takes; all of them where the norm is over all
+_PER_WARP = 512  # numbers
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _weight(q_weight_ptr, k_weight_ptr, heads, is_q, is_k, d, HQ: tl.constexpr, 
 
 @triton.jit
 def _rotate_and_store(
-    qkv_ptr, cache_ptr, positions_ptr, slots_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, out_ptr,
+    qkv_ptr, cache_ptr, positions_ptr, slots_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, out_ptr, fresh_ptr,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     CLIP: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -75,8 +75,12 @@ def _rotate_and_store(
     rotated = normed_rotated(raw, raw_partner, weight, partner_weight, scale, cos, sin, D, NORM, EPS, CLIP)
     made = tl.where((is_q | is_k)[:, None], rotated, clip(raw.to(tl.float32), CLIP))
     tl.store(out_ptr + row * (HQ * D) + at, made.to(out_ptr.dtype.element_ty), mask=mask & is_q[:, None])
-    kept = cache_ptr + slot * (2 * HKV * D) + at - HQ * D
-    tl.store(kept, made.to(cache_ptr.dtype.element_ty), mask=mask & ((heads >= HQ) & (slot >= 0))[:, None])
+    kept = mask & (heads >= HQ)[:, None]
+    tl.store(
+        cache_ptr + slot * (2 * HKV * D) + at - HQ * D, made.to(cache_ptr.dtype.element_ty), mask=kept & (slot >= 0)
+    )
+    if fresh_ptr is not None:
+        tl.store(fresh_ptr + row * (2 * HKV * D) + at - HQ * D, made.to(fresh_ptr.dtype.element_ty), mask=kept)
 
 
 def rotate_and_store(
@@ -90,13 +94,19 @@ def rotate_and_store(
     *,
     norm: QKNormWeights | None = None,
     clip: float | None = None,
+    fresh: Tensor | None = None,
 ) -> None:
-    """As `flexmoe.kernels.rotate_and_store`, queries to out [T, Hq D]; positions and slots int32, all contiguous."""
+    """As `flexmoe.kernels.rotate_and_store`, queries to out [T, Hq D]; positions and slots int32, all contiguous.
+
+    fresh: [T, 2, Hkv, D], which gets what the cache gets, row after row.
+    """
     num_kv_heads, head_dim = cache.shape[2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    block_d, at_once = triton.next_power_of_2(head_dim), _FULL_HEADS if norm is not None and norm.full else _HEADS
-    _rotate_and_store[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, at_once))](
-        qkv, cache, positions, slots, cos, sin, norm and norm.query, norm and norm.key, out,
+    block_d, heads = triton.next_power_of_2(head_dim), num_heads + 2 * num_kv_heads
+    at_once = triton.next_power_of_2(heads) if norm is not None and norm.full else _HEADS
+    _rotate_and_store[(len(qkv), triton.cdiv(heads, at_once))](
+        qkv, cache, positions, slots, cos, sin, norm and norm.query, norm and norm.key, out, fresh,
         HQ=num_heads, HKV=num_kv_heads, D=head_dim, R=2 * cos.shape[1], NORM=norm_kind(norm),
-        EPS=norm.eps if norm else 0.0, CLIP=clip, HEADS=at_once, BLOCK_D=block_d, num_warps=4 if block_d >= 64 else 2,
+        EPS=norm.eps if norm else 0.0, CLIP=clip, HEADS=at_once, BLOCK_D=block_d,
+        num_warps=max(4 if block_d >= 64 else 2, min(16, at_once * block_d // _PER_WARP)),
     )  # fmt: skip
