@@ -1,4 +1,4 @@
-"""Steps of prompts through the kernels for Hopper are those through Triton's, but for rounding; and where they serve."""
+"""Steps of prompts through the kernels for Hopper are those through Triton's but for rounding, where they serve."""
 
 from __future__ import annotations
 
