@@ -82,7 +82,7 @@ def pack(
         row, table = row + chunk.num_tokens, table + len(blocks)
     last = spans[: len(chunks), 0] + spans[: len(chunks), 1] - 1
     parts: dict[str, npt.NDArray[np.integer]] = {
-        "token_ids": np.array([token for chunk in chunks for token in _tokens(chunk)]),
+        "token_ids": np.concatenate([np.array(_tokens(chunk)) for chunk in chunks]),
         "positions": np.concatenate(at),
         "slots": np.concatenate(
             [blocks[p // block_size] * block_size + p % block_size for blocks, p in zip(tables, at, strict=True)]

@@ -57,7 +57,7 @@ class Started:
     threads: int
     backend: str
     decode_kernels: str  # "C (avx2)", "Triton", or why torch decodes
-    prompt_kernels: str  # "C (avx2)", "Triton", "torch"
+    prompt_kernels: str  # "C (avx2)", "Triton", "Triton, CUDA for Hopper (attention, experts)", "torch"
     max_model_len: int
 
     @property
@@ -113,7 +113,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     prompt_kernels = decode_kernels if model.native is not None and model.native.prompts else "torch"
     return Started(
         source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, options.device.quantization,
-        threads, backend, decode_kernels, prompt_kernels if prompts is None else "Triton", max_model_len,
+        threads, backend, decode_kernels, prompt_kernels if prompts is None else prompts.kernels, max_model_len,
     )  # fmt: skip
 
 

@@ -98,9 +98,13 @@ class DeviceDecoder(Protocol):
 
 
 class DevicePrompts(Protocol):
-    """Computes steps of many rows: prompts. block_rows: of the blocks that their `Spans` cut rows into."""
+    """Computes steps of many rows: prompts. block_rows: of the blocks that their `Spans` cut rows into.
+
+    kernels: what computes them, for people.
+    """
 
     block_rows: int
+    kernels: str
 
     def logits(
         self, rows: PromptRows, cache: KVCache, probe: Probe | None = None, most_rows: int | None = None

@@ -170,6 +170,7 @@ class PromptDecoder:
         ]
         cos, sin = rotary_tables(model.config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
+        self.kernels = hopper.words
         triton = default_tile(model.config.attention.head_dim, dtype)
         self.block_rows = triton.rows if hopper.attention is None else hopper.attention.rows
 

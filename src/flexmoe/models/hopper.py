@@ -22,6 +22,13 @@ class HopperKernels:
     attention: PromptAttention | None = None
     products: ExpertProducts | None = None
 
+    @property
+    def words(self) -> str:
+        """By what prompts are computed, for people."""
+        served = {"attention": self.attention, "experts": self.products}
+        names = ", ".join(name for name, kernel in served.items() if kernel is not None)
+        return f"Triton, CUDA for Hopper ({names})" if names else "Triton"
+
 
 def hopper_kernels(device: torch.device, config: ModelConfig, dtype: torch.dtype) -> HopperKernels:
     """Those that serve a model on a device, compiled if the user's cache has not got them. config: of this rank."""
