@@ -27,6 +27,7 @@ from flexmoe.kernels.triton.expert_down import DownTile
 from flexmoe.kernels.triton.expert_gate_up import GateUpTile
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.prefill_attention import PrefillAttentionTile
+from flexmoe.models.hopper import hopper_kernels
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.step import ScheduledChunk
 
@@ -120,6 +121,21 @@ class Layer:
         for op, rows, weights in (("gate_up", wide, self.gate_up), ("down", self.hidden, self.down)):
             yield Candidate(op, "grouped_mm", functools.partial(_grouped_mm, rows, weights, self.offsets))
 
+    def for_hopper(self) -> Iterator[Candidate]:
+        """The kernels for Hopper, where this is one; the rows' own keys are as many as the last ones in the cache."""
+        kernels, tile = hopper_kernels(_DEVICE, self.config, _DTYPE), "hopper"
+        if (products := kernels.products) is not None:
+            hidden = torch.empty_like(self.hidden)
+            grouped, top_k = (self.rows, self.counts), self.moe.top_k
+            first = functools.partial(products.gate_up, self.x, *grouped, self.gate_up, hidden, top_k=top_k)
+            yield Candidate("gate_up", tile, first)
+            second = functools.partial(products.down, self.hidden, *grouped, self.weights, self.down, self.y)
+            yield Candidate("down", tile, second)
+        if (attention := kernels.attention) is not None:
+            spans = lay_out([self.chunk], _BLOCK, attention.rows, _DEVICE).spans
+            fresh, out = self.cache[: len(self.query)].clone(), torch.empty_like(self.query)
+            yield Candidate("attention", tile, functools.partial(attention, self.query, fresh, self.cache, spans, out))
+
     def flop(self, op: str) -> float:
         """Of one launch; for attention without what is masked."""
         H, width, T = self.config.hidden_size, self.moe.expert_width, len(self.x)
@@ -139,7 +155,7 @@ def sweep(config: ModelConfig, counts: Sequence[int], seconds: float) -> Iterato
         end = time.monotonic() + seconds / len(counts)
         layer.prepare(tokens)
         print(f"\nsweep of {tokens} tokens, number {number + 1} of {len(counts)}")
-        first = [*layer.torch_products(), *map(layer.candidate, _tiles(layer))]
+        first = [*layer.torch_products(), *layer.for_hopper(), *map(layer.candidate, _tiles(layer))]
         rows = list(_timed(layer, first, end))
         best = [_best(rows, op) for op in ("gate_up", "down")]
         second = dict.fromkeys(other for tile in best if tile for other in _around(tile))
@@ -147,7 +163,9 @@ def sweep(config: ModelConfig, counts: Sequence[int], seconds: float) -> Iterato
         rows += _timed(layer, [layer.candidate(tile) for tile in second if tile not in made], end)
         for op in ("gate_up", "down", "attention"):
             same = sorted((row for row in rows if row["op"] == op), key=lambda row: float(row["us"]))
-            for row in same[:5] + [row for row in same[5:] if row["tile"] == "grouped_mm" or row["default"]]:
+            for row in same[:5] + [
+                row for row in same[5:] if row["tile"] in ("grouped_mm", "hopper") or row["default"]
+            ]:
                 print(f"  {op:9} {row['us']:9.1f} us {row['tflop_s']:6.0f} TFLOP/s  {row['tile']}")
         yield from ({"tokens": tokens} | {k: v for k, v in row.items() if k != "made"} for row in rows)
 

@@ -133,7 +133,7 @@ def test_in_one_pass_decodes_are_computed_with_the_prompts() -> None:
 class Device:
     """A device's decoder and its prompts, that note what they are given. tokens: of the step before."""
 
-    max_rows, block_rows = 8, 16
+    max_rows, block_rows, kernels = 8, 16, "none"
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.in_graph, self.passed = tokens, 0, list[int]()

@@ -89,6 +89,8 @@ def measure(subject: Subject, options: ThroughputOptions) -> Row:
         ours.close()
     params = {name: getattr(options, name) for name in ("requests", "prompt_len", "output_len", "seed")}
     params |= {"batch": options.batch, "dtype": str(ours.dtype).removeprefix("torch.")}
+    if options.max_num_batched_tokens is not None:
+        params["max_num_batched_tokens"] = options.max_num_batched_tokens
     row = {"benchmark": "throughput", "engine": options.engine, "model": subject.facts(), "params": params}
     return row | {"config": about, "result": result} | facts(device)
 

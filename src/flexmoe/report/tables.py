@@ -146,11 +146,11 @@ def first_tokens(rows: Sequence[Row]) -> Table | None:
 
 def throughput(rows: Sequence[Row]) -> Table | None:
     """Many requests that are there from the start; beside them vLLM and what was wanted."""
-    found = throughput_rows(rows)
+    found = throughput_rows(rows, larger=True)
     lines = tuple(
         (
             Shown(model_name(row)),
-            Shown(f"{row.get('params.requests')} of {row.get('params.prompt_len')} + {row.get('params.output_len')}"),
+            Shown(_load(row)),
             number(row.value("result.output_tokens_per_s")),
             percent(row, "result.percent_of_floor"),
             percent(row, "result.device_busy_percent"),
@@ -165,6 +165,13 @@ def throughput(rows: Sequence[Row]) -> Table | None:
     about = "Floor: reading memory for the decode steps alone. Busy: the device, once all was in full swing. "
     about += f"{versions(found[0])} {dates(found)}" if found else ""
     return Table("throughput", "Many requests at once", header, lines, about) if found else None
+
+
+def _load(row: Row) -> str:
+    """Requests that are there from the start, and the tokens of a step if somebody chose them."""
+    load = f"{row.get('params.requests')} of {row.get('params.prompt_len')} + {row.get('params.output_len')}"
+    steps = row.get("params.max_num_batched_tokens")
+    return load if steps is None else f"{load}, steps of {steps:,} tokens"
 
 
 def _peer_and_goal(
