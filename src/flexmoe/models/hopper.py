@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flexmoe.config.model import ModelConfig
+from flexmoe.errors import FlexMoEError
 from flexmoe.kernels.hopper.attention import PromptAttention, why_no_attention
 from flexmoe.kernels.hopper.products import ExpertProducts, why_no_products
 
@@ -31,14 +32,21 @@ class HopperKernels:
 
 
 def hopper_kernels(device: torch.device, config: ModelConfig, dtype: torch.dtype) -> HopperKernels:
-    """Those that serve a model on a device, compiled if the user's cache has not got them. config: of this rank."""
+    """Those that serve a model on a device, compiled if the user's cache has not got them. config: of this rank.
+
+    Where they cannot be compiled or loaded, a warning says so, and there are none.
+    """
     if device.type != "cuda":
         return HopperKernels()
     capability = torch.cuda.get_device_capability(device)
     attends, multiplies = _serve(capability, config, dtype)
-    return HopperKernels(
-        PromptAttention(device, dtype) if attends else None, ExpertProducts(device, dtype) if multiplies else None
-    )
+    try:
+        return HopperKernels(
+            PromptAttention(device, dtype) if attends else None, ExpertProducts(device, dtype) if multiplies else None
+        )
+    except (FlexMoEError, ImportError, OSError, RuntimeError) as error:  # whatever NVRTC or its bindings lack here
+        _log.warning("the kernels for Hopper GPUs cannot be used, Triton's are in their place: %s", error)
+        return HopperKernels()
 
 
 def imagined_kernels(capability: tuple[int, int], config: ModelConfig, dtype: torch.dtype) -> HopperKernels:
