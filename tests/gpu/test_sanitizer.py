@@ -16,7 +16,7 @@ _ERRORS = 86  # the exit status by which the sanitizer says that it found some
 def test_memcheck_finds_nothing() -> None:
     # Each tensor in an allocation of its own: within one that tensors share the sanitizer cannot tell them apart.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # cuda-bindings asks the driver for functions that an older one has not; what fails in earnest, torch raises.
+    # cuda-bindings asks the driver for functions that an older one has not; what fails in earnest is raised.
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no"]
     sanitizer += ["--error-exitcode", str(_ERRORS)]
     done = subprocess.run(

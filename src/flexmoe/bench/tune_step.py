@@ -24,6 +24,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.models.fused import FusedDecoder
+from flexmoe.models.hopper import HopperKernels
 from flexmoe.models.loader import fill_dummy
 from flexmoe.planner.floor import expected_distinct, floor
 
@@ -78,8 +79,8 @@ class MiniModel:
         return Inputs(on_device, cache, long)
 
     def decoder(self, table: TileTable, rows: int) -> FusedDecoder:
-        """It computes steps of up to `rows` with the table's tiles."""
-        return FusedDecoder(self._model, _LONG_CONTEXT, self.device, table, rows)
+        """It computes steps of up to `rows` with the table's tiles, whatever other kernels an engine would take."""
+        return FusedDecoder(self._model, _LONG_CONTEXT, self.device, table, rows, hopper=HopperKernels())
 
     def run(self, decoder: FusedDecoder, inputs: Inputs, probe: Probe | None = None) -> None:
         """One step."""

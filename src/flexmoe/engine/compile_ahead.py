@@ -127,7 +127,7 @@ def _done(job: Job, workers: int) -> list[Path]:
 def _sources() -> str:
     """A digest of our kernels and of what launches them: after a change of them all is gone through anew."""
     digest, package = hashlib.sha256(), Path(gpu.__file__).parents[1]
-    for folder in ("kernels/triton", "models", "engine"):
+    for folder in ("kernels/triton", "kernels/hopper", "models", "engine"):
         for path in sorted((package / folder).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

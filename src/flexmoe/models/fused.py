@@ -43,7 +43,7 @@ from flexmoe.models.fused_experts import FusedExperts
 from flexmoe.models.fused_ranks import SharedSums, sums_of
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.fused_vocabulary import Vocabulary
-from flexmoe.models.hopper import hopper_kernels
+from flexmoe.models.hopper import HopperKernels, hopper_kernels
 from flexmoe.models.seen import Seen
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.parallel.mesh import Mesh
@@ -250,10 +250,12 @@ class FusedDecoder:
         max_rows: int = MAX_ROWS,
         *,
         pdl: bool | None = None,
+        hopper: HopperKernels | None = None,
     ) -> None:
         """table: measured tiles; None: those of the package and of the user for this GPU. max_rows: of a step.
 
-        pdl: whether kernels are launched before those ahead of them have ended; None: if the GPU can.
+        pdl: whether kernels are launched before those ahead of them have ended; None: if the GPU can. hopper: None for
+        the kernels that serve the model on this GPU, of which decodes take that of experts with many rows.
         """
         fix_cache_keys()
         mesh, self._norm = model.mesh, model.norm
@@ -263,7 +265,7 @@ class FusedDecoder:
         self._head = embedding if model.lm_head is None else weight_of(model.lm_head)
         can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
         self._pdl = can if pdl is None else pdl
-        products = hopper_kernels(device, config, dtype).products
+        products = (hopper or hopper_kernels(device, config, dtype)).products
         self._tiles = tiles = StepTiles(tiles_for(device) if table is None else table, config, dtype, products)
         shapes = {(n, k) for n, k in (*_projections(model), tuple(self._head.shape))}
         slots = max(

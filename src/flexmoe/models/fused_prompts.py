@@ -1,8 +1,9 @@
 """PromptDecoder: the decoder for steps of many rows on a GPU: prompts, or parts of them; with all-to-all, all steps.
 
 Enters: a loaded Decoder, whose weights it reads where they are, and rows on the device. Leaves: logits of the rows that
-ask for them. Dense products are torch's; everything between them are Triton kernels, some ten launches a layer. None
-waits for the device, and no shape depends on how tokens were routed.
+ask for them. Dense products are torch's; everything between them are kernels, some ten launches a layer: Triton's, and
+on Hopper GPUs CUDA's for attention and experts (`models/hopper.py`). None waits for the device, and no shape depends on
+how tokens were routed.
 
 The residual stream is fp32, as in decode steps (`models/fused.py`); a launch that has whole rows of it in hand norms
 them for what comes next. On several ranks each computes its heads and experts, and parts are added by an all-reduce;
@@ -161,6 +162,8 @@ class PromptDecoder:
         layers, local = model.decoder_layers, model.mesh.shard(model.config).local
         can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
         hopper = hopper or hopper_kernels(device, local, dtype)
+        if model.mesh.plan.moves_tokens:  # to experts that their own backend computes
+            hopper = HopperKernels(hopper.attention)
         tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype, hopper.products)
         following = [*(layer.input_norm for layer in layers[1:]), model.norm]
         self._first = layers[0].input_norm

@@ -38,13 +38,13 @@ def hopper_kernels(device: torch.device, config: ModelConfig, dtype: torch.dtype
     """
     if device.type != "cuda":
         return HopperKernels()
-    capability = torch.cuda.get_device_capability(device)
-    attends, multiplies = _serve(capability, config, dtype)
     try:
+        attends, multiplies = _serve(torch.cuda.get_device_capability(device), config, dtype)
         return HopperKernels(
             PromptAttention(device, dtype) if attends else None, ExpertProducts(device, dtype) if multiplies else None
         )
-    except (FlexMoEError, ImportError, OSError, RuntimeError) as error:  # whatever NVRTC or its bindings lack here
+    # Whatever NVRTC or its bindings lack here.
+    except (FlexMoEError, AttributeError, ImportError, OSError, RuntimeError) as error:
         _log.warning("the kernels for Hopper GPUs cannot be used, Triton's are in their place: %s", error)
         return HopperKernels()
 

@@ -49,7 +49,7 @@ class PromptAttention:
     rows = 128
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """dtype: of queries and cache. Compiles, if the user's cache has not: a second."""
+        """dtype: of queries and cache. Compiles, if the user's cache has not: a second. Raises FlexMoEError."""
         self._kernel = _load(device, dtype)
 
     def __call__(

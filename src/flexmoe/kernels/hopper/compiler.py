@@ -88,10 +88,14 @@ def _read(file: Path) -> bytes | None:
 
 def _write(file: Path, cubin: bytes) -> None:
     """Whole or not at all, whoever writes at the same time."""
+    part = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            part.write(hashlib.sha256(cubin).digest() + cubin)
-        Path(part.name).replace(file)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as handle:
+            part = Path(handle.name)
+            handle.write(hashlib.sha256(cubin).digest() + cubin)
+        part.replace(file)
     except OSError as error:
         _log.info("%s cannot be kept: %s", file, error)
+        if part is not None:
+            part.unlink(missing_ok=True)

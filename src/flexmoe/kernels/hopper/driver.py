@@ -33,7 +33,10 @@ class Kernel:
     shared_bytes: int
 
     def launch(self, *arguments: int, pdl: bool = False) -> None:
-        """arguments: addresses of what the kernel takes by value. pdl: it may start before the last one has ended."""
+        """On the device's current stream. Raises FlexMoEError.
+
+        arguments: addresses of what the kernel takes by value. pdl: it may start before the last one has ended.
+        """
         from cuda.bindings import driver
 
         config = driver.CUlaunchConfig()
@@ -51,7 +54,7 @@ class Kernel:
 
 
 def load(device: torch.device, code: bytes, name: str, threads: int, shared_bytes: int) -> Kernel:
-    """A kernel of a cubin."""
+    """The kernel `name` of a cubin, for blocks of so many threads and bytes of shared memory. Raises FlexMoEError."""
     from cuda.bindings import driver
 
     shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -70,7 +73,7 @@ def boxes(
     """How the copy engine finds boxes of a tensor, whose rows are swizzled on the way; what is outside reads as zeros.
 
     dtype: bfloat16 or float16. shape, strides, box: innermost first, in elements; the innermost stride is 1 and not
-    given. The result has the address of 128 bytes that a kernel takes by value: `getPtr`.
+    given. The result has the address of 128 bytes that a kernel takes by value: `getPtr`. Raises FlexMoEError.
     """
     from cuda.bindings import driver as d
 

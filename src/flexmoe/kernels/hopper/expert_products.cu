@@ -85,8 +85,7 @@ __device__ __forceinline__ float silu_times(float gate, float up) {
 }
 // Where a chunk of a token's results is in its warpgroup's staging: so that neither side meets a bank twice.
 __device__ __forceinline__ u32 staged(int token, int chunk) {
-    int turn = CHUNKS == 4 ? (token >> 1) & 3 : token & 7;
-    return (token * CHUNKS + (chunk ^ turn)) * 16;
+    return (token * CHUNKS + (chunk ^ (token & 7))) * 16;
 }
 
 // Blocks of tokens, slot after slot, and the rows before each slot; by one warp.
@@ -157,9 +156,13 @@ __device__ __forceinline__ void load_tiles(
         if (thread == 0) shared.tile_of[stage] = tile;
         if (tile.slot < 0) break;
         if (thread == 0) fetched = gridDim.x + atomicAdd(args.progress, 1);
+#if GATE_UP
+        constexpr int loaded = 0;
+#else
         // In few copies, if that brings up to a quarter of a large one too much: the copy engine is slow with small ones.
         int loaded = (tile.count + FEW - 1) / FEW * FEW, rest = loaded % MANY;
         if (rest >= MANY - FEW && loaded - rest + MANY <= MAX_N) loaded += MANY - rest;
+#endif
 #if GATE_UP
         const int *rows = args.rows + (long long)tile.slot * args.capacity + tile.first;
         u32 at[MAX_N / 16];  // elements of x before this thread's part of its tokens' rows
@@ -233,6 +236,8 @@ template <int N> __device__ __forceinline__ void compute_tile(
         if (lane == 0) barrier_arrive(&shared.empty[previous]);
     }
     products_wait<0>();
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) products_done(sums[m]);
     if (lane == 0) barrier_arrive(&shared.empty[stage]);
     if (++stage == STAGES) stage = 0, parity ^= 1;
 

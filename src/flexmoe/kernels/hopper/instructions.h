@@ -1,5 +1,5 @@
-// Hopper's instructions by name: barriers in shared memory, copies to it, products of matrices in it. products.py puts
-// this before the kernel.
+// Hopper's instructions by name: barriers in shared memory, copies to it, products of matrices in it. instructions.py
+// puts this before a kernel.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -56,6 +56,11 @@ __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.syn
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+// What a wait has made valid: no arithmetic on it may be moved before the wait.
+template <int N> __device__ __forceinline__ void products_done(float (&sums)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 __device__ __forceinline__ u32 pair_of(float low, float high) {  // as two elements

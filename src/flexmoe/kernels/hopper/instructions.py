@@ -13,10 +13,10 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 def source(file: str, dtype: torch.dtype, products: Iterable[int] = (), weighted: Iterable[int] = ()) -> str:
     """A kernel's file with all that it needs. products, weighted: the sizes of `Product` and `Weighted`."""
-    parts = [(_FOLDER / "instructions.h").read_text()]
+    parts = [(_FOLDER / "instructions.h").read_text(encoding="utf-8")]
     parts += (_structure("Product", n, TYPES[dtype]) for n in products)
     parts += (_structure("Weighted", n, TYPES[dtype]) for n in weighted)
-    return "\n".join((*parts, (_FOLDER / file).read_text()))
+    return "\n".join((*parts, (_FOLDER / file).read_text(encoding="utf-8")))
 
 
 def _structure(name: str, n: int, kind: str) -> str:

@@ -3,11 +3,11 @@
 // attention.py compiles it, and says what enters and leaves.
 //
 // One block of threads a processor, of three warpgroups. The first one loads: 128 queries of one head, then keys and
-// values of their request, 128 at a time, into rings in shared memory; those of this step by the copy engine, from where
-// they lie row after row, those of earlier steps by threads, out of the cache's blocks. Each of the two others has 64 of the queries:
-// while the tensor cores multiply one tile's weights by its values, and the next tile's keys by the queries, it works
-// out weights. Tiles of keys begin at multiples of 128 from position 0, so a row's sums have the same order however its
-// prompt is cut.
+// values of their request, 128 at a time, into rings in shared memory: those of this step by the copy engine, from where
+// they lie row after row, those of earlier steps by threads, out of the cache's blocks. Each of the two others has 64 of
+// the queries: while the tensor cores multiply one tile's weights by its values, and the next tile's keys by the
+// queries, it works out weights. Tiles of keys begin at multiples of 128 from position 0, so a row's sums have the same
+// order however its prompt is cut.
 
 constexpr int ROWS = 128, KEYS = 128, D = 128, STAGES = 3, GROUPS = 2, WARPGROUP = 128;
 constexpr int HALF_BYTES = 128 * 128;      // of the first or last 64 columns of 128 rows, swizzled
@@ -215,6 +215,7 @@ __device__ __forceinline__ void compute_items(
         products_begin();
         multiply_keys(scores, own_queries, keys_at(stage));
         products_wait<0>();
+        products_done(scores);
         if (lane == 0) barrier_arrive(&shared.key_empty[stage]);
         if (args.window || key + KEYS > seen + 1) hide(scores, key + column, position, args.window);
         softmax.weigh(scores, args.scale, faded);
@@ -231,10 +232,12 @@ __device__ __forceinline__ void compute_items(
             multiply_keys(scores, own_queries, keys_at(stage));
             multiply_values(sums, weights, keys_at(before) + TILE_BYTES);
             products_wait<1>();
+            products_done(scores);
             if (lane == 0) barrier_arrive(&shared.key_empty[stage]);
             if (args.window || key + KEYS > seen + 1) hide(scores, key + column, position, args.window);
             softmax.weigh(scores, args.scale, faded);
             products_wait<0>();
+            products_done(sums);
             if (lane == 0) barrier_arrive(&shared.value_empty[before]);
 #pragma unroll
             for (int i = 0; i < 64; i++) sums[i] *= faded[i % 4 / 2];
@@ -245,6 +248,7 @@ __device__ __forceinline__ void compute_items(
         products_begin();
         multiply_values(sums, weights, keys_at(stage) + TILE_BYTES);
         products_wait<0>();
+        products_done(sums);
         if (lane == 0) barrier_arrive(&shared.value_empty[stage]);
         next();
 #pragma unroll
