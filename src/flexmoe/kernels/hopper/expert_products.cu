@@ -156,9 +156,7 @@ __device__ __forceinline__ void load_tiles(
         if (thread == 0) shared.tile_of[stage] = tile;
         if (tile.slot < 0) break;
         if (thread == 0) fetched = gridDim.x + atomicAdd(args.progress, 1);
-#if GATE_UP
-        constexpr int loaded = 0;
-#else
+#if !GATE_UP
         // In few copies, if that brings up to a quarter of a large one too much: the copy engine is slow with small ones.
         int loaded = (tile.count + FEW - 1) / FEW * FEW, rest = loaded % MANY;
         if (rest >= MANY - FEW && loaded - rest + MANY <= MAX_N) loaded += MANY - rest;
@@ -178,7 +176,11 @@ __device__ __forceinline__ void load_tiles(
             u32 place = ring + stage * STAGE_BYTES;
             barrier_wait(&shared.empty[stage], parity);
             if (thread == 0) {
-                barrier_expect(full, WEIGHT_BYTES + (GATE_UP ? 0 : loaded * TILE_K * 2));
+#if GATE_UP
+                barrier_expect(full, WEIGHT_BYTES);
+#else
+                barrier_expect(full, WEIGHT_BYTES + loaded * TILE_K * 2);
+#endif
                 load_weights(place, weights_map, full, step * TILE_K, tile.slot, tile.column);
             }
 #if GATE_UP
