@@ -14,7 +14,7 @@
 constexpr int TILE_M = 256, MAX_N = 160, STAGES = 4, GROUPS = 2, WARPGROUP = 128;
 constexpr int TILE_K = 64;             // 128 bytes: a row of the swizzled layout that wgmma reads
 constexpr int M_TILES = TILE_M / 64 / GROUPS;  // products of 64 rows that a multiplying warpgroup has
-constexpr int MANY = 128, FEW = 32;    // rows of tokens in a copy; MAX_N is a multiple of FEW
+[[maybe_unused]] constexpr int MANY = 128, FEW = 32;  // rows of tokens in a box; MAX_N is a multiple of FEW
 constexpr int NEXT = 8;                // more than stages: threads that load may be so many tiles apart
 constexpr int WEIGHT_BYTES = TILE_M * TILE_K * 2, STAGE_BYTES = WEIGHT_BYTES + MAX_N * TILE_K * 2;
 constexpr int STAGING = 4096;          // bytes for results of each multiplying warpgroup
