@@ -163,9 +163,8 @@ def sweep(config: ModelConfig, counts: Sequence[int], seconds: float) -> Iterato
         rows += _timed(layer, [layer.candidate(tile) for tile in second if tile not in made], end)
         for op in ("gate_up", "down", "attention"):
             same = sorted((row for row in rows if row["op"] == op), key=lambda row: float(row["us"]))
-            for row in same[:5] + [
-                row for row in same[5:] if row["tile"] in ("grouped_mm", "hopper") or row["default"]
-            ]:
+            others = [row for row in same[5:] if row["tile"] in ("grouped_mm", "hopper") or row["default"]]
+            for row in same[:5] + others:
                 print(f"  {op:9} {row['us']:9.1f} us {row['tflop_s']:6.0f} TFLOP/s  {row['tile']}")
         yield from ({"tokens": tokens} | {k: v for k, v in row.items() if k != "made"} for row in rows)
 

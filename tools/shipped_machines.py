@@ -1,9 +1,10 @@
 """Write the machine files that come with the package, from rows in benchmarks/results and from data sheets.
 
-    python tools/shipped_machines.py [--measured machine.json] [--serving machine.json]
+    python tools/shipped_machines.py [--measured machine.json] [--prompts machine.json] [--serving machine.json]
 
 Enters: what each operation adds to a decode step of an H200, what a prompt's kernels took, and exchanges on two; or a
-file that `flexmoe bench machine` wrote on an H200, whose device and operations then go first. What a server adds is
+file that `flexmoe bench machine` wrote on an H200, whose device and operations then go first; those of prompts may come
+from a newer one (--prompts; benchmarks/results/h200_machine.json). What a server adds is
 read from such a file alone, that of --measured or, without its operations, of --serving. Leaves:
 src/flexmoe/assets/machines/*.json. What nobody measured is named there under "extrapolated".
 """
@@ -95,6 +96,14 @@ def nvlink(size: int) -> Link:
     return link_of("nvlink", size, medians)
 
 
+def with_prompts(measured: Machine, prompts: Machine) -> Machine:
+    """A machine with the operations of prompts that another file has of it."""
+    others = tuple(sample for sample in measured.samples if not sample.op.startswith("prompts."))
+    newer = tuple(sample for sample in prompts.samples if sample.op.startswith("prompts."))
+    notes = {**measured.notes, "prompts": {key: prompts.notes[key] for key in ("time", "commit")}}
+    return replace(measured, samples=others + newer, notes=notes)
+
+
 def on_other(samples: tuple[Sample, ...], before: DeviceSpec, after: DeviceSpec) -> tuple[Sample, ...]:
     """Samples of one device in proportion to another one's roofline."""
     found = []
@@ -137,9 +146,13 @@ def main() -> None:
     """Write them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--measured", type=Path, help="a machine file of an H200")
+    parser.add_argument("--prompts", type=Path, help="one of which only operations of prompts count")
     parser.add_argument("--serving", type=Path, help="one of which only what a server adds counts")
     args = parser.parse_args()
-    measured, asked = (None if path is None else Machine.load(path) for path in (args.measured, args.serving))
+    paths = args.measured, args.prompts, args.serving
+    measured, prompts, asked = (None if path is None else Machine.load(path) for path in paths)
+    if measured is not None and prompts is not None:
+        measured = with_prompts(measured, prompts)
     server = asked or measured
     for machine in machines(measured, None if server is None else server.serving):
         machine.save(MACHINES / f"{machine.name}.json")

@@ -18,6 +18,7 @@ from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import DecodeTraits, Together
 from flexmoe.models.decoder import Decoder
+from flexmoe.models.hopper import HopperKernels
 from flexmoe.models.native import NativeDecoder, most_rows
 from flexmoe.models.presets import PRESETS
 from flexmoe.scheduling.step import ScheduledChunk, Step
@@ -133,7 +134,7 @@ def test_in_one_pass_decodes_are_computed_with_the_prompts() -> None:
 class Device:
     """A device's decoder and its prompts, that note what they are given. tokens: of the step before."""
 
-    max_rows, block_rows, kernels = 8, 16, "none"
+    max_rows, block_rows, hopper = 8, 16, HopperKernels()
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.in_graph, self.passed = tokens, 0, list[int]()

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from flexmoe.kernels.hopper.products import ExpertProducts
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
+from tests.gpu.hopper import NEEDS_HOPPER, off
 
 DEVICE = torch.device("cuda")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+pytestmark = NEEDS_HOPPER
 # tokens, top_k, experts, hidden, width: one row; columns and depths that tiles do not divide; blocks that are full, and
 # one row more; many experts of few rows, few of many
 SHAPES = [
@@ -90,12 +89,6 @@ def check(layer: Layer, products: ExpertProducts) -> None:
     assert y[~chosen].isnan().all()
     assert off(y[chosen], expected[chosen]) < 4e-3
     assert not products._progress.any()  # ready for the next launch
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of a row, relative to the row; NaN never passes."""
-    apart = (found.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return float(apart.max())
 
 
 @pytest.fixture(scope="module")

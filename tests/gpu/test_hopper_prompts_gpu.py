@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from flexmoe.models.hopper import HopperKernels, hopper_kernels
+from tests.gpu.hopper import NEEDS_HOPPER
 from tests.gpu.hopper_prompts import DEVICE, MODEL, Steps
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+pytestmark = NEEDS_HOPPER
 LENGTHS = (300, 1, 129, 700)
 WHOLE = [LENGTHS]
 PARTS = [(128, 0, 100, 333), (300, 1, 128, 334), (300, 1, 129, 700)]

@@ -9,11 +9,10 @@ from torch import Tensor
 from flexmoe.kernels import prefill_attention as reference
 from flexmoe.kernels.hopper.attention import PromptAttention
 from flexmoe.kernels.prefill_attention import Spans
+from tests.gpu.hopper import NEEDS_HOPPER, off
 
 DEVICE, D, BLOCK, ROWS = torch.device("cuda"), 128, 16, PromptAttention.rows
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+pytestmark = NEEDS_HOPPER
 # rows of each prompt, and tokens before them
 PROMPTS = [
     [(1, 0)], [(128, 0)], [(129, 0)], [(64, 64)], [(17, 0), (300, 0), (1, 500)], [(700, 130), (255, 1), (128, 129)],
@@ -54,12 +53,6 @@ def fresh_of(cache: Tensor, spans: Spans) -> Tensor:
             cache[spans.tables[table + at // spans.block_size].long() * spans.block_size + at % spans.block_size]
         )
     return torch.cat(found)
-
-
-def off(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of a row, relative to the row; NaN never passes."""
-    apart = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
-    return float(apart.max())
 
 
 def check(

@@ -11,7 +11,7 @@ from flexmoe.config.model import LayerConfig
 from flexmoe.errors import FlexMoEError
 from flexmoe.kernels.hopper import attention, compiler
 from flexmoe.models import hopper
-from flexmoe.models.hopper import HopperKernels, hopper_kernels, imagined_kernels
+from flexmoe.models.hopper import HopperKernels, hopper_kernels, imagined_kernels, served
 from flexmoe.models.presets import PRESETS
 from tests.cpu.tiny_decoders import config
 
@@ -28,16 +28,16 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reference_models_are_served() -> None:
     pytest.importorskip("cuda.bindings")
     for name in ("mixtral-8x7b", "qwen3-30b-a3b", "olmoe-1b-7b"):
-        kernels = imagined_kernels(HOPPER, PRESETS[name].config, torch.bfloat16)
+        kernels = imagined_kernels(*served(HOPPER, PRESETS[name].config, torch.bfloat16))
         assert kernels.words == "Triton, CUDA for Hopper (attention, experts)"
 
 
 def test_a_model_is_served_in_part() -> None:
     pytest.importorskip("cuda.bindings")
     small_heads = config(attention={"head_dim": 64})
-    assert imagined_kernels(HOPPER, small_heads, torch.bfloat16).words == "Triton, CUDA for Hopper (experts)"
+    assert imagined_kernels(*served(HOPPER, small_heads, torch.bfloat16)).words == "Triton, CUDA for Hopper (experts)"
     dense = config(attention={"head_dim": 128}, layers=(LayerConfig(is_moe=False),))
-    assert imagined_kernels(HOPPER, dense, torch.float16).attention is not None
+    assert imagined_kernels(*served(HOPPER, dense, torch.float16)).attention is not None
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_nobody_else_is_served(
     capability: tuple[int, int], dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        kernels = imagined_kernels(capability, MIXTRAL, dtype)
+        kernels = imagined_kernels(*served(capability, MIXTRAL, dtype))
     assert kernels == HopperKernels()
     assert kernels.words == "Triton"
     assert len(caplog.messages) == 2  # why, for attention and for experts

@@ -60,8 +60,8 @@ class Engine:
                 layer.moe.router.weight.data.fill_(router)
         decoder.pack(in_place=True)
         table = tiles_of(GPU)
-        self._fused = FusedDecoder(decoder, MOST_TOKENS, CPU, table, max(ROWS), pdl=True)
-        hopper = imagined_kernels(PDL_CAPABILITY, model, torch.bfloat16)
+        hopper = imagined_kernels(attends=True, multiplies=True)
+        self._fused = FusedDecoder(decoder, MOST_TOKENS, CPU, table, max(ROWS), pdl=True, hopper=hopper)
         self._prompts = PromptDecoder(decoder, MOST_TOKENS, CPU, table, pdl=True, hopper=hopper)
         self._cache = KVCache(model, 1, BLOCK_SIZE, torch.bfloat16, CPU)
         self._counter = ExpertCounter(model, CPU)
@@ -89,7 +89,7 @@ def job(hf_config: dict[str, Any], *, exact_router: bool) -> Job:
     return Job(
         hf_config=hf_config, dtype="bfloat16", gpu=GPU, capability=PDL_CAPABILITY, shared=227 * 1024,
         block_size=BLOCK_SIZE, max_position=MOST_TOKENS, rows=max(ROWS), tokens=MOST_TOKENS,
-        exact_router=exact_router,
+        exact_router=exact_router, attends=True, multiplies=True,
     )  # fmt: skip
 
 

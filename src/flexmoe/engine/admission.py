@@ -59,11 +59,11 @@ class Admission:
             self._check_routing()
         return ids
 
-    def _refuse_tokens(self, ids: tuple[object, ...]) -> None:
+    def _refuse_tokens(self, ids: tuple[int, ...]) -> None:
         """Name the first that is no token."""
         vocab = self.config.vocab_size
         for position, token in enumerate(ids):
-            if not isinstance(token, int) or type(token) is not int:  # a bool is one, too
+            if type(token) is not int:
                 raise RequestError(
                     f"token id {token!r} at position {position} of the prompt is of type {type(token).__name__}; "
                     "use Python's int."

@@ -25,6 +25,7 @@ from flexmoe.engine.compile_worker import Job
 from flexmoe.engine.ranks import StartedRanks
 from flexmoe.engine.startup import Started
 from flexmoe.kernels import gpu
+from flexmoe.models.hopper import HopperKernels
 
 _log = logging.getLogger(__name__)
 _MOST_WORKERS = 8
@@ -36,11 +37,13 @@ def compiling_ahead(started: Started | StartedRanks, options: EngineConfig, toke
         return CompilingAhead(None)
     device, rows = started.device, started.graphed.max_rows
     shared, _ = gpu.shared_memory()
+    hopper = HopperKernels() if started.prompts is None else started.prompts.hopper
     job = Job(
         hf_config=dict(started.source.hf_config), dtype=str(started.dtype).removeprefix("torch."),
         gpu=torch.cuda.get_device_name(device), capability=torch.cuda.get_device_capability(device), shared=shared,
         block_size=started.cache.block_size, max_position=started.max_model_len, rows=rows, tokens=tokens,
-        exact_router=_has_exact_router(started),
+        exact_router=_has_exact_router(started), attends=hopper.attention is not None,
+        multiplies=hopper.products is not None,
     )  # fmt: skip
     return CompilingAhead(job)
 

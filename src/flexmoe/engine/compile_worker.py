@@ -31,6 +31,7 @@ from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import PDL_CAPABILITY, Sampling
 from flexmoe.models.families import read_config
+from flexmoe.models.hopper import imagined_kernels
 from flexmoe.moe.load import ExpertCounter
 from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, forms_up_to
 
@@ -48,7 +49,8 @@ class Job:
     """What is to be compiled, and for which GPU. shared: bytes of memory that a block may take there.
 
     rows: of a decode step, at most. tokens: of a step with prompts, at most. exact_router: the routers' weights lose
-    nothing in dtype; kernels read fp32 ones where they would.
+    nothing in dtype; kernels read fp32 ones where they would. attends, multiplies: kernels for Hopper compute attention
+    of prompts, and experts with many rows.
     """
 
     hf_config: dict[str, Any]
@@ -61,6 +63,8 @@ class Job:
     rows: int
     tokens: int
     exact_router: bool = True
+    attends: bool = False
+    multiplies: bool = False
 
     @staticmethod
     def read(made: dict[str, Any]) -> Job:
@@ -144,7 +148,8 @@ class _Decodes:
 
         pdl = job.capability >= PDL_CAPABILITY
         self._cache = cache
-        self._model = FusedDecoder(model, job.max_position, _CPU, tiles_of(job.gpu), job.rows, pdl=pdl)
+        hopper = imagined_kernels(job.attends, job.multiplies)
+        self._model = FusedDecoder(model, job.max_position, _CPU, tiles_of(job.gpu), job.rows, pdl=pdl, hopper=hopper)
         self._counter = ExpertCounter(model.config, _CPU) if model.config.moe is not None else None
 
     def step(self, rows: int, *, draws: bool = False, filtered: bool = False, long: bool = False) -> None:
@@ -166,10 +171,9 @@ class _Prompts:
     def __init__(self, job: Job, model: Decoder, cache: KVCache) -> None:
         from flexmoe.kernels.triton.tiles import tiles_of
         from flexmoe.models.fused_prompts import PromptDecoder
-        from flexmoe.models.hopper import imagined_kernels
 
         pdl, tiles = job.capability >= PDL_CAPABILITY, tiles_of(job.gpu)
-        hopper = imagined_kernels(job.capability, model.config, model.norm.weight.dtype)
+        hopper = imagined_kernels(job.attends, job.multiplies)
         self._model = PromptDecoder(model, job.max_position, _CPU, tiles, pdl=pdl, hopper=hopper)
         self._cache = cache
 

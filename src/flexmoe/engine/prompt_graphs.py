@@ -51,7 +51,7 @@ class GraphedPrompts:
         """most_graphed: steps of up to so many tokens are graphs; with 0, as must be where tokens travel, all are
         launched kernel by kernel, without padding. traffic: where the model's collectives are counted.
         """
-        self.kernels = model.kernels
+        self.hopper = model.hopper
         self._model, self._cache, self._device, self._most = model, cache, device, most_graphed
         room = _most_inputs(most_graphed, model.block_rows) if most_graphed else 0
         self._inputs = torch.empty(room, dtype=torch.int32, device=device)

@@ -24,6 +24,7 @@ from flexmoe.kernels.gpu import why_no_triton
 from flexmoe.layers.kv_cache import KVCache, block_bytes
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.device_rows import why_not_fused
+from flexmoe.models.hopper import hopper_kernels
 from flexmoe.models.hub import ModelSource, open_model
 from flexmoe.models.loader import fill_dummy, load_weights
 from flexmoe.models.native import takes_prompts, why_not_native
@@ -113,7 +114,7 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     prompt_kernels = decode_kernels if model.native is not None and model.native.prompts else "torch"
     return Started(
         source, model, cache, graphed, prompts, num_blocks, tokenizer, device, dtype, options.device.quantization,
-        threads, backend, decode_kernels, prompt_kernels if prompts is None else prompts.kernels, max_model_len,
+        threads, backend, decode_kernels, prompt_kernels if prompts is None else prompts.hopper.words, max_model_len,
     )  # fmt: skip
 
 
@@ -136,13 +137,15 @@ def _in_triton(
     from flexmoe.models.fused import FusedDecoder
     from flexmoe.models.fused_prompts import PromptDecoder
 
-    prompts = PromptDecoder(model, max_model_len, device)
+    dtype = model.norm.weight.dtype
+    hopper = hopper_kernels(device, mesh.shard(model.config).local, dtype)
+    prompts = PromptDecoder(model, max_model_len, device, hopper=hopper)
     # None where tokens travel: ranks take different numbers of rows, and all-to-all waits for the host.
     launched = GraphedPrompts(prompts, cache, device, mesh.traffic, most_graphed=graphed_by(mesh.plan))
     if mesh.plan.uses_all_to_all:
         return None, launched, "those of prompts, without graphs (all-to-all waits for the host in every layer)"
     most_blocks = -(-max_model_len // cache.block_size)
-    fused = FusedDecoder(model, max_model_len, device, max_rows=rows)
+    fused = FusedDecoder(model, max_model_len, device, max_rows=rows, hopper=hopper.for_decodes())
     return GraphedDecoder(fused, cache, most_blocks, device, mesh.traffic), launched, fused.kernels
 
 

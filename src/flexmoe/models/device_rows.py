@@ -17,6 +17,7 @@ from flexmoe.kernels.prefill_attention import Spans
 from flexmoe.kernels.sample import SampleParams
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models.hopper import HopperKernels
 from flexmoe.moe.load import ExpertCounter
 
 PDL_CAPABILITY = (9, 0)  # programmatic dependent launch: a kernel may start, and load weights, before the last ends
@@ -100,11 +101,11 @@ class DeviceDecoder(Protocol):
 class DevicePrompts(Protocol):
     """Computes steps of many rows: prompts. block_rows: of the blocks that their `Spans` cut rows into.
 
-    kernels: what computes them, for people.
+    hopper: the kernels for Hopper that it uses.
     """
 
     block_rows: int
-    kernels: str
+    hopper: HopperKernels
 
     def logits(
         self, rows: PromptRows, cache: KVCache, probe: Probe | None = None, most_rows: int | None = None

@@ -69,16 +69,15 @@ class PromptLayer:
         if norm is not None and norm.full and self._mesh.tp.size > 1:  # over heads of other ranks, too
             qkv, norm = attention.norm(qkv), None
         query = qkv.new_empty(len(qkv), a.num_heads * a.head_dim)
-        attended, fresh = torch.empty_like(query), None
-        if self._attention is not None:
-            fresh = qkv.new_empty(len(qkv), *cache.shape[1:])
+        attended, hopper = torch.empty_like(query), self._attention
+        fresh = None if hopper is None else qkv.new_empty(len(qkv), *cache.shape[1:])
         rotate_and_store(
             qkv, cache, rows.positions, rows.slots, cos, sin, query, norm=norm, clip=a.clip_qkv, fresh=fresh
         )  # fmt: skip
-        if self._attention is not None and fresh is not None:
-            self._attention(query, fresh, cache, rows.spans, attended, window=attention.window)
-        else:
+        if hopper is None or fresh is None:
             prefill_attention(query, cache, rows.spans, attended, window=attention.window)
+        else:
+            hopper(query, fresh, cache, rows.spans, attended, window=attention.window)
         out = F.linear(attended, weight_of(attention.out), attention.out.added)
         return self._add(x, self._mesh.tp.all_reduce(out, "linear"), self.layer.mlp_norm)
 
@@ -173,7 +172,7 @@ class PromptDecoder:
         ]
         cos, sin = rotary_tables(model.config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
-        self.kernels = hopper.words
+        self.hopper = hopper
         triton = default_tile(model.config.attention.head_dim, dtype)
         self.block_rows = triton.rows if hopper.attention is None else hopper.attention.rows
 

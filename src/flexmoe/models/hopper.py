@@ -23,6 +23,10 @@ class HopperKernels:
     attention: PromptAttention | None = None
     products: ExpertProducts | None = None
 
+    def for_decodes(self) -> HopperKernels:
+        """Those of decode steps: products of their own, since launches of one object must follow each other."""
+        return HopperKernels(products=self.products and self.products.another())
+
     @property
     def words(self) -> str:
         """By what prompts are computed, for people."""
@@ -39,7 +43,7 @@ def hopper_kernels(device: torch.device, config: ModelConfig, dtype: torch.dtype
     if device.type != "cuda":
         return HopperKernels()
     try:
-        attends, multiplies = _serve(torch.cuda.get_device_capability(device), config, dtype)
+        attends, multiplies = served(torch.cuda.get_device_capability(device), config, dtype)
         return HopperKernels(
             PromptAttention(device, dtype) if attends else None, ExpertProducts(device, dtype) if multiplies else None
         )
@@ -49,16 +53,15 @@ def hopper_kernels(device: torch.device, config: ModelConfig, dtype: torch.dtype
         return HopperKernels()
 
 
-def imagined_kernels(capability: tuple[int, int], config: ModelConfig, dtype: torch.dtype) -> HopperKernels:
+def imagined_kernels(attends: bool, multiplies: bool) -> HopperKernels:
     """In the place of those of a GPU that is not here: what they launch is no concern of whoever compiles for it."""
-    attends, multiplies = _serve(capability, config, dtype)
     attention: Any = _Nothing() if attends else None
     products: Any = _Nothing() if multiplies else None
     return HopperKernels(attention, products)
 
 
-def _serve(capability: tuple[int, int], config: ModelConfig, dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether attention, and experts' products, are computed by them."""
+def served(capability: tuple[int, int], config: ModelConfig, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether they compute attention, and experts' products, on a GPU of that capability."""
     reasons = {"attention of prompts": why_no_attention(capability, dtype, config.attention.head_dim)}
     if (moe := config.moe) is not None:
         reason = why_no_products(capability, dtype, moe.num_experts, config.hidden_size, moe.expert_width)
@@ -79,3 +82,7 @@ class _Nothing:
         """Launches nothing."""
 
     gate_up = down = __call__
+
+    def another(self) -> _Nothing:
+        """Nothing needs no second one."""
+        return self

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +18,7 @@ from pathlib import Path
 from flexmoe.errors import ConfigError
 from flexmoe.kernels.cpu import levels
 from flexmoe.kernels.cpu.levels import Level
+from flexmoe.kernels.kept import cache_folder, digest, find, keep
 
 _log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
@@ -80,47 +79,24 @@ def find_compiler() -> str | None:
     return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
 
 
-def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: flexmoe in the user's cache folder. None for a user without a home."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "flexmoe"
-    except RuntimeError:
-        return None
-
-
 def _open(compiler: str, level: Level) -> ctypes.CDLL:
     """The library from the cache; where there can be none, one compiled for this process alone."""
     name = f"{level.name}-{_fingerprint(compiler, level)}"
     folder = cache_folder()
     if folder is not None:
         try:
-            return ctypes.CDLL(str(_find(folder, name) or _compile(compiler, level, folder, name)))
+            return ctypes.CDLL(str(find(folder, name, "so") or _compile(compiler, level, folder, name)))
         except OSError as error:
             _log.info("%s cannot hold the CPU kernels: %s", folder, error)
     with tempfile.TemporaryDirectory() as own:
         return ctypes.CDLL(str(_compile(compiler, level, Path(own), name)))
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    """The compiled file NAME-DIGEST.so; one cut short, which would kill the process that loads it, is removed."""
-    for file in folder.glob(f"{name}-*.so"):
-        if file.stem == f"{name}-{_digest(file.read_bytes())}":
-            return file
-        _log.warning("%s is damaged and compiled anew", file)
-        file.unlink(missing_ok=True)
-    return None
-
-
 def _fingerprint(compiler: str, level: Level) -> str:
     """Changes with the source, the flags and the compiler, so that a stale file is never loaded."""
     version = _run(compiler, "--version")
     sources = (file.read_bytes() for file in sorted(_FOLDER.glob("*.[ch]")))
-    return _digest(b"\0".join((*sources, " ".join(levels.flags(level)).encode(), version.encode())))
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return digest(b"\0".join((*sources, " ".join(levels.flags(level)).encode(), version.encode())))
 
 
 def _compile(compiler: str, level: Level, folder: Path, name: str) -> Path:
@@ -130,7 +106,7 @@ def _compile(compiler: str, level: Level, folder: Path, name: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as own:
         built = Path(own) / "decode.so"
         _run(*levels.compile_command(compiler, level, _FOLDER / "decode.c", built))
-        return built.replace(folder / f"{name}-{_digest(built.read_bytes())}.so")
+        return keep(built, folder, name)
 
 
 def _run(*command: str) -> str:

@@ -5,7 +5,6 @@ NVRTC and its bindings come with torch's builds for CUDA: no toolkit is needed.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flexmoe.errors import FlexMoEError
-from flexmoe.kernels.cpu.library import cache_folder
+from flexmoe.kernels.kept import cache_folder, digest, find, keep
 
 _log = logging.getLogger(__name__)
 
@@ -25,14 +24,16 @@ def compiled(name: str, source: str, macros: Mapping[str, int | str], capability
     error, major, minor = nvrtc.nvrtcVersion()
     _check(nvrtc, error)
     options = options_for(macros, capability)
-    key = hashlib.sha256("\0".join([f"{major}.{minor}", *options, source]).encode()).hexdigest()[:24]
+    name = f"{name}-{digest(chr(0).join([f'{major}.{minor}', *options, source]).encode())}"
     folder = cache_folder()
-    file = None if folder is None else folder / f"{name}-{key}.cubin"
-    if file is not None and (cubin := _read(file)) is not None:
-        return cubin
+    try:
+        if folder is not None and (file := find(folder, name, "cubin")) is not None:
+            return file.read_bytes()
+    except OSError as error:
+        _log.info("%s cannot be read: %s", folder, error)
     cubin, _ = compile_now(name, source, options)
-    if file is not None:
-        _write(file, cubin)
+    if folder is not None:
+        _write(folder, name, cubin)
     return cubin
 
 
@@ -73,29 +74,12 @@ def _check(nvrtc: Any, error: Any) -> None:
         raise FlexMoEError(f"NVRTC: {nvrtc.nvrtcGetErrorString(error)[1].decode()}")
 
 
-def _read(file: Path) -> bytes | None:
-    """A cubin behind its digest; None if it is not there or was cut short."""
+def _write(folder: Path, name: str, cubin: bytes) -> None:
     try:
-        data = file.read_bytes()
-    except OSError:
-        return None
-    digest, cubin = data[:32], data[32:]
-    if hashlib.sha256(cubin).digest() == digest:
-        return cubin
-    _log.warning("%s is damaged and compiled anew", file)
-    return None
-
-
-def _write(file: Path, cubin: bytes) -> None:
-    """Whole or not at all, whoever writes at the same time."""
-    part = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as handle:
-            part = Path(handle.name)
-            handle.write(hashlib.sha256(cubin).digest() + cubin)
-        part.replace(file)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            built = Path(own) / "kernel.cubin"
+            built.write_bytes(cubin)
+            keep(built, folder, name)
     except OSError as error:
-        _log.info("%s cannot be kept: %s", file, error)
-        if part is not None:
-            part.unlink(missing_ok=True)
+        _log.info("%s cannot hold the kernels for Hopper: %s", folder, error)

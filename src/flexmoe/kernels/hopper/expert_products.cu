@@ -160,8 +160,7 @@ __device__ __forceinline__ void load_tiles(
         // In few copies, if that brings up to a quarter of a large one too much: the copy engine is slow with small ones.
         int loaded = (tile.count + FEW - 1) / FEW * FEW, rest = loaded % MANY;
         if (rest >= MANY - FEW && loaded - rest + MANY <= MAX_N) loaded += MANY - rest;
-#endif
-#if GATE_UP
+#else
         const int *rows = args.rows + (long long)tile.slot * args.capacity + tile.first;
         u32 at[MAX_N / 16];  // elements of x before this thread's part of its tokens' rows
 #pragma unroll

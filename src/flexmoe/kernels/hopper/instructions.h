@@ -47,7 +47,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap *map, u64 *barr
         ::"r"(to), "l"(map), "r"(address_of(barrier)), "r"(column), "r"(row) : "memory");
 }
 
-
 // What wgmma is told of a matrix in shared memory: rows of 128 bytes, swizzled, eight of them 1,024 bytes from the next.
 __device__ __forceinline__ u64 matrix(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);

@@ -57,8 +57,13 @@ class ExpertProducts:
 
         Raises FlexMoEError if NVRTC or the driver refuses.
         """
+        self._device, self._dtype = device, dtype
         self._kernels = _kernels(device, dtype)
         self._progress = torch.zeros(2, 2, dtype=torch.int32, device=device)
+
+    def another(self) -> ExpertProducts:
+        """The same kernels for launches that do not follow this object's."""
+        return ExpertProducts(self._device, self._dtype)
 
     def gate_up(
         self, x: Tensor, rows: Tensor, counts: Tensor, gate_up: Tensor, hidden: Tensor, *, top_k: int, pdl: bool = False

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from flexmoe.config.model import AttentionConfig, MoEConfig
-from flexmoe.kernels.cpu.library import cache_folder
+from flexmoe.kernels.kept import cache_folder
 from flexmoe.kernels.triton.decode_attention import DecodeAttentionTile
 from flexmoe.kernels.triton.expert_down import DownGemvTile, DownTile
 from flexmoe.kernels.triton.expert_gate_up import GateUpGemvTile, GateUpTile
