@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from flexmoe.config.model import LayerConfig
 from flexmoe.config.plan import ParallelPlan
@@ -14,7 +17,7 @@ from flexmoe.engine.prompt_graphs import form_of
 from flexmoe.engine.prompt_rows import lay_out, pack
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.decoder import Decoder
-from flexmoe.models.fused_prompts import PromptDecoder
+from flexmoe.models.fused_prompts import PromptDecoder, PromptLayer
 from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.paging import scattered, slot
 from tests.cpu.tiny_decoders import CPU, Recording, config, copy_cache, decoder
@@ -110,6 +113,50 @@ def test_padding_changes_nothing(case: str) -> None:
     choices = [stage for (name, _), stage in seen.stages.items() if name == "topk_ids"]
     assert choices
     assert all((ids[12:] == -1).all() and (ids[:12] >= 0).all() for ids in choices)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
+@torch.inference_mode()
+def test_rows_that_nobody_samples_end_with_the_last_layers_keys(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And logits, of three rows among many, are as if all had gone on."""
+    model = load(case)
+    chunks, num_blocks = chunks_of(SPANS, model.config.vocab_size)
+    cache = moved(filled(model, chunks, num_blocks))
+    cut = copy_cache(cache, torch.float32)
+    fed = []
+    feed = PromptLayer.feed
+
+    def counted(self: PromptLayer, x: Tensor, *others: Any) -> Tensor:
+        fed.append(len(x))
+        return feed(self, x, *others)
+
+    monkeypatch.setattr(PromptLayer, "feed", counted)
+    made = on_device(model)
+    whole, prompts = PromptDecoder(made, 64, DEVICE, whole=True), PromptDecoder(made, 64, DEVICE)
+    rows = lay_out(chunks, BLOCK_SIZE, prompts.block_rows, DEVICE)
+    expected, found = whole.logits(rows, cache), prompts.logits(rows, cut)
+    layers = model.config.num_layers
+    assert fed == [29] * layers + [29] * (layers - 1) + [4]  # a power of two
+    assert found.shape == expected.shape == (3, model.config.vocab_size)
+    assert distance(found, expected) < 1e-5
+    for ours, theirs in zip(cut.layers, cache.layers, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert distance(ours.nan_to_num(), theirs.nan_to_num()) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_step_that_samples_nothing_leaves_keys_and_no_logits() -> None:
+    model = load("mixtral")
+    (chunk, *_), num_blocks = chunks_of(((0, 9),), model.config.vocab_size)
+    cache = moved(filled(model, [chunk], num_blocks))
+    before, exact = copy_cache(cache, torch.float32), filled(model, [chunk], num_blocks)
+    step = [replace(chunk, samples=False)]
+    prompts = PromptDecoder(on_device(model), 64, DEVICE)
+    logits = prompts.logits(lay_out(step, BLOCK_SIZE, prompts.block_rows, DEVICE), cache)
+    assert logits.shape == (0, model.config.vocab_size)
+    batch = build_batch(Step([chunk], 0, []), BLOCK_SIZE, [None], CPU, None)
+    model(batch, exact)
+    check_cache([chunk], cache, before, exact)
 
 
 @pytest.mark.parametrize("case", sorted(CASES) if ON_GPU else ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])

@@ -1,7 +1,8 @@
 """What the operations of a prompt take on a GPU, as an engine computes it. Enters: a ModelConfig. Leaves: seconds.
 
-Some layers of a model with random weights go through `PromptDecoder`. An operation's time is that of its kernels as the
-GPU's own clocks saw them; the step as a whole is timed with all of its launches waiting on the device, as in a graph.
+Some layers of a model with random weights go through `PromptDecoder`, the last one as whole as the others. An
+operation's time is that of its kernels as the GPU's own clocks saw them; the step as a whole is timed with all of its
+launches waiting on the device, as in a graph.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class PromptLayers:
         model = Decoder(config, ParallelPlan(), "triton", most, dtype=dtype, device=device).eval()
         fill_dummy({name: p.data for name, p in model.named_parameters()}, 0, dtype)
         model.pack(in_place=True)
-        self._decoder = PromptDecoder(model, most, device)
-        self._apart = PromptDecoder(model, most, device, pdl=False)  # no kernel begins before the last one has ended
+        self._decoder = PromptDecoder(model, most, device, whole=True)
+        # No kernel begins before the last one has ended.
+        self._apart = PromptDecoder(model, most, device, pdl=False, whole=True)
         self._cache = KVCache(config, -(-most // _BLOCK), _BLOCK, dtype, device)
         for layer in self._cache.layers:
             layer.normal_()

@@ -33,7 +33,7 @@ from flexmoe.models.device_rows import PDL_CAPABILITY, Sampling
 from flexmoe.models.families import read_config
 from flexmoe.models.hopper import imagined_kernels
 from flexmoe.moe.load import ExpertCounter
-from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, forms_up_to
+from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, MOST_GRAPHED, forms_up_to
 
 _CPU = torch.device("cpu")
 _FEW = 4  # rows of the steps that come first
@@ -106,12 +106,16 @@ def compile_all(job: Job) -> None:
             decodes.step(rows)
         for tokens in _graphed(job.tokens):
             prompts.step(tokens, padded=True)
+        for samples in _powers_of_two(min(job.rows, MOST_CHUNKS)):
+            prompts.step(MOST_CHUNKS, samples, padded=True)
         for rows in buckets_up_to(job.rows)[len(few) :]:
             decodes.step(rows)
         for rows in buckets_up_to(job.rows):
             decodes.variants(rows)
         for tokens in _not_graphed(job.tokens, config.moe.top_k if config.moe is not None else 1):
             prompts.step(tokens, padded=False)
+        for samples in _powers_of_two(job.rows):
+            prompts.step(MOST_GRAPHED + _DIVISOR, samples, padded=False)
 
 
 def _few_layers_of_each(config: ModelConfig) -> ModelConfig:
@@ -132,6 +136,11 @@ def _not_graphed(most: int, top_k: int) -> Iterator[int]:
         near = (whole, whole + _DIVISOR // math.gcd(_DIVISOR, top_k), whole + 1)
         yield from (tokens for tokens in near if MOST_GRAPHED < tokens <= most)
         size = int(size * _GROWTH)
+
+
+def _powers_of_two(most: int) -> Iterator[int]:
+    """Up to the first that is not below `most`."""
+    return (1 << power for power in range((most - 1).bit_length() + 1))
 
 
 def _graphed(tokens: int) -> Iterator[int]:
@@ -177,9 +186,9 @@ class _Prompts:
         self._model = PromptDecoder(model, job.max_position, _CPU, tiles, pdl=pdl, hopper=hopper)
         self._cache = cache
 
-    def step(self, tokens: int, *, padded: bool) -> None:
-        """One prompt of so many tokens."""
-        form = PromptForm(tokens, 2, 1, tokens // self._model.block_rows + 1, padded=padded)
+    def step(self, tokens: int, samples: int = 1, *, padded: bool) -> None:
+        """One prompt of so many tokens, and so many rows whose logits are wanted."""
+        form = PromptForm(tokens, 2, samples, tokens // self._model.block_rows + 1, padded=padded)
         flat = torch.zeros(form.starts()["tables"] + 1, dtype=torch.int32)
         rows = form.rows_of(flat, self._model.block_rows, self._cache.block_size)
         self._model.logits(rows, self._cache)

@@ -3,7 +3,8 @@
 Enters: a loaded Decoder, whose weights it reads where they are, and rows on the device. Leaves: logits of the rows that
 ask for them. Dense products are torch's; everything between them are kernels, some ten launches a layer: Triton's, and
 on Hopper GPUs CUDA's for attention and experts (`models/hopper.py`). None waits for the device, and no shape depends on
-how tokens were routed.
+how tokens were routed. Of the last layer's rows all leave keys and values, but only those whose logits are wanted go
+through its experts.
 
 The residual stream is fp32, as in decode steps (`models/fused.py`); a launch that has whole rows of it in hand norms
 them for what comes next. On several ranks each computes its heads and experts, and parts are added by an all-reduce;
@@ -61,8 +62,8 @@ class PromptLayer:
             self._router = narrowest(weight, dtype)
             self._slots = slots_by_row(mesh, len(weight), layer.index, weight.device)
 
-    def attend(self, x: Tensor, normed: Tensor, rows: PromptRows, cos: Tensor, sin: Tensor, cache: Tensor) -> Tensor:
-        """x += attention(normed); writes the rows' keys and values. Returns the rows normed for what comes next."""
+    def attend(self, normed: Tensor, rows: PromptRows, cos: Tensor, sin: Tensor, cache: Tensor) -> Tensor:
+        """What the heads make of the rows, [T, Hq D]; writes the rows' keys and values."""
         attention = self.layer.attention
         a = attention.config
         qkv, norm = F.linear(normed, weight_of(attention.qkv), attention.qkv.added), self._norm
@@ -78,7 +79,12 @@ class PromptLayer:
             prefill_attention(query, cache, rows.spans, attended, window=attention.window)
         else:
             hopper(query, fresh, cache, rows.spans, attended, window=attention.window)
-        out = F.linear(attended, weight_of(attention.out), attention.out.added)
+        return attended
+
+    def project(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x += the attention's output, of what its heads made. Returns the rows normed for what comes next."""
+        output = self.layer.attention.out
+        out = F.linear(attended, weight_of(output), output.added)
         return self._add(x, self._mesh.tp.all_reduce(out, "linear"), self.layer.mlp_norm)
 
     def feed(self, x: Tensor, normed: Tensor, lengths: Tensor | None, seen: Seen, most_rows: int | None) -> Tensor:
@@ -150,11 +156,12 @@ class PromptDecoder:
 
     def __init__(
         self, model: Decoder, max_position: int, device: torch.device, table: TileTable | None = None, *,
-        pdl: bool | None = None, hopper: HopperKernels | None = None,
+        pdl: bool | None = None, hopper: HopperKernels | None = None, whole: bool = False,
     ) -> None:  # fmt: skip
         """table: measured tiles; None: the package's and the user's for this GPU. pdl: as for `FusedDecoder`.
 
-        hopper: None for the kernels that serve the model on this GPU.
+        hopper: None for the kernels that serve the model on this GPU. whole: the last layer computes all rows, like
+        the others, for those who time a layer.
         """
         fix_cache_keys()
         self._model, dtype = model, model.norm.weight.dtype
@@ -173,6 +180,8 @@ class PromptDecoder:
         cos, sin = rotary_tables(model.config.attention.rope, max_position)
         self._cos, self._sin = cos.to(device), sin.to(device)
         self.hopper = hopper
+        # Of tokens that travel other ranks are told how many come: as many in each layer.
+        self._cuts_last = not whole and not self._layers[-1].travels
         triton = default_tile(model.config.attention.head_dim, dtype)
         self.block_rows = triton.rows if hopper.attention is None else hopper.attention.rows
 
@@ -181,17 +190,25 @@ class PromptDecoder:
     ) -> Tensor:
         """See `DevicePrompts`."""
         embedded: Tensor = self._model.embed_tokens(rows.token_ids)
-        x, normed = embedded.float(), torch.empty_like(embedded)
-        seen = Seen(probe, x)
+        x, normed, lengths = embedded.float(), torch.empty_like(embedded), rows.lengths
+        seen, wanted = Seen(probe, x), rows.sample_rows
+        count, cuts = len(wanted), self._cuts_last and probe is None
         seen.record("embedding", -1, x)
         rms_norm(x, self._first.weight.data, self._first.eps, normed)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            normed = layer.attend(x, normed, rows, self._cos, self._sin, layer_cache)
+            attended = layer.attend(normed, rows, self._cos, self._sin, layer_cache)
+            if cuts and layer is self._layers[-1]:
+                if not count:
+                    return self._model.head(normed[:0])
+                wanted = F.pad(wanted, (0, _room(count) - count))  # with the first row
+                x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
+                lengths = None if lengths is None else lengths.index_select(0, wanted)
+            normed = layer.project(x, attended)
             seen.added("attention", layer.index)
-            normed = layer.feed(x, normed, rows.lengths, seen, most_rows)
+            normed = layer.feed(x, normed, lengths, seen, most_rows)
             seen.added(layer.stage, layer.index)
             seen.record("layer", layer.index, x)
-        logits = self._model.head(normed.index_select(0, rows.sample_rows))
+        logits = self._model.head(normed[:count] if cuts else normed.index_select(0, wanted))
         seen.record("logits", -1, logits)
         return logits
 
@@ -203,3 +220,8 @@ class PromptDecoder:
                 assert layer.layer.moe is not None
                 layer.layer.moe(weight.new_empty(0, self._model.config.hidden_size), None, most_rows)
         return weight.new_empty(0, self._model.config.vocab_size)
+
+
+def _room(samples: int) -> int:
+    """Rows of the last layer for so many samples: a power of two, lest each number have kernels of its own."""
+    return 1 << (samples - 1).bit_length()

@@ -88,16 +88,21 @@ class StepCost:
         return StepCost(terms, self.extrapolated | other.extrapolated)
 
 
+_Kind = tuple[bool, ExpertPlacement | None]  # of a layer: whether it has experts, and where
+
+
 @dataclass(frozen=True, slots=True)
 class _Stage:
     """The first rank of a pipeline stage, and the layers there: how many of each kind, and with which window.
 
-    config: with the rank's sizes. groups: by name, the ranks of each group that the rank is in.
+    config: with the rank's sizes. last: the kind of its last layer. groups: by name, the ranks of each group that the
+    rank is in.
     """
 
     config: ModelConfig
     vocabulary: int
-    kinds: Mapping[tuple[bool, ExpertPlacement | None], int]
+    kinds: Mapping[_Kind, int]
+    last: _Kind
     windows: Mapping[int | None, int]
     groups: Mapping[str, tuple[int, ...]]
 
@@ -204,22 +209,31 @@ class CostModel:
 
     def _without_attention(self, path: str, rows: int, sampled: int) -> StepCost:
         """All that does not depend on contexts, on all stages."""
-        cost = StepCost()
+        cost, cuts = StepCost(), path == "prompts" and not self.plan.moves_tokens
         for stage in self._stages:
-            for (is_moe, placement), count in stage.kinds.items():
-                layer = (
-                    self._moe_layer(path, stage, placement, rows) if is_moe else self._dense_layer(path, stage, rows)
-                )
-                cost = cost.plus_scaled(layer.plus(self._projections(path, stage, rows)), count)
+            for kind, count in stage.kinds.items():
+                whole = count - 1 if cuts and kind == stage.last else count
+                cost = cost.plus_scaled(self._projected(path, stage, rows), count)
+                cost = cost.plus_scaled(self._behind_attention(path, stage, kind, rows), whole)
+            if cuts and sampled:  # the last layer of prompts goes on with these rows alone
+                cost = cost.plus(self._behind_attention(path, stage, stage.last, sampled))
         return cost.plus(self._ends(path, rows, sampled))
 
-    def _projections(self, path: str, stage: _Stage, rows: int) -> StepCost:
-        """Those of attention, and the sum over its ranks."""
-        config, hidden = stage.config, self.model.hidden_size
-        first = Operation("linear", rows, (config.qkv_size, hidden))
-        second = Operation("linear", rows, (hidden, config.attention.num_heads * config.attention.head_dim))
-        cost = self._price(path, "attention projections", first, second)
-        return cost.plus(self._all_reduce(path, stage.groups["tp"], rows * hidden))
+    def _projected(self, path: str, stage: _Stage, rows: int) -> StepCost:
+        """Queries, keys and values."""
+        projection = Operation("linear", rows, (stage.config.qkv_size, self.model.hidden_size))
+        return self._price(path, "attention projections", projection)
+
+    def _behind_attention(self, path: str, stage: _Stage, kind: _Kind, rows: int) -> StepCost:
+        """Its output, summed over its ranks, and the feed-forward."""
+        is_moe, placement = kind
+        a, hidden = stage.config.attention, self.model.hidden_size
+        output = Operation("linear", rows, (hidden, a.num_heads * a.head_dim))
+        cost = self._price(path, "attention projections", output)
+        cost = cost.plus(self._all_reduce(path, stage.groups["tp"], rows * hidden))
+        return cost.plus(
+            self._moe_layer(path, stage, placement, rows) if is_moe else self._dense_layer(path, stage, rows)
+        )
 
     def _dense_layer(self, path: str, stage: _Stage, rows: int) -> StepCost:
         """A feed-forward without experts, and the sum over its ranks."""
@@ -340,15 +354,16 @@ class CostModel:
 
 def _stage(shard: Shard) -> _Stage:
     plan, model, moe = shard.plan, shard.config, shard.config.moe
-    kinds: Counter[tuple[bool, ExpertPlacement | None]] = Counter()
+    kinds: list[_Kind] = []
     for index in shard.layers:
         is_moe = model.layers[index].is_moe and moe is not None
-        kinds[is_moe, plan.placement(moe.num_experts, index) if is_moe and moe is not None else None] += 1
+        kinds.append((is_moe, plan.placement(moe.num_experts, index) if is_moe and moe is not None else None))
     layout = RankLayout(plan)
     return _Stage(
         config=shard.local,
         vocabulary=len(shard.vocab),
-        kinds=kinds,
+        kinds=Counter(kinds),
+        last=kinds[-1],
         windows=Counter(model.layers[index].window for index in shard.layers),
         groups={name: layout.group(name, shard.rank) for name in ("stage", "dp", "tp", "ep", "etp")},
     )
