@@ -19,6 +19,7 @@ pytestmark = NEEDS_HOPPER
 SHAPES = [
     (1, 2, 8, 64, 64), (40, 2, 4, 256, 256), (300, 2, 5, 200, 72), (513, 4, 16, 512, 384), (160, 1, 1, 128, 128),
     (161, 1, 1, 128, 128), (320, 2, 2, 64, 520), (257, 3, 33, 128, 136), (2000, 2, 3, 264, 520), (96, 8, 512, 64, 64),
+    (176, 1, 1, 128, 128), (193, 1, 1, 128, 328), (350, 1, 1, 64, 64), (600, 2, 257, 64, 128),
 ]  # fmt: skip
 
 
@@ -68,18 +69,18 @@ class Layer:
         return y
 
 
-def computed(layer: Layer, products: ExpertProducts) -> tuple[Tensor, Tensor]:
+def computed(layer: Layer, products: ExpertProducts, *, wide: bool = False) -> tuple[Tensor, Tensor]:
     """hidden and y, where what is not written stays NaN."""
     (rows, counts), choices = layer.grouped(), layer.ids.numel()
     hidden = layer.x.new_full((choices, layer.down.shape[2]), torch.nan)
     y = layer.x.new_full((choices, layer.x.shape[1]), torch.nan)
-    products.gate_up(layer.x, rows, counts, layer.gate_up, hidden, top_k=layer.ids.shape[1])
-    products.down(hidden, rows, counts, layer.weights, layer.down, y)
+    products.gate_up(layer.x, rows, counts, layer.gate_up, hidden, top_k=layer.ids.shape[1], wide=wide)
+    products.down(hidden, rows, counts, layer.weights, layer.down, y, wide=wide)
     return hidden, y
 
 
-def check(layer: Layer, products: ExpertProducts) -> None:
-    hidden, y = computed(layer, products)
+def check(layer: Layer, products: ExpertProducts, *, wide: bool = False) -> None:
+    hidden, y = computed(layer, products, wide=wide)
     rows, counts = layer.grouped()
     here = int(counts.sum())
     assert hidden[here:].isnan().all()
@@ -96,19 +97,25 @@ def products() -> ExpertProducts:
     return ExpertProducts(DEVICE, torch.bfloat16)
 
 
+TILES = pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+
+
+@TILES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_halves_are_what_torch_computes(products: ExpertProducts, shape: tuple[int, ...]) -> None:
-    check(Layer.of(shape), products)
+def test_both_halves_are_what_torch_computes(products: ExpertProducts, shape: tuple[int, ...], wide: bool) -> None:
+    check(Layer.of(shape), products, wide=wide)
 
 
-def test_in_fp16() -> None:
-    check(Layer.of((300, 2, 5, 200, 72), torch.float16), ExpertProducts(DEVICE, torch.float16))
+@TILES
+def test_in_fp16(wide: bool) -> None:
+    check(Layer.of((300, 2, 5, 200, 72), torch.float16), ExpertProducts(DEVICE, torch.float16), wide=wide)
 
 
-def test_all_tokens_on_one_expert_and_none_on_others(products: ExpertProducts) -> None:
+@TILES
+def test_all_tokens_on_one_expert_and_none_on_others(products: ExpertProducts, wide: bool) -> None:
     layer = Layer.of((700, 2, 6, 128, 128))
     layer.ids[:, 0], layer.ids[:, 1] = 4, 2
-    check(layer, products)
+    check(layer, products, wide=wide)
 
 
 def test_choices_without_a_slot_here(products: ExpertProducts) -> None:
@@ -121,11 +128,11 @@ def test_choices_without_a_slot_here(products: ExpertProducts) -> None:
     assert y.isnan().all()
 
 
-def test_the_same_bits_time_after_time(products: ExpertProducts) -> None:
+def test_the_same_bits_time_after_time_in_all_tiles(products: ExpertProducts) -> None:
     layer = Layer.of((1500, 4, 12, 512, 256))
     first = computed(layer, products)
-    for _ in range(5):
-        for again, before in zip(computed(layer, products), first, strict=True):
+    for turn in range(6):
+        for again, before in zip(computed(layer, products, wide=turn % 2 == 0), first, strict=True):
             assert torch.equal(again, before)
 
 

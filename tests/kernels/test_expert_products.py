@@ -21,11 +21,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "flexmoe"
 
 
-@pytest.mark.parametrize("gate_up", [True, False], ids=["gate_up", "down"])
+@pytest.mark.parametrize("part", products.PARTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_no_register_is_spilled_and_products_overlap(gate_up: bool, dtype: torch.dtype) -> None:
+def test_no_register_is_spilled_and_products_overlap(part: products.Part, dtype: torch.dtype) -> None:
     pytest.importorskip("cuda.bindings.nvrtc")
-    text, macros = products.source(gate_up, dtype)
+    text, macros = products.source(part, dtype)
     options = [*compiler.options_for(macros, HOPPER), "--ptxas-options=-v"]
     cubin, said = compiler.compile_now("products", text, options)
     assert cubin.startswith(b"\x7fELF")
@@ -104,4 +104,6 @@ def test_they_are_for_steps_with_dozens_of_rows_an_expert() -> None:
         tiles = StepTiles(TileTable(), PRESETS[preset].config, torch.bfloat16, some)
         assert tiles.products(least) is some
         assert tiles.products(least - 1) is None
+        assert not tiles.wide(6 * least - 1)
+        assert tiles.wide(6 * least)
         assert StepTiles(TileTable(), PRESETS[preset].config, torch.bfloat16).products(4096) is None

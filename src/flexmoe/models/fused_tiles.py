@@ -34,7 +34,8 @@ GroupedTiles = tuple[expert_gate_up.GateUpTile, expert_down.DownTile]
 # H200, 1.2 pairs an expert cost nothing (Mixtral and OLMoE at 90% and 77% of the floor), 1.5 a tenth of the step.
 _GEMV_ROWS, _PAIRS_AN_EXPERT = 4, 1.25
 MOST_RANKED = 256  # that one launch can rank
-_PRODUCTS_ROWS = 64  # of an expert, from which on the kernels for Hopper are faster: measured on an H200
+# Of an expert, from which on the kernels for Hopper are faster, and those in wide tiles: measured on an H200.
+_PRODUCTS_ROWS, _WIDE_ROWS = 64, 384
 
 
 class StepTiles:
@@ -95,6 +96,10 @@ class StepTiles:
         """The kernels for Hopper if they serve experts with so many rows in a step, not `many_experts`."""
         enough = rows * self._moe.top_k >= _PRODUCTS_ROWS * self._moe.num_experts
         return self._products if enough else None
+
+    def wide(self, rows: int) -> bool:
+        """Whether `products` take wide tiles for so many rows in a step."""
+        return rows * self._moe.top_k >= _WIDE_ROWS * self._moe.num_experts
 
     def reads_alone(self, rows: int) -> bool:
         """Whether `few_experts` serve so many rows, not `many_experts`."""

@@ -5,22 +5,21 @@
 // rows of tokens, 64 columns of both at a time, into a ring of STAGES stages in shared memory. The two others multiply,
 // each its half of the weights' rows by all of the tokens. Weights are on the left, so that a tile has as many columns
 // as there are tokens, and next to none for nothing. While a tile's results are written, the next one's first stages
-// are on their way. All of it is bound by what L2 gives; of all tiles that fit, this one asks it for the least.
+// are on their way. All of it is bound by what L2 gives: the larger the tile, the less it asks for, and the fewer stages
+// fit. Macros: MAX_N, STAGES, STAGING (bytes for results of each multiplying warpgroup), MAX_SLOTS; see products.py.
 //
 // GATE_UP 1: tokens are rows of x [T, depth], gathered by threads; the weights' rows come eight of gate, the same eight
 // of up, and so on, so that a thread has both of a pair; leaves silu(gate) * up. 0: tokens are rows of hidden, which are
 // in the order of slots, so that the copy engine brings them; leaves rows of y, scaled by the router's weights.
 
-constexpr int TILE_M = 256, MAX_N = 160, STAGES = 4, GROUPS = 2, WARPGROUP = 128;
+constexpr int TILE_M = 256, GROUPS = 2, WARPGROUP = 128;
 constexpr int TILE_K = 64;             // 128 bytes: a row of the swizzled layout that wgmma reads
 constexpr int M_TILES = TILE_M / 64 / GROUPS;  // products of 64 rows that a multiplying warpgroup has
 [[maybe_unused]] constexpr int MANY = 128, FEW = 32;  // rows of tokens in a box; MAX_N is a multiple of FEW
 constexpr int NEXT = 8;                // more than stages: threads that load may be so many tiles apart
 constexpr int WEIGHT_BYTES = TILE_M * TILE_K * 2, STAGE_BYTES = WEIGHT_BYTES + MAX_N * TILE_K * 2;
-constexpr int STAGING = 4096;          // bytes for results of each multiplying warpgroup
 constexpr int CHUNKS = (GATE_UP ? 4 : 8) * M_TILES;  // of 16 bytes that a warpgroup leaves for each token
 constexpr int PASS = STAGING / (16 * CHUNKS);        // tokens whose results fit its staging at once
-constexpr int MAX_SLOTS = 512;
 constexpr int COLUMN_GROUP = 8;        // columns of tiles that meet all tokens before the next ones do
 
 struct Arguments {
@@ -44,9 +43,12 @@ struct Shared {
     int next[NEXT];          // tiles to come
     int ends[MAX_SLOTS];     // blocks of tokens of the slots up to this one
     int offsets[MAX_SLOTS];  // rows of the slots before this one
-    int row[GROUPS][MAX_N];       // of each multiplying warpgroup: its tokens' assignments and their scales
+#if !GATE_UP
+    int row[GROUPS][MAX_N];  // of each multiplying warpgroup: its tokens' assignments and their scales
     float scale[GROUPS][MAX_N];
+#endif
 };
+static_assert(GATE_UP || MAX_N % FEW == 0, "boxes of tokens would reach beyond a stage");
 static_assert(STAGES * STAGE_BYTES + GROUPS * STAGING + sizeof(Shared) <= SHARED_BYTES, "more than a block may have");
 
 __device__ __forceinline__ void load_weights(u32 to, const TensorMap *map, u64 *barrier, int k, int slot, int column) {
@@ -287,7 +289,11 @@ template <int N> __device__ __forceinline__ void compute_tile(
                 asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                              : "=r"(chunk_of.x), "=r"(chunk_of.y), "=r"(chunk_of.z), "=r"(chunk_of.w)
                              : "r"(staging + staged(token, chunk)));
-                long long row = GATE_UP ? tile.offset + begin + token : shared.row[group][begin + token];
+#if GATE_UP
+                long long row = tile.offset + begin + token;
+#else
+                long long row = shared.row[group][begin + token];
+#endif
                 *reinterpret_cast<uint4 *>(args.out + row * args.width + column) = chunk_of;
             }
         }
@@ -334,12 +340,12 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1) NAME(
     int columns = (args.width + TILE_M / (GATE_UP ? 2 : 1) - 1) / (TILE_M / (GATE_UP ? 2 : 1));
     int tiles = shared.ends[args.slots - 1] * columns;
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         load_tiles(shared, args, &weights_map, &many_tokens, &few_tokens, ring, thread, tiles, columns);
         if (thread == 0 && atomicAdd(args.progress + 1, 1) == (int)gridDim.x - 1)  // the last one leaves zeros
             args.progress[0] = args.progress[1] = 0;
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         u32 staging = ring + STAGES * STAGE_BYTES + (group - 1) * STAGING;
         compute_tiles(shared, args, ring, staging, group - 1, thread);
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,50 @@ from flexmoe.kernels.hopper.compiler import compiled
 from flexmoe.kernels.hopper.driver import HOPPER
 
 # As in the kernel.
-_WEIGHTS, _K, _MANY, _FEW, _SLOTS = 256, 64, 128, 32, 512
-_THREADS, _SHARED_BYTES = 384, 223 * 1024
-_COLUMNS = (32, 64, 96, *range(104, 161, 8))  # that a product can have
-_PARTS = (False, True)  # down, gate_up
+_WEIGHTS, _K, _MANY, _FEW = 256, 64, 128, 32
+_THREADS, _SHARED_BYTES = 384, 227 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block of threads works at, see expert_products.cu. tokens: at most, with the 256 rows of weights.
+
+    slots: at most, of a launch.
+    """
+
+    tokens: int
+    stages: int
+    staging: int
+    slots: int
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Sizes of a product: of few tokens not each one, they are bound by their weights in any case."""
+        return (32, 64, 96, *range(104, self.tokens + 1, 8))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the kernels: of a half of the experts, in narrow tiles or in wide ones, for hundreds of rows an expert."""
+
+    gate_up: bool
+    wide: bool
+
+    @property
+    def name(self) -> str:
+        """As profilers show it."""
+        return f"expert_{'gate_up' if self.gate_up else 'down'}_products"
+
+    @property
+    def tile(self) -> Tile:
+        """A wide one asks for less of L2, and has a shorter ring, or few slots."""
+        if not self.wide:
+            return Tile(tokens=160, stages=4, staging=4096, slots=_SLOTS)
+        return Tile(176, 4, 4096, slots=256) if self.gate_up else Tile(192, 3, 16384, slots=_SLOTS)
+
+
+_SLOTS = 512
+PARTS = tuple(Part(gate_up, wide) for gate_up in (True, False) for wide in (False, True))
 
 
 def why_no_products(
@@ -66,12 +107,14 @@ class ExpertProducts:
         return ExpertProducts(self._device, self._dtype)
 
     def gate_up(
-        self, x: Tensor, rows: Tensor, counts: Tensor, gate_up: Tensor, hidden: Tensor, *, top_k: int, pdl: bool = False
-    ) -> None:
+        self, x: Tensor, rows: Tensor, counts: Tensor, gate_up: Tensor, hidden: Tensor, *, top_k: int,
+        wide: bool = False, pdl: bool = False,
+    ) -> None:  # fmt: skip
         """x [T, H], gate_up [S, 2F, H], gate first -> hidden [T*K, F] = silu(gate) * up: rows of slot 0, of slot 1...
 
         rows int32 [S, capacity]: the assignments a = t*K + k of slot s, of which the first counts[s] (int32) are valid.
         All of one dtype and contiguous, rows but for their capacity. What no slot has leaves hidden's last rows alone.
+        wide: in the tiles for hundreds of rows a slot; the results are the same.
         """
         S, F, H = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
         if S > _SLOTS:
@@ -79,68 +122,67 @@ class ExpertProducts:
         weights = _boxes(
             gate_up, (H, 8, 2, F // 8, S), (H, F * H, 8 * H, 2 * F * H), (_K, 8, 2, _WEIGHTS // 16, 1)
         )  # fmt: skip
-        self._launch(True, (weights, weights, weights), (rows, counts, None, x, hidden), (S, top_k, H, F), pdl)
+        part = Part(True, wide)
+        part = part if part.tile.slots >= S else Part(True, False)
+        self._launch(part, (weights, weights, weights), (rows, counts, None, x, hidden), (S, top_k, H, F), pdl)
 
     def down(
         self, hidden: Tensor, rows: Tensor, counts: Tensor, topk_weights: Tensor, down: Tensor, y: Tensor, *,
-        pdl: bool = False,
+        wide: bool = False, pdl: bool = False,
     ) -> None:  # fmt: skip
         """hidden [T*K, F] of `gate_up`, down [S, H, F] -> row a of y [T*K, H]: topk_weights[a] * (down @ its row).
 
-        topk_weights fp32 [T, K]. Assignments of no slot get no row of y.
+        topk_weights fp32 [T, K]. Assignments of no slot get no row of y. wide: as for `gate_up`.
         """
         S, H, F = down.shape
         weights = _boxes(down, (F, H, S), (F, H * F), (_K, _WEIGHTS, 1))
         many, few = (_boxes(hidden, (F, len(hidden)), (F,), (_K, count)) for count in (_MANY, _FEW))
-        self._launch(False, (weights, many, few), (rows, counts, topk_weights, None, y), (S, 1, F, H), pdl)
+        self._launch(Part(False, wide), (weights, many, few), (rows, counts, topk_weights, None, y), (S, 1, F, H), pdl)
 
     def _launch(
-        self, first: bool, maps: tuple[Any, Any, Any], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...],
+        self, part: Part, maps: tuple[Any, Any, Any], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...],
         pdl: bool,
     ) -> None:  # fmt: skip
         """tensors: rows, counts, scales, x, out. sizes: slots, top_k, depth, width."""
         rows = tensors[0]
         assert rows is not None
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, self._progress[int(first)])]
+        tensors = (*tensors, self._progress[int(part.gate_up)])
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         arguments = _Arguments(*addresses, rows.stride(0), *sizes)
         pointers = (int(each.getPtr()) for each in maps)
-        self._kernels[first].launch(*pointers, ctypes.addressof(arguments), pdl=pdl)
+        self._kernels[part].launch(*pointers, ctypes.addressof(arguments), pdl=pdl)
 
 
-def cubin(gate_up: bool, dtype: torch.dtype, capability: tuple[int, int] = HOPPER) -> bytes:
-    """The machine code of one half, from the user's cache or compiled."""
-    return compiled(_name(gate_up), *source(gate_up, dtype), capability)
+def cubin(part: Part, dtype: torch.dtype, capability: tuple[int, int] = HOPPER) -> bytes:
+    """A kernel's machine code, from the user's cache or compiled."""
+    return compiled(part.name, *source(part, dtype), capability)
 
 
-def source(gate_up: bool, dtype: torch.dtype) -> tuple[str, dict[str, int | str]]:
-    """One half's text and its macros."""
+def source(part: Part, dtype: torch.dtype) -> tuple[str, dict[str, int | str]]:
+    """A kernel's text and its macros."""
+    tile = part.tile
     cases = "\n".join(
         f"case {n}: compute_tile<{n}>(shared, args, tile, ring, staging, group, thread, steps, stage, parity); break;"
-        for n in _COLUMNS
+        for n in tile.columns
     )
     macros: dict[str, int | str] = {
-        "NAME": _name(gate_up), "GATE_UP": int(gate_up), "HALF": int(dtype is torch.float16),
-        "SHARED_BYTES": _SHARED_BYTES,
+        "NAME": part.name, "GATE_UP": int(part.gate_up), "HALF": int(dtype is torch.float16),
+        "SHARED_BYTES": _SHARED_BYTES, "MAX_N": tile.tokens, "STAGES": tile.stages, "STAGING": tile.staging,
+        "MAX_SLOTS": tile.slots,
     }  # fmt: skip
-    return instructions.source("expert_products.cu", dtype, _COLUMNS).replace("//CASES//", cases), macros
-
-
-def _name(gate_up: bool) -> str:
-    """Of the kernel, as profilers show it."""
-    return f"expert_{'gate_up' if gate_up else 'down'}_products"
+    return instructions.source("expert_products.cu", dtype, tile.columns).replace("//CASES//", cases), macros
 
 
 @functools.cache
-def _kernels(device: torch.device, dtype: torch.dtype) -> tuple[driver.Kernel, driver.Kernel]:
-    """Both, loaded: down, gate_up."""
+def _kernels(device: torch.device, dtype: torch.dtype) -> dict[Part, driver.Kernel]:
+    """All, loaded."""
     capability = torch.cuda.get_device_capability(device)
-    with ThreadPoolExecutor(len(_PARTS)) as pool:
-        codes = list(pool.map(lambda gate_up: cubin(gate_up, dtype, capability), _PARTS))
-    down, gate_up = (
-        driver.load(device, code, _name(half), _THREADS, _SHARED_BYTES)
-        for half, code in zip(_PARTS, codes, strict=True)
-    )
-    return down, gate_up
+    with ThreadPoolExecutor(len(PARTS)) as pool:
+        codes = list(pool.map(lambda part: cubin(part, dtype, capability), PARTS))
+    return {
+        part: driver.load(device, code, part.name, _THREADS, _SHARED_BYTES)
+        for part, code in zip(PARTS, codes, strict=True)
+    }
 
 
 def _boxes(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:

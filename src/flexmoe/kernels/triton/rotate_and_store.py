@@ -23,7 +23,7 @@ from flexmoe.kernels.triton.decode_attention_kernels import (
 )
 
 _HEADS = 8  # that a program takes; all of them where the norm is over all
-_PER_WARP = 512  # numbers
+_PER_WARP, _PER_WARP_OF_ALL = 1024, 512  # numbers, of few heads and of all
 
 
 @triton.jit
@@ -103,10 +103,17 @@ def rotate_and_store(
     num_kv_heads, head_dim = cache.shape[2:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     block_d, heads = triton.next_power_of_2(head_dim), num_heads + 2 * num_kv_heads
-    at_once = triton.next_power_of_2(heads) if norm is not None and norm.full else _HEADS
+    over_all = norm is not None and norm.full
+    at_once = triton.next_power_of_2(heads) if over_all else _HEADS
+    numbers = at_once * block_d
     _rotate_and_store[(len(qkv), triton.cdiv(heads, at_once))](
         qkv, cache, positions, slots, cos, sin, norm and norm.query, norm and norm.key, out, fresh,
         HQ=num_heads, HKV=num_kv_heads, D=head_dim, R=2 * cos.shape[1], NORM=norm_kind(norm),
         EPS=norm.eps if norm else 0.0, CLIP=clip, HEADS=at_once, BLOCK_D=block_d,
-        num_warps=max(4 if block_d >= 64 else 2, min(16, at_once * block_d // _PER_WARP)),
+        num_warps=_warps_of_all(numbers, block_d) if over_all else max(1, numbers // _PER_WARP),
     )  # fmt: skip
+
+
+def _warps_of_all(numbers: int, block_d: int) -> int:
+    """Of a program whose norm is over all of so many numbers: sums in the order that decode attention has."""
+    return max(4 if block_d >= 64 else 2, min(16, numbers // _PER_WARP_OF_ALL))
