@@ -9,7 +9,7 @@ from flexmoe.engine.prompt_graphs import form_of
 from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack, pack_nothing
 from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, MOST_ON_RANKS, forms_up_to, graph_form
 from flexmoe.scheduling.step import ScheduledChunk
-from tests.cpu.paging import scattered
+from tests.cpu.paging import scattered, slot
 
 BLOCK, ROWS = 4, 16
 
@@ -71,6 +71,33 @@ def test_padding_is_in_no_span_and_has_no_place() -> None:
     assert blocks[:4] == exact.spans.blocks.tolist()
     assert all(rows.spans.spans[span].tolist() == [0, 0, 0, 0] for span, _ in blocks[4:])
     assert torch.equal(rows.spans.tables, exact.spans.tables)
+
+
+def test_each_row_is_where_its_request_keeps_it() -> None:
+    """Token, position, place in the cache, and span of every row, one by one; a token nobody knows yet is 0."""
+    chunks = chunks_of((5, 7), (0, 37), (9, 1), (2, 1))
+    unknown = chunks[3].request
+    chunks[3] = ScheduledChunk(unknown, unknown.num_tokens, 1, True)
+    rows = lay_out(chunks, BLOCK, ROWS, torch.device("cpu"))
+    own = [(chunk, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
+    assert rows.token_ids.tolist() == [*(c.request.token_ids[at] for c, at in own[:-1]), 0]
+    assert rows.positions.tolist() == [at for _, at in own]
+    assert rows.slots.tolist() == [slot(c.request, at, BLOCK) for c, at in own]
+    assert rows.lengths is None
+    assert rows.sample_rows.tolist() == [43, 44, 45]
+    spans = rows.spans.spans.tolist()
+    assert [tuple(span[:3]) for span in spans] == [(0, 7, 5), (7, 37, 0), (44, 1, 9), (45, 1, 3)]
+    for (_, _, _, table), chunk in zip(spans, chunks, strict=True):
+        assert rows.spans.tables[table : table + len(chunk.request.blocks)].tolist() == chunk.request.blocks
+    assert rows.spans.blocks.tolist() == [[1, 32], [1, 16], [2, 0], [0, 0], [3, 0], [1, 0]]
+
+
+def test_each_part_begins_where_compiled_kernels_expect_it() -> None:
+    """On 16 bytes, whatever the sizes."""
+    form = PromptForm(33, 3, 1, 5, padded=True)
+    parts = form.parts(torch.arange(form.head + 2, dtype=torch.int32))
+    assert all(part[0] % 4 == 0 for part in parts.values())
+    assert parts["tables"].tolist() == [form.head, form.head + 1]
 
 
 def test_a_form_of_padding_alone_has_no_token() -> None:

@@ -189,7 +189,7 @@ class _Prompts:
     def step(self, tokens: int, samples: int = 1, *, padded: bool) -> None:
         """One prompt of so many tokens, and so many rows whose logits are wanted."""
         form = PromptForm(tokens, 2, samples, tokens // self._model.block_rows + 1, padded=padded)
-        flat = torch.zeros(form.starts()["tables"] + 1, dtype=torch.int32)
+        flat = torch.zeros(form.head + 1, dtype=torch.int32)
         rows = form.rows_of(flat, self._model.block_rows, self._cache.block_size)
         self._model.logits(rows, self._cache)
 

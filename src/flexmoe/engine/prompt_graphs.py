@@ -124,4 +124,4 @@ class GraphedPrompts:
 
 def _most_inputs(tokens: int, block_rows: int) -> int:
     """Numbers in the buffer of the largest form, of so many tokens, tables included."""
-    return _padded(tokens, MOST_CHUNKS, block_rows).starts()["tables"] + _MOST_TABLES
+    return _padded(tokens, MOST_CHUNKS, block_rows).head + _MOST_TABLES

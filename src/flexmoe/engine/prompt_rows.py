@@ -6,19 +6,21 @@ that one CUDA graph serves all steps of a form.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexmoe.engine.numbers import Ints, int32s
 from flexmoe.kernels.prefill_attention import Spans
 from flexmoe.models.device_rows import PromptRows
 from flexmoe.scheduling.step import ScheduledChunk
 
-Ints = npt.NDArray[np.int32]
+Buffer = TypeVar("Buffer", Tensor, Ints)
 
 _ALIGNED = 4  # numbers of 16 bytes: each part begins at such an address, as compiled kernels expect of all
 
@@ -44,62 +46,68 @@ class PromptForm:
         blocks = sum(-(-count // block_rows) for count in counts)
         return PromptForm(sum(counts), len(chunks), sum(chunk.samples for chunk in chunks), blocks)
 
-    def sizes(self) -> dict[str, int]:
-        """Numbers in each part of the buffer, in their order. All that is left are the tables."""
-        sizes = {"token_ids": self.rows, "positions": self.rows, "slots": self.rows}
-        sizes |= {"lengths": self.rows} if self.padded else {}
-        return sizes | {"sample_rows": self.samples, "spans": 4 * self.spans, "blocks": 2 * self.blocks}
+    @property
+    def head(self) -> int:
+        """Numbers before the tables."""
+        size: int = _places(self)["tables"].start
+        return size
 
-    def starts(self) -> dict[str, int]:
-        """Where each part begins, the tables last."""
-        starts, size = {}, 0
-        for name, count in self.sizes().items():
-            starts[name] = size
-            size += -(-count // _ALIGNED) * _ALIGNED
-        return starts | {"tables": size}
+    def parts(self, flat: Buffer) -> dict[str, Buffer]:
+        """The parts of a buffer of this form, by name. All that is left are the tables."""
+        return {name: flat[place] for name, place in _places(self).items()}
 
     def rows_of(self, flat: Tensor, block_rows: int, block_size: int) -> PromptRows:
         """Views of a buffer of this form."""
-        starts, sizes = self.starts(), self.sizes()
-        part = {name: flat[starts[name] : starts[name] + size] for name, size in sizes.items()}
-        tables = flat[starts["tables"] :]
-        spans = Spans(part["spans"].view(-1, 4), tables, part["blocks"].view(-1, 2), block_rows, block_size)
+        part = self.parts(flat)
+        spans = Spans(part["spans"].view(-1, 4), part["tables"], part["blocks"].view(-1, 2), block_rows, block_size)
         return PromptRows(
             part["token_ids"], part["positions"], part["slots"], spans, part["sample_rows"], part.get("lengths")
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _places(form: PromptForm) -> dict[str, slice]:
+    """Where each part is, in their order."""
+    rows = ["token_ids", "positions", "slots"] + ["lengths"] * form.padded
+    sizes = dict.fromkeys(rows, form.rows)
+    sizes |= {"sample_rows": form.samples, "spans": 4 * form.spans, "blocks": 2 * form.blocks}
+    places, start = {}, 0
+    for name, size in sizes.items():
+        places[name] = slice(start, start + size)
+        start += -(-size // _ALIGNED) * _ALIGNED
+    return places | {"tables": slice(start, None)}
 
 
 def pack(
     chunks: Sequence[ScheduledChunk], form: PromptForm, block_size: int, block_rows: int, *, pinned: bool
 ) -> Tensor:
     """The chunks, in their order, as a flat int32 buffer of the form on the host. block_rows: those of attention."""
-    tables = [np.array(chunk.request.blocks, np.int32) for chunk in chunks]
-    at = [np.arange(chunk.start, chunk.start + chunk.num_tokens, dtype=np.int32) for chunk in chunks]
-    spans = np.zeros((form.spans, 4), np.int32)
-    row, table = 0, 0
-    for index, (chunk, blocks) in enumerate(zip(chunks, tables, strict=True)):
-        spans[index] = row, chunk.num_tokens, chunk.start, table
-        row, table = row + chunk.num_tokens, table + len(blocks)
-    last = spans[: len(chunks), 0] + spans[: len(chunks), 1] - 1
-    parts: dict[str, npt.NDArray[np.integer]] = {
-        "token_ids": np.concatenate([np.array(_tokens(chunk)) for chunk in chunks]),
-        "positions": np.concatenate(at),
-        "slots": np.concatenate(
-            [blocks[p // block_size] * block_size + p % block_size for blocks, p in zip(tables, at, strict=True)]
-        ),
-        "sample_rows": last[[chunk.samples for chunk in chunks]],
-        "spans": spans,
-        "blocks": _blocks(spans[: len(chunks)], block_rows),
-        "tables": np.concatenate(tables),
-    }
-    if form.padded:
-        parts["lengths"] = parts["positions"] + 1
-    return _flat(parts, form, len(chunks), pinned=pinned)
+    tokens: list[int] = []
+    tables: list[int] = []
+    spans: list[int] = []
+    sampled: list[int] = []
+    for chunk in chunks:
+        request = chunk.request
+        spans += len(tokens), chunk.num_tokens, chunk.start, len(tables)
+        # 0 for a decode whose token only the device knows.
+        tokens += request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or (0,)
+        tables += request.blocks
+        if chunk.samples:
+            sampled.append(len(tokens) - 1)
+    flat, part = _empty(form, len(chunks), len(tables), pinned=pinned)
+    for name, numbers in ("token_ids", tokens), ("sample_rows", sampled), ("spans", spans), ("tables", tables):
+        part[name][: len(numbers)] = int32s(numbers)
+    _write_rows(part, len(chunks), len(tokens), block_size)
+    blocks = int32s(_blocks(spans, block_rows))
+    part["blocks"][: len(blocks)] = blocks
+    return flat
 
 
 def pack_nothing(form: PromptForm, *, pinned: bool) -> Tensor:
     """As `pack`, of a form that holds padding alone."""
-    return _flat({"tables": np.zeros(1, np.int32)}, form, 0, pinned=pinned)
+    flat, part = _empty(form, 0, 1, pinned=pinned)
+    part["tables"][:] = 0
+    return flat
 
 
 def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, device: torch.device) -> PromptRows:
@@ -114,28 +122,38 @@ def _tokens(chunk: ScheduledChunk) -> Sequence[int]:
     return chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or (0,)
 
 
-def _blocks(spans: Ints, block_rows: int) -> Ints:
-    """int32 [B, 2], a span and a row in it; those that see most keys first."""
+def _write_rows(part: dict[str, Ints], chunks: int, rows: int, block_size: int) -> None:
+    """Where rows stand in their requests and in the cache, from spans and tables."""
+    first, counts, starts, table = part["spans"].reshape(-1, 4)[:chunks].T
+    positions = part["positions"][:rows]
+    np.add(np.arange(rows, dtype=np.int32), (starts - first).repeat(counts), positions)
+    block = positions // block_size
+    places = part["tables"][table.repeat(counts) + block]
+    part["slots"][:rows] = (places - block) * block_size + positions
+    if "lengths" in part:
+        np.add(positions, 1, part["lengths"][:rows])
+
+
+def _blocks(spans: Sequence[int], block_rows: int) -> list[int]:
+    """[2 B], a span and a row in it; those that see most keys first."""
     found = [
-        np.stack((np.full(len(first), index), first), 1)
-        for index, count in enumerate(spans[:, 1])
-        for first in [np.arange(0, count, block_rows)]
+        (-start - row, index, row)
+        for index, (count, start) in enumerate(zip(spans[1::4], spans[2::4], strict=True))
+        for row in range(0, count, block_rows)
     ]
-    blocks = np.concatenate(found)
-    order = np.argsort(-(spans[blocks[:, 0], 2] + blocks[:, 1]), kind="stable")
-    longest_first: Ints = blocks[order].astype(np.int32)
-    return longest_first
+    return [number for _, index, row in sorted(found) for number in (index, row)]
 
 
-def _flat(parts: dict[str, npt.NDArray[np.integer]], form: PromptForm, chunks: int, *, pinned: bool) -> Tensor:
-    """The parts in their places. Padding is 0, but for places in the cache, -1, and blocks, of the first empty span."""
-    starts, sizes = form.starts(), form.sizes() | {"tables": parts["tables"].size}
-    flat = torch.empty(starts["tables"] + sizes["tables"], dtype=torch.int32, pin_memory=pinned)
+def _empty(form: PromptForm, chunks: int, tables: int, *, pinned: bool) -> tuple[Tensor, dict[str, Ints]]:
+    """A buffer of the form, in which only the padding behind so many chunks is written, and its parts.
+
+    Padding is 0, but for places in the cache, -1, and blocks, of the first empty span.
+    """
+    flat = torch.empty(form.head + tables, dtype=torch.int32, pin_memory=pinned)
     host: Ints = flat.numpy()
+    part = form.parts(host)
     if form.padded:
-        host[: starts["tables"]] = 0
-        host[starts["slots"] : starts["slots"] + sizes["slots"]] = -1
-        host[starts["blocks"] : starts["blocks"] + sizes["blocks"] : 2] = chunks
-    for name, part in parts.items():
-        host[starts[name] : starts[name] + part.size] = part.ravel()
-    return flat
+        host[: form.head] = 0
+        part["slots"][:] = -1
+        part["blocks"][::2] = chunks
+    return flat, part
