@@ -57,6 +57,7 @@ class GraphedPrompts:
         self._inputs = torch.empty(room, dtype=torch.int32, device=device)
         self._outputs: Tensor | None = None  # logits, of one graph at a time; none on ranks that do not sample
         self._pool = GraphPool(device, traffic) if most_graphed else None
+        self._rows: dict[PromptForm, PromptRows] = {}  # views of the inputs, which stay where they are
         self._graphs: dict[PromptForm, Captured | None] = {}  # None: came once
 
     @torch.inference_mode()
@@ -75,15 +76,15 @@ class GraphedPrompts:
         padded = form_of(chunks, block_rows, self._most) if self._most and probe is None else None
         form = padded or PromptForm.exact(chunks, block_rows)
         host = pack(chunks, form, block_size, block_rows, pinned=self._device.type == "cuda")
-        fits = padded is not None and len(host) <= len(self._inputs)
-        flat = self._inputs if fits else torch.empty(host.shape, dtype=host.dtype, device=self._device)
-        flat[: len(host)].copy_(host, non_blocking=True)
-        rows = form.rows_of(flat, block_rows, block_size)
-        if before is not None:
-            decodes = rows.token_ids[: len(before)]
-            decodes.copy_(torch.where(before >= 0, before, decodes))
-        logits = self._run(form, rows) if fits else self._model.logits(rows, self._cache, probe, most_rows)
-        return logits[: sum(chunk.samples for chunk in chunks)]
+        if padded is None or host.shape[0] > self._inputs.shape[0]:
+            rows = form.rows_of(host.to(self._device, non_blocking=True), block_rows, block_size)
+            _fill_in(rows, before)
+            logits = self._model.logits(rows, self._cache, probe, most_rows)
+        else:
+            rows = self._load(form, host)
+            _fill_in(rows, before)
+            logits = self._run(form, rows)
+        return logits[: sum([chunk.samples for chunk in chunks])]
 
     @torch.inference_mode()
     def record(self, tokens: int, chunks: int) -> Tensor:
@@ -91,16 +92,19 @@ class GraphedPrompts:
 
         Logits of nothing, [chunks, V].
         """
-        block_rows = self._model.block_rows
-        form = _padded(tokens, chunks, block_rows)
-        host = pack_nothing(form, pinned=self._device.type == "cuda")
-        flat = self._inputs
-        flat[: len(host)].copy_(host, non_blocking=True)
-        rows = form.rows_of(flat, block_rows, self._cache.block_size)
+        form = _padded(tokens, chunks, self._model.block_rows)
+        rows = self._load(form, pack_nothing(form, pinned=self._device.type == "cuda"))
         logits = self._run(form, rows)
         while self._graphs[form] is None:
             logits = self._run(form, rows)
         return logits
+
+    def _load(self, form: PromptForm, host: Tensor) -> PromptRows:
+        """Send a buffer of the form to where its graph looks for it."""
+        self._inputs[: host.shape[0]].copy_(host, non_blocking=True)
+        if form not in self._rows:
+            self._rows[form] = form.rows_of(self._inputs, self._model.block_rows, self._cache.block_size)
+        return self._rows[form]
 
     def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:
         if form not in self._graphs:
@@ -112,14 +116,21 @@ class GraphedPrompts:
             return logits
         assert self._outputs is not None
         assert self._pool is not None
-        outputs = self._outputs[: form.samples]
         if (graph := self._graphs[form]) is None:
+            outputs = self._outputs[: form.samples]
             graph = self._graphs[form] = self._pool.capture(lambda: self._compute(rows, outputs))
         graph.replay()
-        return outputs
+        return self._outputs[: form.samples]
 
     def _compute(self, rows: PromptRows, outputs: Tensor) -> None:
         outputs.copy_(self._model.logits(rows, self._cache))
+
+
+def _fill_in(rows: PromptRows, before: Tensor | None) -> None:
+    """The tokens of the first rows, decodes, that only the device knows; -1 where the host does."""
+    if before is not None:
+        decodes = rows.token_ids[: len(before)]
+        decodes.copy_(torch.where(before >= 0, before, decodes))
 
 
 def _most_inputs(tokens: int, block_rows: int) -> int:
