@@ -236,6 +236,7 @@ NOT_PROMPTS: list[tuple[Any, str]] = [
     ([5, 320], "token id 320 at position 1 of the prompt is outside of the vocabulary; use 0 to 319"),
     ([5, -1], "token id -1 at position 1 of the prompt is outside of the vocabulary"),
     ([5, 10**30], "is outside of the vocabulary"),
+    ([2**31, 5], f"token id {2**31} at position 0 of the prompt is outside of the vocabulary"),
     ([True, 5], "token id True at position 0 of the prompt is of type bool; use Python's int"),
     ([5, 6.0], "token id 6.0 at position 1 of the prompt is of type float"),
     ([5, "6"], "token id '6' at position 1 of the prompt is of type str"),

@@ -122,9 +122,9 @@ class TokenCounts:
     """Distinct token ids in order of appearance and how often each was generated (0: in the prompt only)."""
 
     def __init__(self, prompt_token_ids: Sequence[int] = ()) -> None:
-        ids = np.unique(np.asarray(prompt_token_ids, dtype=np.int64))
-        self._place = {int(token): place for place, token in enumerate(ids)}
-        self._ids: npt.NDArray[np.int64] = ids
+        ids = sorted({*prompt_token_ids})
+        self._place = {token: place for place, token in enumerate(ids)}
+        self._ids: npt.NDArray[np.int64] = np.array(ids, np.int64)
         self._counts: npt.NDArray[np.float32] = np.zeros(len(ids), np.float32)
 
     def __len__(self) -> int:
