@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
+from torch import Tensor
 
-from flexmoe.engine.prompt_graphs import form_of
-from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack, pack_nothing
+from flexmoe.engine import prompt_graphs
+from flexmoe.engine.prompt_graphs import GraphedPrompts, form_of
+from flexmoe.engine.prompt_rows import PromptForm, lay_out, pack
+from flexmoe.models.device_rows import PromptRows
+from flexmoe.models.hopper import HopperKernels
 from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, MOST_ON_RANKS, forms_up_to, graph_form
 from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered, slot
+from tests.cpu.rerun_graphs import RerunPool
 
 BLOCK, ROWS = 4, 16
 
@@ -103,12 +111,68 @@ def test_each_part_begins_where_compiled_kernels_expect_it() -> None:
 def test_a_form_of_padding_alone_has_no_token() -> None:
     form = form_of(chunks_of((0, 20)), ROWS)
     assert form is not None
-    rows = form.rows_of(pack_nothing(form, pinned=False), ROWS, BLOCK)
+    rows = form.rows_of(pack((), form, BLOCK, ROWS, pinned=False), ROWS, BLOCK)
     assert rows.lengths is not None
     assert rows.lengths.tolist() == rows.token_ids.tolist() == [0] * form.rows
     assert rows.slots.tolist() == [-1] * form.rows
     assert rows.spans.spans[:, 1].tolist() == [0] * form.spans
     assert rows.spans.blocks[:, 0].tolist() == [0] * form.blocks
+
+
+class Noting:
+    """A model that notes the rows that it is given, and has a logit for each row that samples: its token."""
+
+    block_rows, hopper = ROWS, HopperKernels()
+
+    def __init__(self) -> None:
+        self.rows: PromptRows | None = None
+
+    def logits(self, rows: PromptRows, *_: Any) -> Tensor:
+        self.rows = rows
+        return rows.token_ids[rows.sample_rows.long()].float()[:, None]
+
+
+def test_steps_of_one_form_leave_nothing_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lies where another was before, on the host and on the device; each is as if it were alone."""
+    monkeypatch.setattr(prompt_graphs, "GraphPool", RerunPool)
+    model, cache, before = Noting(), cast(Any, SimpleNamespace(block_size=BLOCK)), torch.tensor([-1, 77])
+    prompts = GraphedPrompts(model, cache, torch.device("cpu"), most_graphed=MOST_GRAPHED)
+    steps = [
+        ((40, 1), (9, 1), (0, 60)),
+        ((3, 1), (0, 1), (5, 1), (50, 3)),
+        ((0, 30), (1, 20), (7, 11)),
+        ((4, 1), (2, 1), (0, 3)),
+    ]
+    for step in [*steps, *steps[::-1], *steps]:
+        for known in (before, None):
+            chunks = chunks_of(*step)
+            form = form_of(chunks, ROWS)
+            assert form is not None
+            logits = prompts.logits(chunks, known)
+            alone = form.rows_of(pack(chunks, form, BLOCK, ROWS, pinned=False), ROWS, BLOCK)
+            if known is not None:
+                alone.token_ids[1] = 77
+            assert model.rows is not None
+            for name in ("token_ids", "positions", "slots", "lengths", "sample_rows"):
+                assert torch.equal(getattr(model.rows, name), getattr(alone, name)), name
+            assert torch.equal(model.rows.spans.spans, alone.spans.spans)
+            assert torch.equal(model.rows.spans.blocks, alone.spans.blocks)
+            tables = alone.spans.tables
+            assert torch.equal(model.rows.spans.tables[: len(tables)], tables)
+            assert logits[:, 0].tolist() == alone.token_ids[alone.sample_rows.long()].tolist()[: len(logits)]
+
+
+def test_tables_beyond_the_inputs_make_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_graphs, "GraphPool", RerunPool)
+    monkeypatch.setattr(prompt_graphs, "_MOST_TABLES", 1)
+    model, cache = Noting(), cast(Any, SimpleNamespace(block_size=BLOCK))
+    prompts = GraphedPrompts(model, cache, torch.device("cpu"), most_graphed=16)
+    chunks = chunks_of((2000, 10))
+    for _ in range(2):
+        prompts.logits(chunks)
+        assert model.rows is not None
+        assert model.rows.token_ids.tolist() == chunks[0].request.token_ids[2000:]
+    assert not prompts._graphs
 
 
 def test_forms_up_to_some_tokens_are_those_of_their_steps() -> None:

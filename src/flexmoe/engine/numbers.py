@@ -12,4 +12,4 @@ Ints = npt.NDArray[np.int32]
 
 def int32s(values: list[int]) -> Ints:
     """The numbers, none of them below 0. By way of an `array`, which reads a list four times as fast as numpy does."""
-    return np.array(array("I", values), np.int32)
+    return np.frombuffer(array("I", values), np.int32)

@@ -12,14 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from flexmoe.engine.host_buffers import HostBuffers
 from flexmoe.engine.sampling_state import SamplingState, uniforms
 from flexmoe.kernels.sample import COLDEST, SampleParams
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.scheduling.step import ScheduledChunk
 
-# Buffers on the host that take turns: of one step that runs, one that waits behind it, one that is being written.
-# Before one is written again its copy must be over: for steps that were given up nobody else waits.
-_BUFFERS = 3
 # The wide ones first, so that each is aligned whatever the number of rows.
 _FIELDS: Mapping[str, torch.dtype] = {
     "token_ids": torch.int64,
@@ -45,12 +43,9 @@ class PackedRows:
         self._head += -self._head % _STRIDE_BYTES
         size = self._head + 4 * bucket * _padded(most_blocks)
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        pinned = device.type == "cuda"
-        self._pinned = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
-        self._host = [{k: v.numpy() for k, v in self._views(buffer).items()} for buffer in self._pinned]
+        self._buffers = HostBuffers(size, torch.uint8, device)
+        self._host = [{k: v.numpy() for k, v in self._views(buffer).items()} for buffer in self._buffers.all]
         self._tables = [_Tables(host) for host in self._host]
-        self._sent = [torch.cuda.Event() for _ in range(_BUFFERS)] if pinned else []
-        self._turn = 0
         on_device = self._views(self._device)
         self.rows = DeviceRows(**{name: on_device[name] for name in DeviceRows.__slots__})
         self.sampling = SampleParams(**{name: on_device[name] for name in SampleParams.__slots__})
@@ -61,17 +56,12 @@ class PackedRows:
         sources: for each row the place of its token among those of the last step, which the host does not know yet; or
         -1, and the host knows it.
         """
-        self._turn = (self._turn + 1) % _BUFFERS
-        host = self._host[self._turn]
-        if self._sent:
-            self._sent[self._turn].synchronize()
+        turn = self._buffers.take()
+        host = self._host[turn]
         _write_tokens(host, chunks, sources)
         _write_sampling(host, states)
-        width = self._tables[self._turn].write(chunks)
-        size = self._head + 4 * self.bucket * width
-        self._device[:size].copy_(self._pinned[self._turn][:size], non_blocking=True)
-        if self._sent:
-            self._sent[self._turn].record()
+        width = self._tables[turn].write(chunks)
+        self._buffers.send(self._device, self._head + 4 * self.bucket * width)
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         views, start = {}, 0

@@ -9,12 +9,15 @@ also record together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexmoe.engine.cuda_graph import Captured, GraphPool
-from flexmoe.engine.prompt_rows import PromptForm, pack, pack_nothing
+from flexmoe.engine.host_buffers import HostBuffers
+from flexmoe.engine.numbers import Ints
+from flexmoe.engine.prompt_rows import PromptForm, lay_out, num_tables, write
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
@@ -36,6 +39,14 @@ def _padded(rows: int, count: int, block_rows: int) -> PromptForm:
     return PromptForm(rows, count + 1, count, rows // block_rows + count, padded=True)
 
 
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """Of a form. rows: of the inputs on the device. host: of each buffer on the host, its parts."""
+
+    rows: PromptRows
+    host: list[dict[str, Ints]]
+
+
 class GraphedPrompts:
     """Computes steps of prompts by a DevicePrompts on one cache."""
 
@@ -54,10 +65,11 @@ class GraphedPrompts:
         self.hopper = model.hopper
         self._model, self._cache, self._device, self._most = model, cache, device, most_graphed
         room = _most_inputs(most_graphed, model.block_rows) if most_graphed else 0
-        self._inputs = torch.empty(room, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(room, dtype=torch.int32, device=device)
+        self._buffers = HostBuffers(room, torch.int32, device)
         self._outputs: Tensor | None = None  # logits, of one graph at a time; none on ranks that do not sample
         self._pool = GraphPool(device, traffic) if most_graphed else None
-        self._rows: dict[PromptForm, PromptRows] = {}  # views of the inputs, which stay where they are
+        self._views: dict[PromptForm, _Views] = {}
         self._graphs: dict[PromptForm, Captured | None] = {}  # None: came once
 
     @torch.inference_mode()
@@ -73,15 +85,13 @@ class GraphedPrompts:
         if not chunks:
             return self._model.assist(most_rows)
         block_rows, block_size = self._model.block_rows, self._cache.block_size
-        padded = form_of(chunks, block_rows, self._most) if self._most and probe is None else None
-        form = padded or PromptForm.exact(chunks, block_rows)
-        host = pack(chunks, form, block_size, block_rows, pinned=self._device.type == "cuda")
-        if padded is None or host.shape[0] > self._inputs.shape[0]:
-            rows = form.rows_of(host.to(self._device, non_blocking=True), block_rows, block_size)
+        form = form_of(chunks, block_rows, self._most) if self._most and probe is None else None
+        if form is None or form.head + num_tables(chunks) > self._inputs.shape[0]:
+            rows = lay_out(chunks, block_size, block_rows, self._device)
             _fill_in(rows, before)
             logits = self._model.logits(rows, self._cache, probe, most_rows)
         else:
-            rows = self._load(form, host)
+            rows = self._load(chunks, form)
             _fill_in(rows, before)
             logits = self._run(form, rows)
         return logits[: sum([chunk.samples for chunk in chunks])]
@@ -93,18 +103,21 @@ class GraphedPrompts:
         Logits of nothing, [chunks, V].
         """
         form = _padded(tokens, chunks, self._model.block_rows)
-        rows = self._load(form, pack_nothing(form, pinned=self._device.type == "cuda"))
+        rows = self._load((), form)
         logits = self._run(form, rows)
         while self._graphs[form] is None:
             logits = self._run(form, rows)
         return logits
 
-    def _load(self, form: PromptForm, host: Tensor) -> PromptRows:
-        """Send a buffer of the form to where its graph looks for it."""
-        self._inputs[: host.shape[0]].copy_(host, non_blocking=True)
-        if form not in self._rows:
-            self._rows[form] = form.rows_of(self._inputs, self._model.block_rows, self._cache.block_size)
-        return self._rows[form]
+    def _load(self, chunks: Sequence[ScheduledChunk], form: PromptForm) -> PromptRows:
+        """Send the chunks, in that form, to where its graph looks for them."""
+        block_rows, block_size = self._model.block_rows, self._cache.block_size
+        if (views := self._views.get(form)) is None:
+            rows = form.rows_of(self._inputs, block_rows, block_size)
+            views = self._views[form] = _Views(rows, [form.parts(buffer.numpy()) for buffer in self._buffers.all])
+        write(chunks, views.host[self._buffers.take()], block_size, block_rows)
+        self._buffers.send(self._inputs, form.head + num_tables(chunks))
+        return views.rows
 
     def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:
         if form not in self._graphs:

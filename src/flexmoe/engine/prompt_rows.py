@@ -7,7 +7,7 @@ that one CUDA graph serves all steps of a form.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -82,6 +82,21 @@ def pack(
     chunks: Sequence[ScheduledChunk], form: PromptForm, block_size: int, block_rows: int, *, pinned: bool
 ) -> Tensor:
     """The chunks, in their order, as a flat int32 buffer of the form on the host. block_rows: those of attention."""
+    flat = torch.empty(form.head + num_tables(chunks), dtype=torch.int32, pin_memory=pinned)
+    write(chunks, form.parts(flat.numpy()), block_size, block_rows)
+    return flat
+
+
+def num_tables(chunks: Sequence[ScheduledChunk]) -> int:
+    """Numbers in their tables."""
+    return sum([len(chunk.request.blocks) for chunk in chunks])
+
+
+def write(chunks: Sequence[ScheduledChunk], parts: Mapping[str, Ints], block_size: int, block_rows: int) -> None:
+    """Write the chunks, in their order, and padding into the parts of a buffer, whose tables may have room left.
+
+    Padding is 0, but for places in the cache, -1, and blocks, of the first empty span.
+    """
     tokens: list[int] = []
     tables: list[int] = []
     spans: list[int] = []
@@ -94,20 +109,14 @@ def pack(
         tables += request.blocks
         if chunk.samples:
             sampled.append(len(tokens) - 1)
-    flat, part = _empty(form, len(chunks), len(tables), pinned=pinned)
-    for name, numbers in ("token_ids", tokens), ("sample_rows", sampled), ("spans", spans), ("tables", tables):
-        part[name][: len(numbers)] = int32s(numbers)
-    _write_rows(part, len(chunks), len(tokens), block_size)
-    blocks = int32s(_blocks(spans, block_rows))
-    part["blocks"][: len(blocks)] = blocks
-    return flat
-
-
-def pack_nothing(form: PromptForm, *, pinned: bool) -> Tensor:
-    """As `pack`, of a form that holds padding alone."""
-    flat, part = _empty(form, 0, 1, pinned=pinned)
-    part["tables"][:] = 0
-    return flat
+    parts["tables"][: len(tables)] = int32s(tables)
+    for name, numbers in ("token_ids", tokens), ("sample_rows", sampled), ("spans", spans):
+        parts[name][: len(numbers)] = int32s(numbers)
+        parts[name][len(numbers) :] = 0
+    _write_rows(parts, len(chunks), len(tokens), block_size)
+    blocks = _blocks(spans, block_rows)
+    padding = len(parts["blocks"]) - len(blocks)
+    parts["blocks"][:] = int32s(blocks + [len(chunks), 0] * (padding // 2))
 
 
 def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, device: torch.device) -> PromptRows:
@@ -122,16 +131,19 @@ def _tokens(chunk: ScheduledChunk) -> Sequence[int]:
     return chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or (0,)
 
 
-def _write_rows(part: dict[str, Ints], chunks: int, rows: int, block_size: int) -> None:
+def _write_rows(parts: Mapping[str, Ints], chunks: int, rows: int, block_size: int) -> None:
     """Where rows stand in their requests and in the cache, from spans and tables."""
-    first, counts, starts, table = part["spans"].reshape(-1, 4)[:chunks].T
-    positions = part["positions"][:rows]
-    np.add(np.arange(rows, dtype=np.int32), (starts - first).repeat(counts), positions)
+    first, counts, starts, table = parts["spans"].reshape(-1, 4)[:chunks].T
+    positions = np.arange(rows, dtype=np.int32) + (starts - first).repeat(counts)
     block = positions // block_size
-    places = part["tables"][table.repeat(counts) + block]
-    part["slots"][:rows] = (places - block) * block_size + positions
-    if "lengths" in part:
-        np.add(positions, 1, part["lengths"][:rows])
+    places = parts["tables"].take(table.repeat(counts) + block)
+    parts["positions"][:rows] = positions
+    parts["positions"][rows:] = 0
+    parts["slots"][:rows] = (places - block) * block_size + positions
+    parts["slots"][rows:] = -1
+    if "lengths" in parts:
+        parts["lengths"][:rows] = positions + 1
+        parts["lengths"][rows:] = 0
 
 
 def _blocks(spans: Sequence[int], block_rows: int) -> list[int]:
@@ -142,18 +154,3 @@ def _blocks(spans: Sequence[int], block_rows: int) -> list[int]:
         for row in range(0, count, block_rows)
     ]
     return [number for _, index, row in sorted(found) for number in (index, row)]
-
-
-def _empty(form: PromptForm, chunks: int, tables: int, *, pinned: bool) -> tuple[Tensor, dict[str, Ints]]:
-    """A buffer of the form, in which only the padding behind so many chunks is written, and its parts.
-
-    Padding is 0, but for places in the cache, -1, and blocks, of the first empty span.
-    """
-    flat = torch.empty(form.head + tables, dtype=torch.int32, pin_memory=pinned)
-    host: Ints = flat.numpy()
-    part = form.parts(host)
-    if form.padded:
-        host[: form.head] = 0
-        part["slots"][:] = -1
-        part["blocks"][::2] = chunks
-    return flat, part
