@@ -114,15 +114,17 @@ class BlockManager:
             holding.tail, displaced = self._prefixes.insert(holding.tail, tokens, request.blocks[index])
             self.num_gained += 1
             if displaced is not None:
-                self._space.put(displaced)
+                self._space.put([displaced])
 
     def free(self, request: Request) -> None:
         """Take all blocks of a request back. Its registered ones stay shareable until they are evicted."""
         claim = self._holdings.pop(request).claim
+        references, unused = self._references, []
         for block in reversed(request.blocks):  # the last first: see prefix_cache
-            self._references[block] -= 1
-            if not self._references[block] and not self._prefixes.release(block):
-                self._space.put(block)
+            references[block] -= 1
+            if not references[block]:
+                unused.append(block)
+        self._space.put(self._prefixes.release(unused))
         self._space.unclaim(*claim)
         self.num_gained += self.gain_of(request)
         request.blocks = []
@@ -177,7 +179,7 @@ class BlockManager:
         return claim
 
     def _evict(self) -> None:
-        self._space.put(self._prefixes.evict())
+        self._space.put([self._prefixes.evict()])
 
     def _clear_run(self, count: int, room: int) -> None:
         """Evict a few blocks early if that gives a new request its run of `count` blocks and some room."""

@@ -7,6 +7,8 @@ is a wish: others keep clear of it while they find blocks elsewhere, and take fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class FreeSpace:
     """The blocks without content, as flags: a C-speed search replaces lists of free runs."""
@@ -21,11 +23,13 @@ class FreeSpace:
     def __contains__(self, block: int) -> bool:
         return 0 <= block < len(self._blank) and self._blank[block] == 1
 
-    def put(self, block: int) -> None:
-        """Take back a block whose content is worthless."""
-        assert not self._blank[block], f"block {block} is freed twice"
-        self._blank[block] = self._unclaimed[block] = 1
-        self.num_blank += 1
+    def put(self, blocks: Sequence[int]) -> None:
+        """Take back blocks whose content is worthless."""
+        blank, unclaimed = self._blank, self._unclaimed
+        for block in blocks:
+            assert not blank[block], f"block {block} is freed twice"
+            blank[block] = unclaimed[block] = 1
+            self.num_blank += 1
 
     def take_after(self, last: int) -> int:
         """One block: the one behind `last` if that is blank, else the lowest. At least one must be blank."""

@@ -83,16 +83,11 @@ class PrefixCache:
         """A request shares the block: it is idle no more."""
         self._idle.pop(block, None)
 
-    def release(self, block: int) -> bool:
-        """Nobody uses the block any more. True: it stays here, idle. False: its content is not worth keeping."""
-        node = self._node_of.get(block)
-        if node is None:
-            return False
-        if len(node.blocks) > 1:
-            self._detach(block)
-            return False
-        self._idle[block] = None
-        return True
+    def release(self, blocks: Sequence[int]) -> Sequence[int]:
+        """Nobody uses these blocks any more. Those whose content is not worth keeping are returned, the others stay
+        here, idle.
+        """
+        return [block for block in blocks if not self._keep(block)] if self._node_of else blocks
 
     def evict(self) -> int:
         """Give up the least recently used idle block. There must be one."""
@@ -116,6 +111,17 @@ class PrefixCache:
             seen += len(node.blocks)
         if seen != len(self._node_of):
             raise AssertionError(f"{len(self._node_of)} blocks are cached, {seen} can be reached from the root")
+
+    def _keep(self, block: int) -> bool:
+        """Whether the block is worth keeping now that nobody uses it: then it is idle."""
+        node = self._node_of.get(block)
+        if node is None:
+            return False
+        if len(node.blocks) > 1:
+            self._detach(block)
+            return False
+        self._idle[block] = None
+        return True
 
     def _detach(self, block: int) -> None:
         node = self._node_of.pop(block)
