@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.model_runner import rows_before
+from flexmoe.engine.numbers import Ints, int32s
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import Together
 from flexmoe.scheduling.data_ranks import parts_of
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.step import ScheduledChunk, Step
-
-Ints = npt.NDArray[np.int32]
 
 _ARGMAX = SamplingState(SamplingParams(temperature=0.0), 0)
 
@@ -99,8 +97,8 @@ def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None 
         np.array([len(chunk.request.blocks) for chunk in chunks], np.int32),
         [chunk.samples for chunk in chunks],
         [chunk.request.contiguous for chunk in chunks],
-        np.array(tokens, np.int32),
-        np.array(blocks, np.int32),
+        int32s(tokens),
+        int32s(blocks),
         [None if state.plain_greedy and not state.wants_routing else state for state in states],
         sources,
     )
