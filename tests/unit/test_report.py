@@ -98,6 +98,7 @@ def test_servers_under_load_have_a_table_of_all_loads_and_a_picture_of_streams()
     def load(line: int, streams: int | None, rate: float, **more: Any) -> Row:
         params = {"concurrency": streams, "input_len": [64, 64], "output_len": [8, 16]}
         params |= {"trace": None if streams else "/some/where/trace.csv", "duration": None if streams else 28.0}
+        params |= {"seed": line, "time_scale": 1.0 if streams else 0.4}
         times = {"p50": 2.0, "p99": 9.0}
         result = {"output_tokens_per_s": rate, "ttft_ms": times, "tpot_ms": times, "itl_ms": times}
         about = {"config": {"engine": {"device": "cuda:0"}}, "params": params, "result": result}
@@ -108,7 +109,7 @@ def test_servers_under_load_have_a_table_of_all_loads_and_a_picture_of_streams()
     assert table is not None
     assert [[cell.text for cell in line[2:5]] for line in table.rows] == [
         ["cuda:0", "4 streams of 64 + 8-16 tokens", "60.0"],
-        ["cuda:0", "trace, 28 s; a new server", "7.00"],
+        ["cuda:0", "trace, 28 s, 2.5 times as fast; a new server", "7.00"],
     ]
     assert served_table([row(1)]) is None
     assert served_figure(rows[2:]) is None

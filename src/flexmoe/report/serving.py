@@ -10,7 +10,11 @@ from flexmoe.report.floors import explained, served_percents, servers
 from flexmoe.report.rows import Row, newest
 from flexmoe.report.table import Shown, Table, dates, number
 
-_SAME = ("config.engine.device", "engine", "model.name", "params", "note")
+_LOAD = (
+    "rate", "trace", "time_scale", "length_scale", "duration", "num_requests", "input_len", "output_len", "text",
+    "prompts", "concurrency",
+)  # fmt: skip
+_SAME = ("config.engine.device", "engine", "model.name", *(f"params.{name}" for name in _LOAD), "note")
 
 
 def served(rows: Sequence[Row]) -> Table | None:
@@ -53,6 +57,8 @@ def _load(row: Row) -> str:
     lengths = f"{_range(row.get('params.input_len'))} + {_range(row.get('params.output_len'))} tokens"
     if trace:  # as words, which can be broken between lines
         load = PurePath(trace).stem.replace("_", " ") + (f", {duration:g} s" if duration else "")
+        if (scale := row.get("params.time_scale") or 1) != 1:
+            load += f", {1 / scale:.3g} times as fast"
     elif rate := row.get("params.rate"):
         load = f"{rate:g} requests a second of {lengths}"
     else:
