@@ -151,7 +151,7 @@ def served_groups(
 ) -> Iterator[tuple[str, list[Check]]]:
     """Predictions of rows of presets, or the built-in model, that FlexMoE served: TTFT and TPOT, means and medians."""
     found = [
-        served_checks(machine, model, lengths(load_of(row, trace)), row, cold=cold)
+        served_checks(machine, model, lengths(load_of(row, trace), row["params"].get("concurrency")), row, cold=cold)
         for row in rows
         if row["benchmark"] == "serve" and row["config"].get("engine") and (model := served_model(row)) is not None
     ]

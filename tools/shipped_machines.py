@@ -4,9 +4,13 @@
 
 Enters: what each operation adds to a decode step of an H200, what a prompt's kernels took, and exchanges on two; or a
 file that `flexmoe bench machine` wrote on an H200, whose device and operations then go first; those of prompts may come
-from a newer one (--prompts; benchmarks/results/h200_machine.json). What a server adds is
-read from such a file alone, that of --measured or, without its operations, of --serving. Leaves:
-src/flexmoe/assets/machines/*.json. What nobody measured is named there under "extrapolated".
+from a newer one (--prompts). What a server adds is read from such a file alone, that of --measured or, without its
+operations, of --serving. The files that come along are those of
+
+    m=benchmarks/results/h200_machine.json
+    python tools/shipped_machines.py --measured src/flexmoe/assets/machines/h200x1.json --prompts $m --serving $m
+
+Leaves: src/flexmoe/assets/machines/*.json. What nobody measured is named there under "extrapolated".
 """
 
 from __future__ import annotations

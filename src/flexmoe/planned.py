@@ -58,7 +58,8 @@ def make_engine(options: Mapping[str, Any]) -> Engine:
     engine = Engine(config)
     if "machine" in own:  # one that was assumed predicts nothing of this one
         dtype = engine.describe()["dtype"]  # which the engine chose, perhaps by a probe
-        engine.watch(replace(setting, dtype=dtype).steps(config.parallel, config.scheduler).terms)
+        one_pass = config.device.one_pass
+        engine.watch(replace(setting, dtype=dtype).steps(config.parallel, config.scheduler, one_pass=one_pass).terms)
     return engine
 
 

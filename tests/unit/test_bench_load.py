@@ -235,3 +235,7 @@ def test_a_simulation_is_asked_the_same(tmp_path: Path) -> None:
     for unknown in (LoadOptions(), LoadOptions(rate=1, text=True)):
         with pytest.raises(ConfigError, match="can be simulated"):
             lengths(unknown)
+    closed = LoadOptions(num_requests=3, input_len=(5, 5), output_len=(7, 7))
+    assert [(one.arrival, one.input_len, one.output_len) for one in lengths(closed, 3)] == [(0.0, 5, 7)] * 3
+    with pytest.raises(ConfigError, match="can be simulated"):
+        lengths(closed, 2)  # the third is due when another has ended

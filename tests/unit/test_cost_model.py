@@ -98,6 +98,16 @@ def test_decodes_of_data_ranks_are_graphs_and_one_pass_with_prompts() -> None:
     assert 0 < rows[0] < rows[1]
 
 
+def test_in_one_pass_decodes_beside_prompts_read_no_weights_of_their_own() -> None:
+    two, one = (CostModel(H200, MIXTRAL, ParallelPlan(), one_pass=one_pass) for one_pass in (False, True))
+    mixed, prompts = StepShape(32, 500, (Chunk(512),)), StepShape(chunks=(Chunk(512),))
+    decodes = StepShape(32, 500)
+    assert two.step(mixed).seconds == pytest.approx(two.step(prompts).seconds + two.step(decodes).seconds, rel=0.01)
+    assert one.step(mixed).seconds < 1.1 * two.step(prompts).seconds
+    for shape in (prompts, decodes):
+        assert one.step(shape) == two.step(shape)
+
+
 def test_experts_wait_for_the_rank_that_reads_most() -> None:
     moe = MoEConfig(64, 8, 1024, renormalize=False)
     load = ExpertLoads(moe, ExpertPlacement.contiguous(64, 8), Routing()).load(4)

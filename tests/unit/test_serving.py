@@ -28,9 +28,11 @@ def seconds(step: Step) -> float:
     return 1e-3 + 1e-4 * step.num_tokens
 
 
-def served(requests: list[TraceRequest], serving: Serving | None, chunk_rate: float = 1e9) -> list[Served]:
+def served(
+    requests: list[TraceRequest], serving: Serving | None, chunk_rate: float = 1e9, *, beside: bool = False
+) -> list[Served]:
     scheduler = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256)
-    limits = EngineLimits(scheduler=scheduler, num_blocks=500, serving=serving, chunk_rate=chunk_rate)
+    limits = EngineLimits(scheduler=scheduler, num_blocks=500, serving=serving, chunk_rate=chunk_rate, beside=beside)
     return simulate(Fleet(limits, seconds, 1, 1, 1), requests).served
 
 
@@ -74,6 +76,17 @@ def test_a_simulated_request_waits_for_the_server_and_its_tokens_make_steps_long
     assert one.tpot - alone.tpot == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize(("sending_ms", "longer_ms"), [(0.1, 0.0), (1.5, 0.4)])
+def test_beside_a_gpu_only_sending_that_outlasts_the_step_counts(sending_ms: float, longer_ms: float) -> None:
+    """A step of one stream takes 1.1 ms."""
+    serving, asked = Serving(2e-3, 0.0, ((1, sending_ms * 1e-3),)), [TraceRequest(0.0, 100, 5)]
+    (alone,), (one,) = served(asked, None), served(asked, serving, beside=True)
+    assert one.tpot is not None
+    assert alone.tpot is not None
+    assert one.tpot - alone.tpot == pytest.approx(longer_ms * 1e-3)
+    assert one.ttft - alone.ttft == pytest.approx(2e-3)
+
+
 def test_a_server_that_lets_few_pieces_cross_makes_few_steps_longer() -> None:
     """One stream's steps take 1.1 ms, so at 250 pieces a second every fourth is sent."""
     (one,), (alone,) = (served([TraceRequest(0.0, 10, 41)], serving, 250.0) for serving in (SERVING, None))
@@ -93,11 +106,14 @@ def test_longer_prompts_are_longer_on_their_way_and_all_stay_in_their_order() ->
 
 def test_an_estimate_has_it_in_times_and_not_in_throughput() -> None:
     asked = setting("olmoe-1b-7b", 1)
-    with_server = replace(asked, machine=replace(asked.machine, serving=SERVING))
-    found, alone = (one.search(question(one)).best for one in (with_server, asked))
+    alone = asked.search(question(asked)).best
+    slow = Serving(2e-3, 1e-6, ((1, 1.1 * alone.tpot), (512, 1.1 * alone.tpot)))
+    with_server = replace(asked, machine=replace(asked.machine, serving=slow))
+    found = with_server.search(question(with_server)).best
     assert found.first["serving"] == pytest.approx(2e-3 + 512e-6)
     assert found.ttft - alone.ttft == pytest.approx(2e-3 + 512e-6, rel=0.2)
-    assert 0 < found.token["serving"] == pytest.approx(SERVING.step(found.batch))
+    others = sum(found.token.values()) - found.token["serving"]
+    assert 0 < found.token["serving"] == pytest.approx(slow.step(found.batch) - others), "the GPU computes meanwhile"
     assert sum(found.token.values()) == pytest.approx(found.tpot)
     assert "serving" not in alone.token
     assert "serving" not in found.work

@@ -97,12 +97,14 @@ def plan(options: LoadOptions, vocab_size: int) -> Iterator[Planned]:
     return _of_trace(options, vocab_size) if options.trace is not None else _drawn(options, vocab_size)
 
 
-def lengths(options: LoadOptions) -> list[TraceRequest]:
+def lengths(options: LoadOptions, concurrency: int | None = None) -> list[TraceRequest]:
     """The same requests without their prompts, as a simulation serves them. Raises ConfigError for a load without any.
 
-    That is a closed loop, whose requests are due when others end, and one of texts, whose tokens a server counts.
+    That is a closed loop of more than `concurrency` requests, which are due when others end (fewer are due at once),
+    and a load of texts, whose tokens a server counts.
     """
-    if options.is_closed or options.text or options.prompts is not None:
+    waits = options.is_closed and (options.num_requests or DEFAULT_REQUESTS) > (concurrency or 0)
+    if waits or options.text or options.prompts is not None:
         raise ConfigError("only token ids that are due at a rate or by a trace can be simulated; measure such a load.")
     if options.trace is None:
         return [TraceRequest(each.due or 0.0, len(each.prompt), each.output_len) for each in _drawn(options, 1)]

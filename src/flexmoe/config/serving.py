@@ -1,8 +1,9 @@
 """Serving: what an HTTP server adds to an engine's times, as clients see them. Enters: JSON. Leaves: seconds. No torch.
 
 A request passes client, HTTP, validation and two threads before its prompt can be scheduled, and its first token comes
-back the same way; both together count before. Later tokens come back beside the next steps, but what sends and reads
-them takes processor time and the interpreter from whoever computes these, and so makes them longer.
+back the same way; both together count before. Later tokens come back beside the next steps. On a CPU what sends and
+reads them takes processor time and the interpreter from whoever computes these, and so makes them longer. A GPU
+computes on meanwhile: a step waits there only for sending that takes longer than itself.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Serving:
     """Seconds beside an engine's.
 
     request_s: of a request until its first token has been read, beside what the engine takes for it; prompt_token_s:
-    more for each token of the prompt. streams: by how much a step is longer from which so many streams get a token
-    each, as (streams, seconds), fewest first.
+    more for each token of the prompt. streams: what a step is longer from which so many streams get a token each, where
+    nothing hides it, as (streams, seconds), fewest first.
     """
 
     request_s: float
@@ -42,6 +43,13 @@ class Serving:
         above = next((at for at, (count, _) in enumerate(points) if count >= streams), len(points) - 1)
         (left, low), (right, high) = points[above - 1], points[above]
         return max(0.0, low + (high - low) * (streams - left) / (right - left))
+
+    def longer(self, streams: float, seconds: float, *, beside: bool) -> float:
+        """By how much a step of so many seconds is longer. beside: it is computed on a device of its own, on which the
+        streams of the step before cost nothing until they take longer than the step.
+        """
+        sending = self.step(streams)
+        return max(0.0, sending - seconds) if beside else sending
 
     def to_json(self) -> dict[str, Any]:
         """As a machine file has it."""

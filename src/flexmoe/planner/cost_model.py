@@ -131,8 +131,11 @@ class CostModel:
         dtype: str = "bfloat16",
         quantization: str | None = None,
         routing: Routing | None = None,
+        one_pass: bool = False,
     ) -> None:
-        """dtype: of all that is not quantized. routing: how rows choose experts; None: all are as likely."""
+        """dtype: of all that is not quantized. routing: how rows choose experts; None: all are as likely. one_pass:
+        decodes beside prompts go through the prompts' pass.
+        """
         check(plan, model)
         if plan.num_ranks > machine.num_devices and not machine.is_shared:
             raise ConfigError(
@@ -140,7 +143,7 @@ class CostModel:
                 "devices; use a smaller plan or a larger machine."
             )
         self.machine, self.model, self.plan, self.dtype = machine, model, plan, dtype
-        self.quantization = quantization
+        self.quantization, self._one_pass = quantization, one_pass
         per_node = min(plan.num_ranks, machine.devices_per_node) if machine.nodes > 1 else plan.num_ranks
         self._lookup = Lookup(machine, dtype, quantization, per_node if machine.is_shared else 1)
         self._stages = [
@@ -168,10 +171,11 @@ class CostModel:
     # ------------------------------------------------------------------------------------------------ passes
 
     def _passes(self, shape: StepShape) -> list[_Pass]:
-        """Decodes that have a path of their own, and all the rest; of data ranks one pass if there are prompts."""
+        """Decodes that have a path of their own, and the rest. Beside prompts one pass of data ranks, or if asked."""
         context, decodes = _rounded(shape.context), shape.decodes
         chunks = tuple(Chunk(_rounded(c.tokens), _rounded(c.cached) if c.cached else 0) for c in shape.chunks)
-        fused = 0 < decodes <= self._most_fused() and not (chunks and self.plan.data_parallel_size > 1)
+        together = bool(chunks) and (self._one_pass or self.plan.data_parallel_size > 1)
+        fused = 0 < decodes <= self._most_fused() and not together
         found = [_Pass("fused", decodes, decodes, decodes, context, ())] if fused else []
         rest = 0 if fused else decodes
         rows = rest + sum(chunk.tokens for chunk in shape.chunks)

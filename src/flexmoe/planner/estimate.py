@@ -92,6 +92,7 @@ class _Steady:
         self.rate = demand.rate / candidate.replicas
         machine = steps.cost.machine
         self.serving, self.chunk_rate = machine.serving or Serving(0.0), usual_chunk_rate(machine.device.kind)
+        self.beside = machine.device.kind == "cuda"
         self.context = round(demand.mean_input + demand.mean_output / 2)
         self.prompt = steps.prompt(round(demand.mean_input))
         tokens = demand.mean_input + demand.mean_output
@@ -141,8 +142,9 @@ class _Steady:
         computed = self._computed(batch)
         if not self.serving.streams:
             return computed
-        sent = min(1.0, self.chunk_rate * sum(computed.values()) / batch)  # of the steps: what the server lets cross
-        return {**computed, SERVING: sent * self.serving.step(batch)}
+        seconds = sum(computed.values())
+        sent = min(1.0, self.chunk_rate * seconds / batch)  # of the steps: what the server lets cross
+        return {**computed, SERVING: sent * self.serving.longer(batch, seconds, beside=self.beside)}
 
     def _computed(self, batch: int) -> Terms:
         """Terms of the same in the engine."""

@@ -102,12 +102,16 @@ class Setting:
             only_data_parallel=only_data_parallel,
         )
 
-    def steps(self, plan: ParallelPlan, limits: SchedulerConfig) -> Steps:
-        """Step times of a plan, with so many tokens in a step at most: by default as many as the engine would take."""
+    def steps(self, plan: ParallelPlan, limits: SchedulerConfig, *, one_pass: bool = False) -> Steps:
+        """Step times of a plan, with so many tokens in a step at most: by default as many as the engine would take.
+
+        one_pass: see CostModel.
+        """
         most = limits.max_num_batched_tokens or self.step_tokens.most
         cost = CostModel(
-            self.machine, self.model, plan, dtype=self.dtype, quantization=self.quantization, routing=self.routing
-        )
+            self.machine, self.model, plan, dtype=self.dtype, quantization=self.quantization, routing=self.routing,
+            one_pass=one_pass,
+        )  # fmt: skip
         return Steps(cost, most)
 
     def search(self, question: Question) -> Found:
@@ -156,6 +160,7 @@ class Setting:
             ahead=steps.ahead,
             serving=self.machine.serving,
             chunk_rate=usual_chunk_rate(self.machine.device.kind),
+            beside=self.machine.device.kind == "cuda",
         )
         fleet = Fleet(engine, steps.seconds, candidate.plan.num_ranks, candidate.replicas, simulated)
         done = simulate(fleet, requests)

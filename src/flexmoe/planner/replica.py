@@ -34,7 +34,7 @@ class EngineLimits:
     tokens: of a step, what pays on the device; None: on a CPU. watched: answers are streamed, so that prompts give way
     to decodes. ahead: steps are launched before the tokens of the one before are known, those with prompts, too.
     one_pass: see Scheduler. serving: what the server before it adds; None: nothing. chunk_rate: pieces of streams that
-    it lets cross in a second.
+    it lets cross in a second. beside: these are sent while a device of its own computes.
     """
 
     scheduler: SchedulerConfig
@@ -48,6 +48,7 @@ class EngineLimits:
     one_pass: bool = False
     serving: Serving | None = None
     chunk_rate: float = 1000.0
+    beside: bool = False
 
     def ready(self, asked: TraceRequest) -> float:
         """When a request can be scheduled."""
@@ -154,7 +155,7 @@ class Replica:
         seconds, serving = self.seconds(step), self.limits.serving
         if serving is None or now + self._seconds < self._next_crossing:
             return seconds
-        seconds += serving.step(step.num_decodes)
+        seconds += serving.longer(step.num_decodes, seconds, beside=self.limits.beside)
         self._next_crossing = now + seconds + step.num_decodes / self.limits.chunk_rate
         return seconds
 

@@ -149,7 +149,7 @@ def served_checks(
         scheduler=limits, num_blocks=engine["kv_cache_blocks"], block_size=engine["block_size"],
         data_ranks=plan.data_parallel_size, prefix_caching=engine["prefix_caching"], tokens=setting.step_tokens,
         ahead=engine["prompts_ahead"], one_pass=engine.get("one_pass", False),
-        serving=machine.serving, chunk_rate=usual_chunk_rate(machine.device.kind),
+        serving=machine.serving, chunk_rate=usual_chunk_rate(machine.device.kind), beside=machine.device.kind == "cuda",
     )  # fmt: skip
     fit = [request for request in requests if request.input_len < told.longest]  # the server refuses the others
     if (len(requests), len(fit)) != (result["requests"], result["succeeded"]):
@@ -157,10 +157,11 @@ def served_checks(
             f"of {len(requests)} requests {len(fit)} fit, but the row has {result['succeeded']} answers to "
             f"{result['requests']}; give the trace that it was asked, and a row without other failures."
         )
-    steps = setting.steps(plan, limits)
+    steps = setting.steps(plan, limits, one_pass=told.one_pass)
     fleet = Fleet(told, Captures(steps).seconds if cold else steps.seconds, plan.num_ranks, 1, 1)
     served = simulate(fleet, fit).served
-    what = f"{setting.name}, {len(fit)} requests at {len(fit) / max(fit[-1].arrival, 1e-9):.3g} a second"
+    pace = f"at {len(fit) / fit[-1].arrival:.3g} a second" if fit[-1].arrival else "at once"
+    what = f"{setting.name}, {len(fit)} requests {pace}"
     what += "" if machine.serving else ", the engine alone"
     times = {
         "TTFT": ([one.ttft for one in served], result["ttft_ms"]),
