@@ -41,8 +41,8 @@ def graphed(llm: LLM) -> GraphedDecoder:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    def run(self: GraphedDecoder, form: Any, packed: PackedRows, probe: Probe | None, counter: Any) -> None:
-        self._step(form, packed, probe, counter)
+    def run(self: GraphedDecoder, form: Any, packed: PackedRows, probe: Probe | None) -> None:
+        self._step(form, packed, probe)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GraphedDecoder, "_run", run)

@@ -121,8 +121,8 @@ def test_prompts_are_graphs_and_their_tokens_do_not_change(pool: Pool, plan: dic
 def leave_graphs_out(worker: PoolWorker) -> None:
     """For the model that this rank has now."""
 
-    def run(form: Any, packed: Any, probe: Any, counter: Any) -> None:
-        graphed._step(form, packed, probe, counter)
+    def run(form: Any, packed: Any, probe: Any) -> None:
+        graphed._step(form, packed, probe)
 
     assert worker.runner is not None
     assert worker.runner._graphed is not None
@@ -141,9 +141,9 @@ def watch_steps(worker: PoolWorker) -> None:
     original = graphed._run
     _SEEN.clear()
 
-    def run(form: Any, packed: Any, probe: Any, counter: Any) -> None:
+    def run(form: Any, packed: Any, probe: Any) -> None:
         _SEEN[probe is None and form in graphed._graphs] += 1
-        original(form, packed, probe, counter)
+        original(form, packed, probe)
 
     graphed._run = run  # type: ignore[method-assign]
 

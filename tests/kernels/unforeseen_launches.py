@@ -72,7 +72,8 @@ class Engine:
         packed.load(decodes(requests), [-1] * rows, [])
         for sampling in (None, Sampling(packed.sampling, filtered=False), Sampling(packed.sampling, filtered=True)):
             for long in (False, True):
-                self._fused.step(packed.rows, sampling, self._cache, counter=self._counter, long=long)
+                self._fused.step(packed.rows, sampling, self._cache, long=long)
+        self._fused.count(bucket_of(rows), self._counter)
 
     def prompts(self, counts: tuple[int, ...]) -> None:
         requests, _ = scattered(counts, BLOCK_SIZE, MIXED.vocab_size)

@@ -102,7 +102,8 @@ def decode(mesh: Mesh, model: ModelConfig, grouped: bool, shares: Shares = ((0, 
         packed.load(chunks, sources, [states[row] for row in order] if number else ())
         sampling = Sampling(packed.sampling, filtered=True) if number else None
         with torch.inference_mode():
-            fused.step(packed.rows, sampling, cache, probe, counter=counter)
+            fused.step(packed.rows, sampling, cache, probe)
+            fused.count(BUCKET, counter)
         counter.passed(count)
         tokens.append(fused.sampled[:count].tolist())
     return Decoded(orders, tokens, probe.logits, probe.topk_ids, counter.loads("m"), mesh.traffic.take())

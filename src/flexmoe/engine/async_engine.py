@@ -39,8 +39,7 @@ T = TypeVar("T")
 _WATCH_SECONDS = 1.0
 # How long the thread may take to come back from its last step, once all is over.
 _END_SECONDS = 10.0
-# Looking at experts slows the steps looked at, most of all on a GPU where it needs a graph that counts, to be captured
-# first; this bounds what that costs in all.
+# Looking at experts slows the steps looked at; this bounds what that costs in all.
 _EXPERT_SHARE = 0.01
 _EXPERT_STEPS = 2  # the first may have been launched before the counting began
 
@@ -53,6 +52,14 @@ class Job:
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams
     stream: bool = False
+
+
+@dataclass(slots=True)
+class _Look:
+    """At which experts are chosen. start: time of the monotonic clock; steps: that are over."""
+
+    start: float
+    steps: int = 0
 
 
 class Stream:
@@ -138,6 +145,7 @@ class AsyncEngine:
         self._expert_interval = expert_interval if engine.config.moe is not None else 0.0
         self._usual_interval = self._expert_interval
         self._next_look = time.monotonic() + self._expert_interval
+        self._look: _Look | None = None  # that is under way
         self._least_pause = 0.0  # seconds that must lie between looks, by what the last one cost
         self._on_death = on_death
         self._seconds_each, self._next_crossing = 1 / max_output_rate, 0.0
@@ -313,17 +321,24 @@ class AsyncEngine:
             command()
 
     def _advance(self) -> None:
-        """Compute a step or two, and let cross what is due."""
+        """Compute a step, and let cross what is due."""
         start = time.monotonic()
+        if self._look is None and self._expert_interval > 0 and start >= self._next_look:
+            self.engine.count_experts(True)
+            self._look = _Look(start)
         report = start + self._step_seconds >= self._next_crossing  # which will be true once the step is over
         with self._timed():
-            outputs = self._look_at_experts(report) if self._wants_look() else self.engine.step(report=report)
+            outputs = self.engine.step(report=report)
         end = time.monotonic()
         self._step_seconds = end - start
         if report:
             self._next_crossing = end + len(outputs) * self._seconds_each
         if outputs:
             self._tell(self._deliver, outputs)
+        if self._look is not None:
+            self._look.steps += 1
+            if self._look.steps == _EXPERT_STEPS or not self.engine.has_unfinished:
+                self._end_look(self._look)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -356,22 +371,15 @@ class AsyncEngine:
         else:
             self._tell(_settle, future, result, None)
 
-    def _wants_look(self) -> bool:
-        return self._expert_interval > 0 and time.monotonic() >= self._next_look
-
-    def _look_at_experts(self, report: bool) -> list[RequestOutput]:
-        """Some steps with an eye on the experts."""
-        engine, start = self.engine, time.monotonic()
-        engine.count_experts(True)
-        outputs: dict[str, RequestOutput] = {}
-        for _ in range(_EXPERT_STEPS):
-            outputs |= {output.request_id: output for output in engine.step(report=report)}
-        self.experts.add(engine.expert_loads())
-        engine.count_experts(False)
+    def _end_look(self, look: _Look) -> None:
+        """Take note of which experts its steps chose. Their outputs have crossed: counts may wait for the next step."""
+        with self._timed():
+            self.experts.add(self.engine.expert_loads())
+        self.engine.count_experts(False)
         now = time.monotonic()
-        self._least_pause = (now - start) / _EXPERT_SHARE
+        self._least_pause = (now - look.start) / _EXPERT_SHARE
         self._next_look = now + max(self._expert_interval, self._least_pause)
-        return list(outputs.values())
+        self._look = None
 
     def _die(self, cause: BaseException) -> None:
         error = EngineDeadError(f"the engine died: {type(cause).__name__}: {cause}")

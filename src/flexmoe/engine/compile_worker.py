@@ -165,13 +165,15 @@ class _Decodes:
         """A greedy one, or one that draws."""
         packed = PackedRows(rows, 1, _CPU)
         sampling = Sampling(packed.sampling, filtered) if draws else None
-        self._model.step(packed.rows, sampling, self._cache, counter=self._counter if draws else None, long=long)
+        self._model.step(packed.rows, sampling, self._cache, long=long)
 
     def variants(self, rows: int) -> None:
         """Steps that draw, among few tokens and among all, that count choices, and that look far back."""
         self.step(rows, draws=True)
         self.step(rows, draws=True, filtered=True)
         self.step(rows, long=True)
+        if self._counter is not None:
+            self._model.count(rows, self._counter)
 
 
 class _Prompts:

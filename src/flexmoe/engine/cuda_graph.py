@@ -45,11 +45,10 @@ _LANDED = 3  # host buffers for tokens: two steps may be on their way while a th
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What sets one graph apart from another: rows, whether any looks back far, whether it counts, how it chooses."""
+    """What sets one graph apart from another: rows, whether any looks back far, how it chooses."""
 
     bucket: int
     long: bool
-    counts: bool
     draws: bool
     filtered: bool
 
@@ -202,11 +201,11 @@ class GraphedDecoder:
         long: of steps that look far back.
         """
         traits = replace(DecodeTraits.of((), states), furthest=_LONG * long)
-        form = self._form(bucket_of(len(states)), traits, counts=False)
+        form = self._form(bucket_of(len(states)), traits)
         if form not in self._graphs:
             packed = self._inputs(form.bucket)
             packed.load((), (), ())
-            self._run(form, packed, None, None)
+            self._run(form, packed, None)
 
     @torch.inference_mode()
     def tokens_of(self, sources: Sequence[int]) -> Tensor:
@@ -231,14 +230,15 @@ class GraphedDecoder:
         else:  # which shall see no padding; any number of rows may come, so that these are not kept
             packed = PackedRows(count, self._most_blocks, self._device)
         packed.load(chunks, [-1] * count if sources is None else sources, sampled)
-        self._run(self._form(packed.bucket, traits, counts=counter is not None), packed, probe, counter)
+        self._run(self._form(packed.bucket, traits), packed, probe)
         if counter is not None and count:  # an idle data rank makes no pass
+            self._model.count(packed.bucket, counter)
             counter.passed(count)
 
-    def _form(self, bucket: int, traits: DecodeTraits, *, counts: bool) -> _Form:
+    def _form(self, bucket: int, traits: DecodeTraits) -> _Form:
         # Where the host samples from logits that ranks have to put together, as if one drew.
         draws = traits.draws or (self._model.spread and traits.on_host)
-        return _Form(bucket, traits.furthest >= _LONG, counts, draws, traits.filtered)
+        return _Form(bucket, traits.furthest >= _LONG, draws, traits.filtered)
 
     def _fly(self, step: Step, count: int, host_states: Sequence[SamplingState]) -> GraphFlight:
         """Send the first `count` tokens chosen on their way to the host."""
@@ -252,15 +252,15 @@ class GraphedDecoder:
             self._packed[bucket] = PackedRows(bucket, self._most_blocks, self._device)
         return self._packed[bucket]
 
-    def _run(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
+    def _run(self, form: _Form, packed: PackedRows, probe: Probe | None) -> None:
         if probe is None and form in self._graphs:
             self._graphs[form].replay()
             return
         # Once without a graph: kernels are compiled and memory is allocated, and this step's work is done.
-        self._step(form, packed, probe, counter)
+        self._step(form, packed, probe)
         if probe is None:
-            self._graphs[form] = self._pool.capture(lambda: self._step(form, packed, None, counter))
+            self._graphs[form] = self._pool.capture(lambda: self._step(form, packed, None))
 
-    def _step(self, form: _Form, packed: PackedRows, probe: Probe | None, counter: ExpertCounter | None) -> None:
+    def _step(self, form: _Form, packed: PackedRows, probe: Probe | None) -> None:
         sampling = Sampling(packed.sampling, form.filtered) if form.draws else None
-        self._model.step(packed.rows, sampling, self._cache, probe, counter=counter, long=form.long)
+        self._model.step(packed.rows, sampling, self._cache, probe, long=form.long)

@@ -88,13 +88,17 @@ class DeviceDecoder(Protocol):
         cache: KVCache,
         probe: Probe | None = None,
         *,
-        counter: ExpertCounter | None = None,
         long: bool = False,
     ) -> None:
         """Compute the rows, write their keys and values, sample (greedily without `sampling`). Data ranks have as many.
 
-        counter: whose tensors count the choices of experts that are not padding.
         long: rows look back at thousands of keys; the answer is the same, up to rounding.
+        """
+
+    def count(self, rows: int, counter: ExpertCounter) -> None:
+        """Add the experts that the latest step chose to the counter's tensors. rows: of that step; padding counts not.
+
+        Launched behind the step, not part of it: a step that is counted is the same graph.
         """
 
 

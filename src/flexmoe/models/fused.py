@@ -303,7 +303,6 @@ class FusedDecoder:
         cache: KVCache,
         probe: Probe | None = None,
         *,
-        counter: ExpertCounter | None = None,
         long: bool = False,
     ) -> None:
         """See `DeviceDecoder.step`. long: cut attention for thousands of keys a row."""
@@ -324,8 +323,6 @@ class FusedDecoder:
                 seen.record("topk_weights", layer.index, b.topk_weights[own])
             seen.added(layer.stage, layer.index)
             seen.record("layer", layer.index, x)
-        if counter is not None:
-            count_choices(b.topk_ids[:, own], counter.counts, counter.active, pdl=self._pdl)
         last, norm_weight = (b.normed[:count], None) if normed else (x, self._norm.weight.data)
         norm_linear.norm_linear(
             last, self._head, self._vocabulary.part[:count, : len(self._head)], norm_weight=norm_weight,
@@ -335,6 +332,11 @@ class FusedDecoder:
         if probe is not None:
             seen.record("logits", -1, self._vocabulary.gather(count))
         self._vocabulary.sample(count, sampling)
+
+    def count(self, rows: int, counter: ExpertCounter) -> None:
+        """See `DeviceDecoder.count`."""
+        own = slice(0, rows) if self._gathered is None else self._gathered.own(rows)
+        count_choices(self._buffers.topk_ids[:, own], counter.counts, counter.active)
 
 
 def _projections(model: Decoder) -> list[tuple[int, ...]]:

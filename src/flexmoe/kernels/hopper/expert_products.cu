@@ -21,6 +21,9 @@ constexpr int WEIGHT_BYTES = TILE_M * TILE_K * 2, STAGE_BYTES = WEIGHT_BYTES + M
 constexpr int CHUNKS = (GATE_UP ? 4 : 8) * M_TILES;  // of 16 bytes that a warpgroup leaves for each token
 constexpr int PASS = STAGING / (16 * CHUNKS);        // tokens whose results fit its staging at once
 constexpr int COLUMN_GROUP = 8;        // columns of tiles that meet all tokens before the next ones do
+// Registers of a thread that loads, and of one that multiplies; together what three warpgroups have at the start. Who
+// gathers rows is slower with fewer, wide products need more.
+constexpr int LOADING_REGISTERS = GATE_UP ? 56 : 40, MULTIPLYING_REGISTERS = GATE_UP ? 224 : 232;
 
 struct Arguments {
     const int *rows;         // [S, capacity]: a slot's assignments
@@ -340,12 +343,12 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1) NAME(
     int columns = (args.width + TILE_M / (GATE_UP ? 2 : 1) - 1) / (TILE_M / (GATE_UP ? 2 : 1));
     int tiles = shared.ends[args.slots - 1] * columns;
     if (group == 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADING_REGISTERS));
         load_tiles(shared, args, &weights_map, &many_tokens, &few_tokens, ring, thread, tiles, columns);
         if (thread == 0 && atomicAdd(args.progress + 1, 1) == (int)gridDim.x - 1)  // the last one leaves zeros
             args.progress[0] = args.progress[1] = 0;
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING_REGISTERS));
         u32 staging = ring + STAGES * STAGE_BYTES + (group - 1) * STAGING;
         compute_tiles(shared, args, ring, staging, group - 1, thread);
     }
