@@ -20,6 +20,7 @@ from flexmoe.engine.record_ahead import RecordingAhead
 from flexmoe.engine.sampler import SamplingState
 from flexmoe.engine.startup import Started
 from flexmoe.errors import EngineError
+from flexmoe.scheduling.prompt_forms import graph_form
 from tests.cpu.serving import GREEDY
 from tests.cpu.test_async_engine import jobs
 
@@ -56,9 +57,21 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return memory
 
 
-def recording(seen: Seen, *, wanted: bool = True, graphs: bool = True, tokens: int = 1024) -> RecordingAhead:
+def recording(
+    seen: Seen, *, wanted: bool = True, graphs: bool = True, tokens: int = 1024, one_pass: bool = False
+) -> RecordingAhead:
     started = Mock(spec=Started, graphed=seen if graphs else None, prompts=seen, device=torch.device("cpu"))
-    return RecordingAhead(started, tokens, wanted=wanted)
+    return RecordingAhead(started, tokens, wanted=wanted, one_pass=one_pass)
+
+
+@pytest.mark.usefixtures("free")
+def test_in_one_pass_prompts_beside_any_number_of_streams_are_recorded() -> None:
+    seen = Seen()
+    found = recording(seen, one_pass=True, tokens=2304)
+    while found.record():
+        pass
+    for streams, tokens in ((1, 16), (7, 100), (32, 608), (63, 1985)):
+        assert graph_form(tokens + streams, streams + 1) in seen.prompts
 
 
 @pytest.mark.usefixtures("free")

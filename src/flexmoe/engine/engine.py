@@ -81,8 +81,10 @@ class Engine:
         self.drift: Drift | None = None
         self._start_anew()
         self._compiling = compiling_ahead(self._started, options, self.scheduler.max_tokens)
-        ahead = options.device.compile_ahead
-        self._recording = RecordingAhead(self._started, self.scheduler.max_tokens, wanted=ahead)
+        device, tokens = options.device, self.scheduler.max_tokens
+        self._recording = RecordingAhead(
+            self._started, tokens, wanted=device.compile_ahead, one_pass=device.one_pass
+        )  # fmt: skip
         self._numbers = itertools.count()
         self._closed = False
 

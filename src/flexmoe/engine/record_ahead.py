@@ -8,7 +8,7 @@ at a time, so that a request that comes meanwhile waits for one at most.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, product
 
@@ -21,12 +21,13 @@ from flexmoe.engine.prompt_graphs import GraphedPrompts
 from flexmoe.engine.ranks import StartedRanks
 from flexmoe.engine.sampler import Sampler, SamplingState
 from flexmoe.engine.startup import Started
-from flexmoe.scheduling.prompt_forms import forms_up_to
+from flexmoe.scheduling.prompt_forms import MOST_CHUNKS, forms_up_to
 
 _log = logging.getLogger(__name__)
 
 _FEW, _MANY = 8, 64  # decodes that come first, and the most that are recorded ahead
 _PROMPTS = (1, 2, 4)  # chunks of a step
+_WITH_DECODES = (*_PROMPTS, 8, 16, 32, MOST_CHUNKS)  # where each decode beside them is one, too
 _SPARE = 2 << 30  # bytes of memory that stay free
 _WAYS = (SamplingParams(temperature=0), SamplingParams(seed=0), SamplingParams(top_p=0.9, seed=0))
 
@@ -34,12 +35,18 @@ _WAYS = (SamplingParams(temperature=0), SamplingParams(seed=0), SamplingParams(t
 class RecordingAhead:
     """Records one graph after another. Nothing else may use the device meanwhile."""
 
-    def __init__(self, started: Started | StartedRanks, tokens: int, *, wanted: bool) -> None:
-        """tokens: of a step, at most. Records nothing if not wanted, on several ranks, or without graphs."""
+    def __init__(
+        self, started: Started | StartedRanks, tokens: int, *, wanted: bool, one_pass: bool = False
+    ) -> None:  # fmt: skip
+        """tokens: of a step, at most. Records nothing if not wanted, on several ranks, or without graphs.
+
+        one_pass: decodes beside prompts are chunks of the same graph.
+        """
         self._left: Iterator[Callable[[], None]] = iter(())
         if wanted and isinstance(started, Started) and started.graphed is not None:
             self._device = started.device
-            self._left = _recordings(started.graphed, started.prompts, tokens)
+            chunks = _WITH_DECODES if one_pass else _PROMPTS
+            self._left = _recordings(started.graphed, started.prompts, tokens, chunks)
 
     def record(self) -> bool:
         """The next graph. False: all are there, or there is no memory for more."""
@@ -63,11 +70,13 @@ class RecordingAhead:
         return False
 
 
-def _recordings(decodes: GraphedDecoder, prompts: GraphedPrompts | None, tokens: int) -> Iterator[Callable[[], None]]:
+def _recordings(
+    decodes: GraphedDecoder, prompts: GraphedPrompts | None, tokens: int, chunks: Sequence[int]
+) -> Iterator[Callable[[], None]]:
     """The likeliest first: few streams, one prompt, then more of both, then streams that look far back."""
     rows = buckets_up_to(min(decodes.max_rows, _MANY))
     few, many = [count for count in rows if count <= _FEW], [count for count in rows if count > _FEW]
-    forms = () if prompts is None else [(*form, prompts) for form in forms_up_to(tokens, _PROMPTS)]
+    forms = () if prompts is None else [(*form, prompts) for form in forms_up_to(tokens, chunks)]
     return chain(
         (partial(_decode, decodes, *each) for each in product(few, _WAYS, (False,))),
         (partial(_prompt, *form) for form in forms),
