@@ -66,6 +66,27 @@ def test_answers_are_the_engine_s_and_streams_grow() -> None:
     asyncio.run(run())
 
 
+def test_a_look_at_experts_holds_back_no_output() -> None:
+    """Each step's output crosses by itself, also while a look of several steps is under way."""
+
+    async def run() -> None:
+        async with serving(expert_interval=1e-9) as (engine, llm):
+            crossed: list[int] = []
+            deliver = engine._deliver
+
+            def noted(outputs: Sequence[Any]) -> None:
+                crossed.append(len(outputs[0].token_ids))
+                deliver(outputs)
+
+            with patch.object(engine, "_deliver", noted), patch("flexmoe.engine.async_engine._EXPERT_SHARE", 1e9):
+                (stream,) = await engine.submit(jobs(llm, TEXTS[:1], LONG, stream=True))
+                await stream.last()
+            assert crossed == list(range(1, 201))
+            assert engine.experts.loads[0].passes > 50
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("rate", "reported"), [(1000.0, [True] * 6), (20.0, [True, False, False] * 2)])
 def test_outputs_cross_as_often_as_the_rate_allows(rate: float, reported: list[bool]) -> None:
     """A stream of a token each 20 ms: each crosses by itself if so many may, though the next step begins at once."""
