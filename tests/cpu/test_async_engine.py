@@ -66,11 +66,28 @@ def test_answers_are_the_engine_s_and_streams_grow() -> None:
     asyncio.run(run())
 
 
+def test_a_look_ends_with_the_last_request() -> None:
+    """However long nobody asks then, that is no time that looking took."""
+
+    async def run() -> None:
+        async with serving(expert_interval=1e-9) as (engine, llm):
+            (stream,) = await engine.submit(jobs(llm, TEXTS[:1], LONG, stream=True))
+            await anext(aiter(stream))
+            stream.close()
+            await engine.call(lambda: None)
+            await asyncio.sleep(0.2)
+            assert engine._look is None
+            assert engine.engine.local_runner.probe is None
+            assert engine._least_pause < 20  # of steps of milliseconds, a hundredfold
+
+    asyncio.run(run())
+
+
 def test_a_look_at_experts_holds_back_no_output() -> None:
     """Each step's output crosses by itself, also while a look of several steps is under way."""
 
     async def run() -> None:
-        async with serving(expert_interval=1e-9) as (engine, llm):
+        async with serving(expert_interval=1e-9, max_output_rate=1e9) as (engine, llm):
             crossed: list[int] = []
             deliver = engine._deliver
 

@@ -72,6 +72,8 @@ def test_in_one_pass_prompts_beside_any_number_of_streams_are_recorded() -> None
         pass
     for streams, tokens in ((1, 16), (7, 100), (32, 608), (63, 1985)):
         assert graph_form(tokens + streams, streams + 1) in seen.prompts
+    assert list(dict.fromkeys(seen.order)) == ["few", "prompt", "many", "long"]
+    assert seen.order.index("many") < len(seen.order) - seen.order[::-1].index("prompt") < seen.order.index("long") + 1
 
 
 @pytest.mark.usefixtures("free")

@@ -117,7 +117,7 @@ def test_padding_changes_nothing(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
 @torch.inference_mode()
-def test_rows_that_nobody_samples_end_with_the_last_layers_keys(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_nobody_samples_end_with_the_last_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And logits, of three rows among many, are as if all had gone on."""
     model = load(case)
     chunks, num_blocks = chunks_of(SPANS, model.config.vocab_size)

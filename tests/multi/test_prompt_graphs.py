@@ -66,3 +66,20 @@ def test_graphs_of_prompts_on_ranks(pools: dict[int, Pool], plan: ParallelPlan, 
         for logits in found:
             assert len(logits) == (len(expected) if rank == 0 else 0)
             torch.testing.assert_close(logits, expected[: len(logits)], atol=1e-4, rtol=0)
+
+
+def kernel_by_kernel(worker: PoolWorker, plan: ParallelPlan, model: ModelConfig) -> list[Tensor]:
+    """Logits of the two steps, the first of which has no row whose logits are wanted."""
+    mesh = worker.mesh_of(plan)
+    decoder, cache = share_of(model, mesh)
+    prompts = GraphedPrompts(PromptDecoder(decoder, 64, CPU), cache, CPU, mesh.traffic, most_graphed=0)
+    return [prompts.logits(chunks) for chunks in steps(model, (0, 1, 2))]
+
+
+def test_without_graphs_a_step_that_samples_nothing_ends_early_on_all_ranks(pools: dict[int, Pool]) -> None:
+    expected = torch.stack(in_one_process("plain"))
+    ranks = pools[2].call(kernel_by_kernel, plan=ParallelPlan(2), model=MODELS["plain"])
+    for rank, (none, found) in enumerate(ranks):
+        assert none.shape == (0, expected.shape[1])
+        assert len(found) == (len(expected) if rank == 0 else 0)
+        torch.testing.assert_close(found, expected[: len(found)], atol=1e-4, rtol=0)

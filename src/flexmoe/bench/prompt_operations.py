@@ -38,6 +38,7 @@ _OURS = {
     "_route_many": ("router", "other"), "_topk": ("group", "other"), "_group_by_expert": ("group", "other"),
     "_gate_up_grouped": ("gate_up", "other"), "_down_grouped": ("down", "other"),
     "expert_gate_up_products": ("gate_up", "other"), "expert_down_products": ("down", "other"),
+    "expert_gate_up_products_wide": ("gate_up", "other"), "expert_down_products_wide": ("down", "other"),
 }  # fmt: skip
 
 

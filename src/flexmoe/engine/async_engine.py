@@ -56,10 +56,10 @@ class Job:
 
 @dataclass(slots=True)
 class _Look:
-    """At which experts are chosen. start: time of the monotonic clock; steps: that are over."""
+    """At which experts are chosen. steps: that are over; seconds: that they took."""
 
-    start: float
     steps: int = 0
+    seconds: float = 0.0
 
 
 class Stream:
@@ -304,6 +304,8 @@ class AsyncEngine:
         """Carry out the commands that are there; if there is nothing else to do, wait for one. False: it is over."""
         prepares = False
         while True:
+            if self._look is not None and not self.engine.has_unfinished:
+                self._end_look(self._look)
             try:
                 if self.engine.has_unfinished or prepares:
                     command = self._inbox.get_nowait()
@@ -323,11 +325,11 @@ class AsyncEngine:
     def _advance(self) -> None:
         """Compute a step, and let cross what is due."""
         start = time.monotonic()
-        if self._look is None and self._expert_interval > 0 and start >= self._next_look:
-            self.engine.count_experts(True)
-            self._look = _Look(start)
         report = start + self._step_seconds >= self._next_crossing  # which will be true once the step is over
         with self._timed():
+            if self._look is None and self._expert_interval > 0 and start >= self._next_look:
+                self.engine.count_experts(True)
+                self._look = _Look()
             outputs = self.engine.step(report=report)
         end = time.monotonic()
         self._step_seconds = end - start
@@ -335,10 +337,11 @@ class AsyncEngine:
             self._next_crossing = end + len(outputs) * self._seconds_each
         if outputs:
             self._tell(self._deliver, outputs)
-        if self._look is not None:
-            self._look.steps += 1
-            if self._look.steps == _EXPERT_STEPS or not self.engine.has_unfinished:
-                self._end_look(self._look)
+        if (look := self._look) is not None:
+            look.steps += 1
+            look.seconds += end - start
+            if look.steps == _EXPERT_STEPS:
+                self._end_look(look)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -373,13 +376,13 @@ class AsyncEngine:
 
     def _end_look(self, look: _Look) -> None:
         """Take note of which experts its steps chose. Their outputs have crossed: counts may wait for the next step."""
+        self._look, start = None, time.monotonic()
         with self._timed():
             self.experts.add(self.engine.expert_loads())
-        self.engine.count_experts(False)
+            self.engine.count_experts(False)
         now = time.monotonic()
-        self._least_pause = (now - look.start) / _EXPERT_SHARE
+        self._least_pause = (look.seconds + now - start) / _EXPERT_SHARE
         self._next_look = now + max(self._expert_interval, self._least_pause)
-        self._look = None
 
     def _die(self, cause: BaseException) -> None:
         error = EngineDeadError(f"the engine died: {type(cause).__name__}: {cause}")

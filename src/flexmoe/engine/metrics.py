@@ -92,8 +92,10 @@ class ExpertMetrics:
         self.looks = 0
 
     def add(self, loads: Iterable[LayerLoad]) -> None:
-        """The counts of a few more steps."""
+        """The counts of a few more steps; of none, if all were launched before the counting began."""
         latest = {load.layer: load for load in loads if load.passes}
+        if not latest:
+            return
         # In this order: whoever reads between two of these finds the sum of every layer that was looked at.
         self.loads = self.loads | {
             layer: self.loads[layer].plus(load) if layer in self.loads else load for layer, load in latest.items()

@@ -89,7 +89,7 @@ class ModelRunner:
         alone = model.mesh.world.size == 1  # other ranks do not know prompts' tokens
         self.mixes_ahead = prompts_ahead and graphed is not None and prompts is not None and alone
         self.probe: Probe | None = None  # sees every tensor of the following steps; see `flexmoe trace`
-        self._counter: ExpertCounter | None = None  # once made it stays
+        self._counter: ExpertCounter | None = None  # made when it is first asked for
         self._sampler = Sampler()
         # Remembered, since a thread that is new to torch starts with what any thread set last: the 1 of `_decode`, too.
         self._threads = torch.get_num_threads()

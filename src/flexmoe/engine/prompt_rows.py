@@ -126,11 +126,6 @@ def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, 
     return form.rows_of(flat.to(device, non_blocking=True), block_rows, block_size)
 
 
-def _tokens(chunk: ScheduledChunk) -> Sequence[int]:
-    """0 for a decode whose token only the device knows."""
-    return chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or (0,)
-
-
 def _write_rows(parts: Mapping[str, Ints], chunks: int, rows: int, block_size: int) -> None:
     """Where rows stand in their requests and in the cache, from spans and tables."""
     first, counts, starts, table = parts["spans"].reshape(-1, 4)[:chunks].T

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 _FEW, _MANY = 8, 64  # decodes that come first, and the most that are recorded ahead
 _PROMPTS = (1, 2, 4)  # chunks of a step
-_WITH_DECODES = (*_PROMPTS, 8, 16, 32, MOST_CHUNKS)  # where each decode beside them is one, too
+_WITH_DECODES = (8, 16, 32, MOST_CHUNKS)  # the same where each decode beside them is one, too
 _SPARE = 2 << 30  # bytes of memory that stay free
 _WAYS = (SamplingParams(temperature=0), SamplingParams(seed=0), SamplingParams(top_p=0.9, seed=0))
 
@@ -45,8 +45,7 @@ class RecordingAhead:
         self._left: Iterator[Callable[[], None]] = iter(())
         if wanted and isinstance(started, Started) and started.graphed is not None:
             self._device = started.device
-            chunks = _WITH_DECODES if one_pass else _PROMPTS
-            self._left = _recordings(started.graphed, started.prompts, tokens, chunks)
+            self._left = _recordings(started.graphed, started.prompts, tokens, _WITH_DECODES if one_pass else ())
 
     def record(self) -> bool:
         """The next graph. False: all are there, or there is no memory for more."""
@@ -71,16 +70,24 @@ class RecordingAhead:
 
 
 def _recordings(
-    decodes: GraphedDecoder, prompts: GraphedPrompts | None, tokens: int, chunks: Sequence[int]
+    decodes: GraphedDecoder, prompts: GraphedPrompts | None, tokens: int, with_decodes: Sequence[int]
 ) -> Iterator[Callable[[], None]]:
-    """The likeliest first: few streams, one prompt, then more of both, then streams that look far back."""
+    """The likeliest first: few streams, one prompt, then more of both, then streams that look far back.
+
+    with_decodes: chunks of steps of prompts and streams together.
+    """
     rows = buckets_up_to(min(decodes.max_rows, _MANY))
     few, many = [count for count in rows if count <= _FEW], [count for count in rows if count > _FEW]
-    forms = () if prompts is None else [(*form, prompts) for form in forms_up_to(tokens, chunks)]
+
+    def forms(chunks: Sequence[int]) -> Iterator[Callable[[], None]]:
+        if prompts is not None:
+            yield from (partial(_prompt, *form, prompts) for form in forms_up_to(tokens, chunks))
+
     return chain(
         (partial(_decode, decodes, *each) for each in product(few, _WAYS, (False,))),
-        (partial(_prompt, *form) for form in forms),
+        forms(_PROMPTS),
         (partial(_decode, decodes, *each) for each in product(many, _WAYS, (False,))),
+        forms(with_decodes),
         (partial(_decode, decodes, *each) for each in product(rows, _WAYS, (True,))),
     )
 

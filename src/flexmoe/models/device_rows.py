@@ -116,7 +116,8 @@ class DevicePrompts(Protocol):
     ) -> Tensor:
         """Logits [N, V] of the sample rows, in the model's dtype; writes the rows' keys and values into the cache.
 
-        most_rows: T of the data rank that has most, if there are several.
+        probe: without one the last layer need not compute the other rows behind its attention; in bf16 that may be
+        another rounding. most_rows: T of the data rank that has most, if there are several.
         """
 
     def assist(self, most_rows: int | None) -> Tensor:

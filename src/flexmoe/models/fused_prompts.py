@@ -4,7 +4,7 @@ Enters: a loaded Decoder, whose weights it reads where they are, and rows on the
 ask for them. Dense products are torch's; everything between them are kernels, some ten launches a layer: Triton's, and
 on Hopper GPUs CUDA's for attention and experts (`models/hopper.py`). None waits for the device, and no shape depends on
 how tokens were routed. Of the last layer's rows all leave keys and values, but only those whose logits are wanted go
-through its experts.
+on behind attention.
 
 The residual stream is fp32, as in decode steps (`models/fused.py`); a launch that has whole rows of it in hand norms
 them for what comes next. On several ranks each computes its heads and experts, and parts are added by an all-reduce;
@@ -192,7 +192,7 @@ class PromptDecoder:
         embedded: Tensor = self._model.embed_tokens(rows.token_ids)
         x, normed, lengths = embedded.float(), torch.empty_like(embedded), rows.lengths
         seen, wanted = Seen(probe, x), rows.sample_rows
-        count, cuts = len(wanted), self._cuts_last and probe is None
+        count, cuts = len(wanted), self._cuts_last and probe is None  # a probe sees all rows of all layers
         seen.record("embedding", -1, x)
         rms_norm(x, self._first.weight.data, self._first.eps, normed)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):

@@ -12,8 +12,8 @@ from flexmoe.config.routing import LayerLoad
 class ExpertCounter:
     """A Probe that adds up, on the device and without waiting for it, how many tokens chose each expert.
 
-    Its memory is two numbers for each layer and expert, however long it counts, and stays where it is: counts and
-    active, int64 [L, E], L layers with experts. A decode step that adds to them itself reports its rows to `passed`.
+    Its memory is two numbers for each layer and expert, however long it counts: counts and active, int64 [L, E], L
+    layers with experts. Of a decode step `DeviceDecoder.count` adds to them, and its rows are reported to `passed`.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
@@ -27,13 +27,13 @@ class ExpertCounter:
         self._passes, self._tokens = [0] * len(layers), [0] * len(layers)
 
     def reset(self) -> None:
-        """Start anew, in the same memory."""
+        """Start anew."""
         self.counts.zero_()
         self.active.zero_()
         self._passes, self._tokens = [0] * len(self._row), [0] * len(self._row)
 
     def passed(self, rows: int) -> None:
-        """A step of so many rows adds its choices in all layers to the tensors itself."""
+        """The choices of a step of so many rows, in all layers, were added to the tensors."""
         self._passes = [passes + 1 for passes in self._passes]
         self._tokens = [tokens + rows for tokens in self._tokens]
 

@@ -92,7 +92,7 @@ class _Steady:
         self.rate = demand.rate / candidate.replicas
         machine = steps.cost.machine
         self.serving, self.chunk_rate = machine.serving or Serving(0.0), usual_chunk_rate(machine.device.kind)
-        self.beside = machine.device.kind == "cuda"
+        self.beside = not machine.is_shared
         self.context = round(demand.mean_input + demand.mean_output / 2)
         self.prompt = steps.prompt(round(demand.mean_input))
         tokens = demand.mean_input + demand.mean_output

@@ -160,7 +160,7 @@ class Setting:
             ahead=steps.ahead,
             serving=self.machine.serving,
             chunk_rate=usual_chunk_rate(self.machine.device.kind),
-            beside=self.machine.device.kind == "cuda",
+            beside=not self.machine.is_shared,
         )
         fleet = Fleet(engine, steps.seconds, candidate.plan.num_ranks, candidate.replicas, simulated)
         done = simulate(fleet, requests)

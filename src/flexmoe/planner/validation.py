@@ -149,7 +149,7 @@ def served_checks(
         scheduler=limits, num_blocks=engine["kv_cache_blocks"], block_size=engine["block_size"],
         data_ranks=plan.data_parallel_size, prefix_caching=engine["prefix_caching"], tokens=setting.step_tokens,
         ahead=engine["prompts_ahead"], one_pass=engine.get("one_pass", False),
-        serving=machine.serving, chunk_rate=usual_chunk_rate(machine.device.kind), beside=machine.device.kind == "cuda",
+        serving=machine.serving, chunk_rate=usual_chunk_rate(machine.device.kind), beside=not machine.is_shared,
     )  # fmt: skip
     fit = [request for request in requests if request.input_len < told.longest]  # the server refuses the others
     if (len(requests), len(fit)) != (result["requests"], result["succeeded"]):

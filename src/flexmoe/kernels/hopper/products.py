@@ -20,7 +20,7 @@ from flexmoe.kernels.hopper.compiler import compiled
 from flexmoe.kernels.hopper.driver import HOPPER
 
 # As in the kernel.
-_WEIGHTS, _K, _MANY, _FEW = 256, 64, 128, 32
+_WEIGHTS, _K, _MANY, _FEW, _SLOTS = 256, 64, 128, 32, 512
 _THREADS, _SHARED_BYTES = 384, 227 * 1024
 
 
@@ -52,7 +52,7 @@ class Part:
     @property
     def name(self) -> str:
         """As profilers show it."""
-        return f"expert_{'gate_up' if self.gate_up else 'down'}_products"
+        return f"expert_{'gate_up' if self.gate_up else 'down'}_products{'_wide' if self.wide else ''}"
 
     @property
     def tile(self) -> Tile:
@@ -62,7 +62,6 @@ class Part:
         return Tile(176, 4, 4096, slots=256) if self.gate_up else Tile(192, 3, 16384, slots=_SLOTS)
 
 
-_SLOTS = 512
 PARTS = tuple(Part(gate_up, wide) for gate_up in (True, False) for wide in (False, True))
 
 
@@ -94,7 +93,7 @@ class ExpertProducts:
     """Both halves, for one engine on one GPU: launches of one object must follow each other, as on one stream."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        """dtype: of rows and weights. Compiles, if the user's cache has not: 4 seconds. See `why_no_products`.
+        """dtype: of rows and weights. Compiles, if the user's cache has not, for some seconds. See `why_no_products`.
 
         Raises FlexMoEError if NVRTC or the driver refuses.
         """

@@ -26,12 +26,9 @@ class CountTile:
 @triton.jit
 def _count_choices(
     ids_ptr, counts_ptr, active_ptr, layer_stride, N, E,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (L, blocks of E)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     layer = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     found = tl.zeros([BLOCK_E], tl.int32)
@@ -46,9 +43,7 @@ def _count_choices(
     tl.store(active_ptr + at, active + (found > 0).to(tl.int64), mask=e < E)
 
 
-def count_choices(
-    topk_ids: Tensor, counts: Tensor, active: Tensor, *, tile: CountTile | None = None, pdl: bool = False
-) -> None:
+def count_choices(topk_ids: Tensor, counts: Tensor, active: Tensor, *, tile: CountTile | None = None) -> None:
     """counts[l, e] += how many of topk_ids[l] are e; active[l, e] += 1 if any is.
 
     topk_ids: int32 [L, T, K], the choices of a layer one after the other; -1, of a padded row, counts nowhere. counts,
@@ -59,5 +54,5 @@ def count_choices(
     tile = tile or CountTile()
     _count_choices[(L, triton.cdiv(E, tile.block_e))](
         topk_ids, counts, active, topk_ids.stride(0), T * K, E,
-        BLOCK_E=tile.block_e, BLOCK_N=tile.block_n, PDL=pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+        BLOCK_E=tile.block_e, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
     )  # fmt: skip
