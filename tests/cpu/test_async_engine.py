@@ -76,9 +76,9 @@ def test_a_look_ends_with_the_last_request() -> None:
             stream.close()
             await engine.call(lambda: None)
             await asyncio.sleep(0.2)
-            assert engine._look is None
+            assert not engine._looks._left
             assert engine.engine.local_runner.probe is None
-            assert engine._least_pause < 20  # of steps of milliseconds, a hundredfold
+            assert engine._looks._least_pause < 20  # of steps of milliseconds, a hundredfold
 
     asyncio.run(run())
 
@@ -95,7 +95,7 @@ def test_a_look_at_experts_holds_back_no_output() -> None:
                 crossed.append(len(outputs[0].token_ids))
                 deliver(outputs)
 
-            with patch.object(engine, "_deliver", noted), patch("flexmoe.engine.async_engine._EXPERT_SHARE", 1e9):
+            with patch.object(engine, "_deliver", noted), patch("flexmoe.engine.expert_looks._SHARE", 1e9):
                 (stream,) = await engine.submit(jobs(llm, TEXTS[:1], LONG, stream=True))
                 await stream.last()
             assert crossed == list(range(1, 201))

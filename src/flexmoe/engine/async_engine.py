@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.engine import Engine
-from flexmoe.engine.metrics import ExpertMetrics
+from flexmoe.engine.expert_looks import ExpertLooks
 from flexmoe.engine.outputs import RequestOutput
 from flexmoe.errors import EngineDeadError, EngineError, FlexMoEError, RequestFailedError
 
@@ -39,9 +39,6 @@ T = TypeVar("T")
 _WATCH_SECONDS = 1.0
 # How long the thread may take to come back from its last step, once all is over.
 _END_SECONDS = 10.0
-# Looking at experts slows the steps looked at; this bounds what that costs in all.
-_EXPERT_SHARE = 0.01
-_EXPERT_STEPS = 2  # the first may have been launched before the counting began
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +49,6 @@ class Job:
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams
     stream: bool = False
-
-
-@dataclass(slots=True)
-class _Look:
-    """At which experts are chosen. steps: that are over; seconds: that they took."""
-
-    steps: int = 0
-    seconds: float = 0.0
 
 
 class Stream:
@@ -140,13 +129,9 @@ class AsyncEngine:
         the engine counts as hung, 0 for any time. on_death: called in the event loop.
         """
         self.engine = engine
-        self.experts = ExpertMetrics()
+        self._looks = ExpertLooks(engine, expert_interval)
+        self.experts = self._looks.metrics
         self.error: EngineError | None = None
-        self._expert_interval = expert_interval if engine.config.moe is not None else 0.0
-        self._usual_interval = self._expert_interval
-        self._next_look = time.monotonic() + self._expert_interval
-        self._look: _Look | None = None  # that is under way
-        self._least_pause = 0.0  # seconds that must lie between looks, by what the last one cost
         self._on_death = on_death
         self._seconds_each, self._next_crossing = 1 / max_output_rate, 0.0
         self._step_seconds = 0.0  # that the latest step took
@@ -187,9 +172,7 @@ class AsyncEngine:
 
         What looking costs keeps its bound.
         """
-        usual = self._usual_interval
-        self._expert_interval = usual if seconds is None else min(usual, seconds)
-        self._next_look = min(self._next_look, time.monotonic() + self._least_pause)
+        self._looks.every(seconds)
 
     def start(self) -> None:
         """Begin to work for the event loop that runs now."""
@@ -304,8 +287,9 @@ class AsyncEngine:
         """Carry out the commands that are there; if there is nothing else to do, wait for one. False: it is over."""
         prepares = False
         while True:
-            if self._look is not None and not self.engine.has_unfinished:
-                self._end_look(self._look)
+            if not self.engine.has_unfinished:
+                with self._timed():
+                    self._looks.end()
             try:
                 if self.engine.has_unfinished or prepares:
                     command = self._inbox.get_nowait()
@@ -327,9 +311,7 @@ class AsyncEngine:
         start = time.monotonic()
         report = start + self._step_seconds >= self._next_crossing  # which will be true once the step is over
         with self._timed():
-            if self._look is None and self._expert_interval > 0 and start >= self._next_look:
-                self.engine.count_experts(True)
-                self._look = _Look()
+            self._looks.begin()
             outputs = self.engine.step(report=report)
         end = time.monotonic()
         self._step_seconds = end - start
@@ -337,11 +319,8 @@ class AsyncEngine:
             self._next_crossing = end + len(outputs) * self._seconds_each
         if outputs:
             self._tell(self._deliver, outputs)
-        if (look := self._look) is not None:
-            look.steps += 1
-            look.seconds += end - start
-            if look.steps == _EXPERT_STEPS:
-                self._end_look(look)
+        with self._timed():
+            self._looks.stepped(end - start)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
@@ -373,16 +352,6 @@ class AsyncEngine:
             self._tell(_settle, future, None, error)
         else:
             self._tell(_settle, future, result, None)
-
-    def _end_look(self, look: _Look) -> None:
-        """Take note of which experts its steps chose. Their outputs have crossed: counts may wait for the next step."""
-        self._look, start = None, time.monotonic()
-        with self._timed():
-            self.experts.add(self.engine.expert_loads())
-            self.engine.count_experts(False)
-        now = time.monotonic()
-        self._least_pause = (look.seconds + now - start) / _EXPERT_SHARE
-        self._next_look = now + max(self._expert_interval, self._least_pause)
 
     def _die(self, cause: BaseException) -> None:
         error = EngineDeadError(f"the engine died: {type(cause).__name__}: {cause}")
