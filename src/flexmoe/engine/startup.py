@@ -93,7 +93,8 @@ def _start(options: EngineConfig, mesh: Mesh, device: torch.device) -> Started:
     alone = mesh.world.size == 1
     isa = options.device.isa
     in_c = alone and not why_not_native(config, torch.bfloat16, device, backend, isa)
-    prompts_in_c = in_c and takes_prompts(torch.bfloat16, isa)
+    quantized = options.device.quantization is not None
+    prompts_in_c = in_c and takes_prompts(torch.bfloat16, isa, quantized=quantized)
     dtype = choose_dtype(options.device.dtype, config, device, few_rows_in_c=in_c, prompts_in_c=prompts_in_c)
     if alone:
         tell_of_slow_dtype(options.device.dtype, device)
