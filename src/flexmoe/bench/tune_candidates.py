@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+from flexmoe.config.powers import power_of_two
 from flexmoe.kernels.triton.decode_attention import DecodeAttentionTile
 from flexmoe.kernels.triton.expert_down import DownGemvTile, DownTile
 from flexmoe.kernels.triton.expert_gate_up import GateUpGemvTile, GateUpTile
@@ -78,7 +79,7 @@ _DOT_FORMS = (
 
 
 def _dot_tiles(rows: int, n: int, k: int, itemsize: int) -> Iterator[DotTile]:
-    largest = min(128, max(16, _power(rows)))
+    largest = min(128, max(16, power_of_two(rows)))
     prefetches = (0,) if n >= _MANY_COLUMNS else (0, 1024)
     for splits, prefetch, block_t, (block_n, block_k, warps, stages) in itertools.product(
         (1, 2, 4, 8), prefetches, sorted({largest, min(64, largest)}, reverse=True), _DOT_FORMS
@@ -132,7 +133,7 @@ def route_tiles(rows: int, hidden: int, experts: int, itemsize: int) -> Iterator
 
 def gate_up_gemv_tiles(hidden: int, itemsize: int) -> Iterator[GateUpGemvTile]:
     """Whole rows in registers or on their way through shared memory, and rows in chunks."""
-    longest = min(8192 // itemsize, _power(hidden))
+    longest = min(8192 // itemsize, power_of_two(hidden))
     for part, pairs, warps in itertools.product((1, 2, 4), (1, 2), (1, 2, 4, 8)):
         columns = longest // part
         burst = warps * pairs * 2 * columns * itemsize
@@ -149,7 +150,7 @@ def down_gemv_tiles(width: int, top_k: int, itemsize: int) -> Iterator[DownGemvT
     for columns, outputs, warps, stages in itertools.product(chunks, (2, 4, 1, 8), (8, 4, 2, 16), (1, 3)):
         burst = outputs * columns * top_k * itemsize
         fits = burst // warps <= 16384 if stages == 1 else 8192 <= burst * (stages - 1) <= _SHARED_MEMORY // 2
-        split = max(1, warps // _power(top_k))
+        split = max(1, warps // power_of_two(top_k))
         if fits and columns // split >= 512 // itemsize and (stages == 1 or columns < width):
             yield from (DownGemvTile(outputs, columns, warps, stages, early) for early in (False, True))
 
@@ -180,8 +181,3 @@ def down_tiles(best: DownTile, itemsize: int) -> Iterator[DownTile]:
 
 def _near(block_m: int) -> tuple[int, ...]:
     return (block_m, block_m * 2) if block_m < 64 else (block_m, block_m // 2)
-
-
-def _power(number: int) -> int:
-    """The power of two that is not below."""
-    return 1 << (number - 1).bit_length()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from flexmoe.config.model import ModelConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.detokenizer import Detokenizer
 from flexmoe.engine.grammar import Grammars
+from flexmoe.engine.numbers import int32s
 from flexmoe.engine.sampler import SamplingState
 from flexmoe.engine.tokenizer import Tokenizer
 from flexmoe.engine.tracking import Sample
@@ -69,7 +69,7 @@ class Admission:
         if list(map(type, ids)).count(int) != len(ids):
             return False
         try:
-            numbers = np.frombuffer(array("I", ids), np.uint32)
+            numbers = int32s(ids).view(np.uint32)
         except OverflowError:  # below 0, or beyond 32 bits
             return False
         return bool(numbers.max() < self.config.vocab_size)

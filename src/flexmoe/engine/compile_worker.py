@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.powers import power_of_two
 from flexmoe.engine.cuda_graph import buckets_up_to
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.prompt_rows import PromptForm
@@ -140,7 +141,7 @@ def _not_graphed(most: int, top_k: int) -> Iterator[int]:
 
 def _powers_of_two(most: int) -> Iterator[int]:
     """Up to the first that is not below `most`."""
-    return (1 << power for power in range((most - 1).bit_length() + 1))
+    return (1 << power for power in range(power_of_two(most).bit_length()))
 
 
 def _graphed(tokens: int) -> Iterator[int]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmoe.config.powers import power_of_two
 from flexmoe.kernels.hopper.attention import PromptAttention
 from flexmoe.kernels.triton.cache_keys import fix_cache_keys
 from flexmoe.kernels.triton.combine import combine, combine_norm
@@ -200,7 +201,8 @@ class PromptDecoder:
             if cuts and layer is self._layers[-1]:
                 if not count:
                     return self._model.head(normed[:0])
-                wanted = F.pad(wanted, (0, _room(count) - count))  # with the first row
+                # With the first row to a power of two, lest each number of samples have kernels of its own.
+                wanted = F.pad(wanted, (0, power_of_two(count) - count))
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
                 lengths = None if lengths is None else lengths.index_select(0, wanted)
             normed = layer.project(x, attended)
@@ -220,8 +222,3 @@ class PromptDecoder:
                 assert layer.layer.moe is not None
                 layer.layer.moe(weight.new_empty(0, self._model.config.hidden_size), None, most_rows)
         return weight.new_empty(0, self._model.config.vocab_size)
-
-
-def _room(samples: int) -> int:
-    """Rows of the last layer for so many samples: a power of two, lest each number have kernels of its own."""
-    return 1 << (samples - 1).bit_length()

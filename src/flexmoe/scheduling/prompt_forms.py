@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.config.powers import power_of_two
 
 MOST_GRAPHED = 2048  # tokens of a step that is a graph
 MOST_ON_RANKS = 8192  # the same where ranks share the work: that leaves each less time, and its host as much to launch
@@ -31,7 +32,7 @@ def graph_form(tokens: int, chunks: int, most: int = MOST_GRAPHED) -> tuple[int,
     if tokens > most or chunks > MOST_CHUNKS:
         return None
     multiple = next(multiple for most, multiple in _STEPS if tokens <= most)
-    return -(-tokens // multiple) * multiple, 1 << (chunks - 1).bit_length()
+    return -(-tokens // multiple) * multiple, power_of_two(chunks)
 
 
 def forms_up_to(tokens: int, chunks: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -42,6 +42,10 @@ class Tile:
         return (32, 64, 96, *range(104, self.tokens + 1, 8))
 
 
+_NARROW = Tile(tokens=160, stages=4, staging=4096, slots=_SLOTS)
+_WIDE_GATE_UP, _WIDE_DOWN = Tile(176, 4, 4096, slots=256), Tile(192, 3, 16384, slots=_SLOTS)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One of the kernels: of a half of the experts, in narrow tiles or in wide ones, for hundreds of rows an expert."""
@@ -57,9 +61,8 @@ class Part:
     @property
     def tile(self) -> Tile:
         """A wide one asks for less of L2, and has a shorter ring, or few slots."""
-        if not self.wide:
-            return Tile(tokens=160, stages=4, staging=4096, slots=_SLOTS)
-        return Tile(176, 4, 4096, slots=256) if self.gate_up else Tile(192, 3, 16384, slots=_SLOTS)
+        wide = _WIDE_GATE_UP if self.gate_up else _WIDE_DOWN
+        return wide if self.wide else _NARROW
 
 
 PARTS = tuple(Part(gate_up, wide) for gate_up in (True, False) for wide in (False, True))
