@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.kernels.hopper.products import ExpertProducts
+from flexmoe.kernels.triton.copy_by_expert import copy_by_expert
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from tests.gpu.hopper import NEEDS_HOPPER, off
 
@@ -74,7 +75,11 @@ def computed(layer: Layer, products: ExpertProducts, *, wide: bool = False) -> t
     (rows, counts), choices = layer.grouped(), layer.ids.numel()
     hidden = layer.x.new_full((choices, layer.down.shape[2]), torch.nan)
     y = layer.x.new_full((choices, layer.x.shape[1]), torch.nan)
-    products.gate_up(layer.x, rows, counts, layer.gate_up, hidden, top_k=layer.ids.shape[1], wide=wide)
+    x, top_k = layer.x, layer.ids.shape[1]
+    if wide:
+        x = layer.x.new_full((choices, layer.x.shape[1]), torch.nan)
+        copy_by_expert(layer.x, rows, counts, x, top_k=top_k)
+    products.gate_up(x, rows, counts, layer.gate_up, hidden, top_k=top_k, wide=wide)
     products.down(hidden, rows, counts, layer.weights, layer.down, y, wide=wide)
     return hidden, y
 
@@ -118,12 +123,13 @@ def test_all_tokens_on_one_expert_and_none_on_others(products: ExpertProducts, w
     check(layer, products, wide=wide)
 
 
-def test_choices_without_a_slot_here(products: ExpertProducts) -> None:
+@TILES
+def test_choices_without_a_slot_here(products: ExpertProducts, wide: bool) -> None:
     layer = Layer.of((400, 3, 9, 128, 192))
     layer.ids[torch.rand(layer.ids.shape, device=DEVICE) < 0.4] = -1
-    check(layer, products)
+    check(layer, products, wide=wide)
     layer.ids.fill_(-1)
-    hidden, y = computed(layer, products)
+    hidden, y = computed(layer, products, wide=wide)
     assert hidden.isnan().all()
     assert y.isnan().all()
 

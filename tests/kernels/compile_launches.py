@@ -28,6 +28,7 @@ from flexmoe.kernels.triton import argmax, embed
 from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.combine import combine
 from flexmoe.kernels.triton.compile_only import NamedGPU
+from flexmoe.kernels.triton.copy_by_expert import copy_by_expert
 from flexmoe.kernels.triton.count_choices import count_choices
 from flexmoe.kernels.triton.expert_down import DownTile, expert_down_gemv, expert_down_grouped
 from flexmoe.kernels.triton.expert_gate_up import GateUpTile, expert_gate_up_gemv, expert_gate_up_grouped
@@ -129,11 +130,12 @@ def ranks() -> None:
 
 
 def tails() -> None:
-    """The grouped expert kernels with tiles whose last blocks have tails."""
+    """The grouped expert kernels with tiles whose last blocks have tails, and what comes before other kernels."""
     T, K, S, H, F = 2048, 2, 8, 1024, 2048
     x, hidden, y = (torch.zeros(*shape, dtype=BF16) for shape in ((T, H), (T * K, F), (T * K, H)))
     gate_up, down = torch.zeros(S, 2 * F, H, dtype=BF16), torch.zeros(S, H, F, dtype=BF16)
     rows, counts = torch.zeros(S, T, dtype=torch.int32), torch.zeros(S, dtype=torch.int32)
+    copy_by_expert(x, rows, counts, y, top_k=K, pdl=True)
     for tma in (False, True):
         tile = GateUpTile(128, 128, 64, 8, 4, False, tma, 16, tail=32)
         expert_gate_up_grouped(x, rows, counts, gate_up, hidden, top_k=K, tile=tile)

@@ -1,6 +1,7 @@
 """What experts make of rows that are grouped by them. Enters: normed rows, and who chose whom. Leaves: a row a choice.
 
 Where experts have dozens of rows each, on Hopper: kernels of its own (`kernels/hopper`); else Triton's, cut by rows.
+All take rows from where they are, but for the widest experts with the most rows: those get copies, side by side.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexmoe.kernels.triton import expert_down, expert_gate_up
+from flexmoe.kernels.triton.copy_by_expert import copy_by_expert
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.moe.experts.weights import ExpertWeights
 
@@ -33,7 +35,10 @@ def expert_gate_up_grouped(
     """The first half; hidden is for the second half alone, its order depends on the kernel."""
     products = tiles.products(len(normed))
     if products is not None:
-        wide = tiles.wide(len(normed))
+        if wide := tiles.copies(len(normed)):
+            copied = normed.new_empty(len(hidden), normed.shape[1])
+            copy_by_expert(normed, rows, counts, copied, top_k=top_k, pdl=pdl)
+            normed = copied
         products.gate_up(normed, rows, counts, gate_up, hidden, top_k=top_k, wide=wide, pdl=pdl)
     else:
         tile, _ = tiles.many_experts(len(normed))

@@ -8,9 +8,10 @@
 // are on their way. All of it is bound by what L2 gives: the larger the tile, the less it asks for, and the fewer stages
 // fit. Macros: MAX_N, STAGES, STAGING (bytes for results of each multiplying warpgroup), MAX_SLOTS; see products.py.
 //
-// GATE_UP 1: tokens are rows of x [T, depth], gathered by threads; the weights' rows come eight of gate, the same eight
-// of up, and so on, so that a thread has both of a pair; leaves silu(gate) * up. 0: tokens are rows of hidden, which are
-// in the order of slots, so that the copy engine brings them; leaves rows of y, scaled by the router's weights.
+// GATE_UP 1: the weights' rows come eight of gate, the same eight of up, and so on, so that a thread has both of a pair;
+// leaves silu(gate) * up. 0: leaves rows of y, scaled by the router's weights.
+// GATHER 1: tokens are rows of x [T, depth], gathered by threads. 0: rows in the order of slots, as hidden's are, which
+// the copy engine brings.
 
 constexpr int TILE_M = 256, GROUPS = 2, WARPGROUP = 128;
 constexpr int TILE_K = 64;             // 128 bytes: a row of the swizzled layout that wgmma reads
@@ -20,16 +21,18 @@ constexpr int NEXT = 8;                // more than stages: threads that load ma
 constexpr int WEIGHT_BYTES = TILE_M * TILE_K * 2, STAGE_BYTES = WEIGHT_BYTES + MAX_N * TILE_K * 2;
 constexpr int CHUNKS = (GATE_UP ? 4 : 8) * M_TILES;  // of 16 bytes that a warpgroup leaves for each token
 constexpr int PASS = STAGING / (16 * CHUNKS);        // tokens whose results fit its staging at once
-constexpr int COLUMN_GROUP = 8;        // columns of tiles that meet all tokens before the next ones do
+// Columns of tiles that meet all tokens before the next ones do. Rows of hidden are more than L2 holds, so the fewer
+// times they are read the better; weights of gate and up have many columns whatever is done.
+constexpr int COLUMN_GROUP = GATE_UP ? 8 : 16;
 // Registers of a thread that loads, and of one that multiplies; together what three warpgroups have at the start. Who
 // gathers rows is slower with fewer, wide products need more.
-constexpr int LOADING_REGISTERS = GATE_UP ? 56 : 40, MULTIPLYING_REGISTERS = GATE_UP ? 224 : 232;
+constexpr int LOADING_REGISTERS = GATHER ? 56 : 40, MULTIPLYING_REGISTERS = GATHER ? 224 : 232;
 
 struct Arguments {
     const int *rows;         // [S, capacity]: a slot's assignments
     const int *counts;       // [S]: how many they are
     const float *scales;     // of each assignment; only for y
-    const element *x;        // [T, depth]; only for GATE_UP
+    const element *x;        // [T, depth]; only for GATHER
     element *out;            // [T * K, width]
     int *progress;           // [2], zeros: the next tile, and how many blocks are done
     int capacity, slots, top_k, depth, width;
@@ -51,7 +54,7 @@ struct Shared {
     float scale[GROUPS][MAX_N];
 #endif
 };
-static_assert(GATE_UP || MAX_N % FEW == 0, "boxes of tokens would reach beyond a stage");
+static_assert(GATHER || MAX_N % FEW == 0, "boxes of tokens would reach beyond a stage");
 static_assert(STAGES * STAGE_BYTES + GROUPS * STAGING + sizeof(Shared) <= SHARED_BYTES, "more than a block may have");
 
 __device__ __forceinline__ void load_weights(u32 to, const TensorMap *map, u64 *barrier, int k, int slot, int column) {
@@ -70,7 +73,7 @@ template <int N, bool FIRST> __device__ __forceinline__ void multiply_stage(
     Shared &shared, float (&sums)[M_TILES][N / 2], u32 ring, int group, int stage, u32 parity
 ) {
     barrier_wait(&shared.full[stage], parity);
-#if GATE_UP
+#if GATHER
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what threads copied, for the tensor cores
 #endif
     u32 place = ring + stage * STAGE_BYTES;
@@ -143,7 +146,7 @@ __device__ __forceinline__ void load_tiles(
     int stage = 0, steps = (args.depth + TILE_K - 1) / TILE_K, fetched = blockIdx.x;
     u32 parity = 1;
     for (int turn = 0;; turn++) {
-#if GATE_UP
+#if GATHER
         if (thread == 0) {
             shared.next[turn % NEXT] = fetched;
             barrier_arrive(&shared.next_full[turn % NEXT]);
@@ -161,7 +164,7 @@ __device__ __forceinline__ void load_tiles(
         if (thread == 0) shared.tile_of[stage] = tile;
         if (tile.slot < 0) break;
         if (thread == 0) fetched = gridDim.x + atomicAdd(args.progress, 1);
-#if !GATE_UP
+#if !GATHER
         // In few copies, if that brings up to a quarter of a large one too much: the copy engine is slow with small ones.
         int loaded = (tile.count + FEW - 1) / FEW * FEW, rest = loaded % MANY;
         if (rest >= MANY - FEW && loaded - rest + MANY <= MAX_N) loaded += MANY - rest;
@@ -180,14 +183,14 @@ __device__ __forceinline__ void load_tiles(
             u32 place = ring + stage * STAGE_BYTES;
             barrier_wait(&shared.empty[stage], parity);
             if (thread == 0) {
-#if GATE_UP
+#if GATHER
                 barrier_expect(full, WEIGHT_BYTES);
 #else
                 barrier_expect(full, WEIGHT_BYTES + loaded * TILE_K * 2);
 #endif
                 load_weights(place, weights_map, full, step * TILE_K, tile.slot, tile.column);
             }
-#if GATE_UP
+#if GATHER
             u32 column = step * TILE_K + chunk * 8;
 #pragma unroll
             for (int i = 0; i < MAX_N / 16; i++)
@@ -210,7 +213,7 @@ __device__ __forceinline__ void load_tiles(
         }
     }
     // The end is a stage without loads.
-#if GATE_UP
+#if GATHER
     barrier_arrive(&shared.full[stage]);
 #endif
     if (thread == 0) barrier_arrive(&shared.full[stage]);
@@ -329,7 +332,7 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1) NAME(
     int group = threadIdx.x / WARPGROUP, thread = threadIdx.x % WARPGROUP;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(&shared.full[stage], GATE_UP ? WARPGROUP + 1 : 1);
+            barrier_init(&shared.full[stage], GATHER ? WARPGROUP + 1 : 1);
             barrier_init(&shared.empty[stage], 4 * GROUPS);  // a lane of each multiplying warp
         }
         for (int at = 0; at < NEXT; at++) barrier_init(&shared.next_full[at], 1);

@@ -26,15 +26,11 @@ _THREADS, _SHARED_BYTES = 384, 227 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a block of threads works at, see expert_products.cu. tokens: at most, with the 256 rows of weights.
-
-    slots: at most, of a launch.
-    """
+    """What a block of threads works at, see expert_products.cu. tokens: at most, with the 256 rows of weights."""
 
     tokens: int
     stages: int
     staging: int
-    slots: int
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -42,13 +38,15 @@ class Tile:
         return (32, 64, 96, *range(104, self.tokens + 1, 8))
 
 
-_NARROW = Tile(tokens=160, stages=4, staging=4096, slots=_SLOTS)
-_WIDE_GATE_UP, _WIDE_DOWN = Tile(176, 4, 4096, slots=256), Tile(192, 3, 16384, slots=_SLOTS)
+_NARROW, _WIDE = Tile(tokens=160, stages=4, staging=4096), Tile(tokens=192, stages=3, staging=16384)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the kernels: of a half of the experts, in narrow tiles or in wide ones, for hundreds of rows an expert."""
+    """One of the kernels: of a half of the experts, in narrow tiles or in wide ones, for hundreds of rows an expert.
+
+    A wide tile asks for less of L2, and has a shorter ring: too short for rows that are gathered.
+    """
 
     gate_up: bool
     wide: bool
@@ -60,9 +58,13 @@ class Part:
 
     @property
     def tile(self) -> Tile:
-        """A wide one asks for less of L2, and has a shorter ring, or few slots."""
-        wide = _WIDE_GATE_UP if self.gate_up else _WIDE_DOWN
-        return wide if self.wide else _NARROW
+        """What its blocks of threads work at."""
+        return _WIDE if self.wide else _NARROW
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it takes tokens from where they are, not in the order of slots."""
+        return self.gate_up and not self.wide
 
 
 PARTS = tuple(Part(gate_up, wide) for gate_up in (True, False) for wide in (False, True))
@@ -116,7 +118,8 @@ class ExpertProducts:
 
         rows int32 [S, capacity]: the assignments a = t*K + k of slot s, of which the first counts[s] (int32) are valid.
         All of one dtype and contiguous, rows but for their capacity. What no slot has leaves hidden's last rows alone.
-        wide: in the tiles for hundreds of rows a slot; the results are the same.
+        wide: in the tiles for hundreds of rows a slot, with the same results; x is then [T*K, H], in hidden's order, as
+        `copy_by_expert` makes it.
         """
         S, F, H = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
         if S > _SLOTS:
@@ -124,9 +127,8 @@ class ExpertProducts:
         weights = _boxes(
             gate_up, (H, 8, 2, F // 8, S), (H, F * H, 8 * H, 2 * F * H), (_K, 8, 2, _WEIGHTS // 16, 1)
         )  # fmt: skip
-        part = Part(True, wide)
-        part = part if part.tile.slots >= S else Part(True, False)
-        self._launch(part, (weights, weights, weights), (rows, counts, None, x, hidden), (S, top_k, H, F), pdl)
+        maps = (weights, *_tokens(x)) if wide else (weights, weights, weights)
+        self._launch(Part(True, wide), maps, (rows, counts, None, x, hidden), (S, top_k, H, F), pdl)
 
     def down(
         self, hidden: Tensor, rows: Tensor, counts: Tensor, topk_weights: Tensor, down: Tensor, y: Tensor, *,
@@ -138,8 +140,8 @@ class ExpertProducts:
         """
         S, H, F = down.shape
         weights = _boxes(down, (F, H, S), (F, H * F), (_K, _WEIGHTS, 1))
-        many, few = (_boxes(hidden, (F, len(hidden)), (F,), (_K, count)) for count in (_MANY, _FEW))
-        self._launch(Part(False, wide), (weights, many, few), (rows, counts, topk_weights, None, y), (S, 1, F, H), pdl)
+        tensors = (rows, counts, topk_weights, None, y)
+        self._launch(Part(False, wide), (weights, *_tokens(hidden)), tensors, (S, 1, F, H), pdl)
 
     def _launch(
         self, part: Part, maps: tuple[Any, Any, Any], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...],
@@ -168,9 +170,9 @@ def source(part: Part, dtype: torch.dtype) -> tuple[str, dict[str, int | str]]:
         for n in tile.columns
     )
     macros: dict[str, int | str] = {
-        "NAME": part.name, "GATE_UP": int(part.gate_up), "HALF": int(dtype is torch.float16),
-        "SHARED_BYTES": _SHARED_BYTES, "MAX_N": tile.tokens, "STAGES": tile.stages, "STAGING": tile.staging,
-        "MAX_SLOTS": tile.slots,
+        "NAME": part.name, "GATE_UP": int(part.gate_up), "GATHER": int(part.gathers),
+        "HALF": int(dtype is torch.float16), "SHARED_BYTES": _SHARED_BYTES, "MAX_N": tile.tokens,
+        "STAGES": tile.stages, "STAGING": tile.staging, "MAX_SLOTS": _SLOTS,
     }  # fmt: skip
     return instructions.source("expert_products.cu", dtype, tile.columns).replace("//CASES//", cases), macros
 
@@ -185,6 +187,12 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> dict[Part, driver.Kern
         part: driver.load(device, code, part.name, _THREADS, _SHARED_BYTES)
         for part, code in zip(PARTS, codes, strict=True)
     }
+
+
+def _tokens(rows: Tensor) -> tuple[Any, Any]:
+    """Large and small boxes of rows [N, depth]."""
+    count, depth = rows.shape
+    return _boxes(rows, (depth, count), (depth,), (_K, _MANY)), _boxes(rows, (depth, count), (depth,), (_K, _FEW))
 
 
 def _boxes(tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> Any:
