@@ -78,6 +78,7 @@ def test_padding_is_in_no_span_and_has_no_place() -> None:
     blocks = rows.spans.blocks.tolist()
     assert blocks[:4] == exact.spans.blocks.tolist()
     assert all(rows.spans.spans[span].tolist() == [0, 0, 0, 0] for span, _ in blocks[4:])
+    assert rows.sample_spans.blocks.tolist() == [[1, 16], [2, 0], [0, 0], [3, 0]]  # row 0 is there for padding
     assert torch.equal(rows.spans.tables, exact.spans.tables)
 
 
@@ -98,6 +99,8 @@ def test_each_row_is_where_its_request_keeps_it() -> None:
     for (_, _, _, table), chunk in zip(spans, chunks, strict=True):
         assert rows.spans.tables[table : table + len(chunk.request.blocks)].tolist() == chunk.request.blocks
     assert rows.spans.blocks.tolist() == [[1, 32], [1, 16], [2, 0], [0, 0], [3, 0], [1, 0]]
+    assert rows.sample_spans.blocks.tolist() == [[1, 32], [2, 0], [3, 0]]
+    assert torch.equal(rows.sample_spans.spans, rows.spans.spans)
 
 
 def test_each_part_begins_where_compiled_kernels_expect_it() -> None:
@@ -157,6 +160,7 @@ def test_steps_of_one_form_leave_nothing_to_each_other(monkeypatch: pytest.Monke
                 assert torch.equal(getattr(model.rows, name), getattr(alone, name)), name
             assert torch.equal(model.rows.spans.spans, alone.spans.spans)
             assert torch.equal(model.rows.spans.blocks, alone.spans.blocks)
+            assert torch.equal(model.rows.sample_spans.blocks, alone.sample_spans.blocks)
             tables = alone.spans.tables
             assert torch.equal(model.rows.spans.tables[: len(tables)], tables)
             assert logits[:, 0].tolist() == alone.token_ids[alone.sample_rows.long()].tolist()[: len(logits)]
@@ -167,11 +171,11 @@ def test_tables_beyond_the_inputs_make_no_graph(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prompt_graphs, "_MOST_TABLES", 1)
     model, cache = Noting(), cast(Any, SimpleNamespace(block_size=BLOCK))
     prompts = GraphedPrompts(model, cache, torch.device("cpu"), most_graphed=16)
-    chunks = chunks_of((2000, 10))
+    chunks = chunks_of((20_000, 10))
     for _ in range(2):
         prompts.logits(chunks)
         assert model.rows is not None
-        assert model.rows.token_ids.tolist() == chunks[0].request.token_ids[2000:]
+        assert model.rows.token_ids.tolist() == chunks[0].request.token_ids[20_000:]
     assert not prompts._graphs
 
 

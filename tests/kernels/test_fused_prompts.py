@@ -15,7 +15,9 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.engine.batch import build_batch
 from flexmoe.engine.prompt_graphs import form_of
 from flexmoe.engine.prompt_rows import lay_out, pack
+from flexmoe.kernels.prefill_attention import Spans
 from flexmoe.layers.kv_cache import KVCache
+from flexmoe.models import fused_prompts
 from flexmoe.models.decoder import Decoder
 from flexmoe.models.fused_prompts import PromptDecoder, PromptLayer
 from flexmoe.scheduling.step import ScheduledChunk, Step
@@ -77,8 +79,11 @@ def check_cache(chunks: Sequence[ScheduledChunk], cache: KVCache, before: KVCach
     new = [slot(c.request, p, BLOCK_SIZE) for c in chunks for p in range(c.start, c.start + c.num_tokens)]
     for ours, theirs, old in zip(cache.layers, exact.layers, before.layers, strict=True):
         assert distance(ours.cpu()[new], theirs[new]) < 1e-5
-        old[new] = ours.cpu()[new]
-        assert torch.equal(ours.cpu().view(torch.uint8), old.view(torch.uint8)), "a slot of another token was written"
+        expected = old.cpu()
+        expected[new] = ours.cpu()[new]
+        assert torch.equal(ours.cpu().view(torch.uint8), expected.view(torch.uint8)), (
+            "a slot of another token was written"
+        )
 
 
 @pytest.fixture
@@ -117,26 +122,34 @@ def test_padding_changes_nothing(case: str) -> None:
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
 @torch.inference_mode()
-def test_rows_that_nobody_samples_end_with_the_last_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And logits, of three rows among many, are as if all had gone on."""
+def test_rows_that_nobody_samples_leave_keys_and_values_of_the_last_layer(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are no queries; logits, of three rows among many, are as if all had gone on."""
     model = load(case)
     chunks, num_blocks = chunks_of(SPANS, model.config.vocab_size)
     cache = moved(filled(model, chunks, num_blocks))
     cut = copy_cache(cache, torch.float32)
-    fed = []
-    feed = PromptLayer.feed
+    fed, attended = [], []
+    feed, attend = PromptLayer.feed, fused_prompts.prefill_attention
 
     def counted(self: PromptLayer, x: Tensor, *others: Any) -> Tensor:
         fed.append(len(x))
         return feed(self, x, *others)
 
+    def noted(query: Tensor, cache: Tensor, spans: Spans, out: Tensor, **others: Any) -> None:
+        attended.append(len(spans.blocks))
+        attend(query, cache, spans, out, **others)
+
     monkeypatch.setattr(PromptLayer, "feed", counted)
+    monkeypatch.setattr(fused_prompts, "prefill_attention", noted)
     made = on_device(model)
     whole, prompts = PromptDecoder(made, 64, DEVICE, whole=True), PromptDecoder(made, 64, DEVICE)
     rows = lay_out(chunks, BLOCK_SIZE, prompts.block_rows, DEVICE)
     expected, found = whole.logits(rows, cache), prompts.logits(rows, cut)
     layers = model.config.num_layers
     assert fed == [29] * layers + [29] * (layers - 1) + [4]  # a power of two
+    assert attended == [4] * layers + [4] * (layers - 1) + [3]
     assert found.shape == expected.shape == (3, model.config.vocab_size)
     assert distance(found, expected) < 1e-5
     for ours, theirs in zip(cut.layers, cache.layers, strict=True):

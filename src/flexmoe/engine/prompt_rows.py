@@ -59,10 +59,14 @@ class PromptForm:
     def rows_of(self, flat: Tensor, block_rows: int, block_size: int) -> PromptRows:
         """Views of a buffer of this form."""
         part = self.parts(flat)
-        spans = Spans(part["spans"].view(-1, 4), part["tables"], part["blocks"].view(-1, 2), block_rows, block_size)
-        return PromptRows(
-            part["token_ids"], part["positions"], part["slots"], spans, part["sample_rows"], part.get("lengths")
+        spans, sampled = (
+            Spans(part["spans"].view(-1, 4), part["tables"], part[name].view(-1, 2), block_rows, block_size)
+            for name in ("blocks", "sample_blocks")
         )
+        return PromptRows(
+            part["token_ids"], part["positions"], part["slots"], spans, part["sample_rows"], sampled,
+            part.get("lengths"),
+        )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,7 +74,8 @@ def _places(form: PromptForm) -> dict[str, slice]:
     """Where each part is, in their order."""
     rows = ["token_ids", "positions", "slots"] + ["lengths"] * form.padded
     sizes = dict.fromkeys(rows, form.rows)
-    sizes |= {"sample_rows": form.samples, "spans": 4 * form.spans, "blocks": 2 * form.blocks}
+    sizes |= {"sample_rows": form.samples, "spans": 4 * form.spans}
+    sizes |= {"blocks": 2 * form.blocks, "sample_blocks": 2 * form.samples}
     places, start = {}, 0
     for name, size in sizes.items():
         places[name] = slice(start, start + size)
@@ -95,12 +100,14 @@ def num_tables(chunks: Sequence[ScheduledChunk]) -> int:
 def write(chunks: Sequence[ScheduledChunk], parts: Mapping[str, Ints], block_size: int, block_rows: int) -> None:
     """Write the chunks, in their order, and padding into the parts of a buffer, whose tables may have room left.
 
-    Padding is 0, but for places in the cache, -1, and blocks, of the first empty span.
+    Padding is 0, but for places in the cache, -1, and blocks, of the first empty span. If there are samples of padding,
+    which are of row 0, its block is among those of samples.
     """
     tokens: list[int] = []
     tables: list[int] = []
     spans: list[int] = []
     sampled: list[int] = []
+    last_blocks: list[int] = []
     for chunk in chunks:
         request = chunk.request
         spans += len(tokens), chunk.num_tokens, chunk.start, len(tables)
@@ -109,14 +116,17 @@ def write(chunks: Sequence[ScheduledChunk], parts: Mapping[str, Ints], block_siz
         tables += request.blocks
         if chunk.samples:
             sampled.append(len(tokens) - 1)
+            last_blocks += len(spans) // 4 - 1, (chunk.num_tokens - 1) // block_rows * block_rows
     parts["tables"][: len(tables)] = int32s(tables)
     for name, numbers in ("token_ids", tokens), ("sample_rows", sampled), ("spans", spans):
         parts[name][: len(numbers)] = int32s(numbers)
         parts[name][len(numbers) :] = 0
     _write_rows(parts, len(chunks), len(tokens), block_size)
-    blocks = _blocks(spans, block_rows)
-    padding = len(parts["blocks"]) - len(blocks)
-    parts["blocks"][:] = int32s(blocks + [len(chunks), 0] * (padding // 2))
+    if len(sampled) < len(parts["sample_rows"]):
+        last_blocks += 0, 0
+    for name, blocks in ("blocks", _blocks(spans, block_rows)), ("sample_blocks", last_blocks):
+        padding = len(parts[name]) - len(blocks)
+        parts[name][:] = int32s(blocks + [len(chunks), 0] * (padding // 2))
 
 
 def lay_out(chunks: Sequence[ScheduledChunk], block_size: int, block_rows: int, device: torch.device) -> PromptRows:

@@ -54,8 +54,8 @@ class Sampling:
 class PromptRows:
     """T rows. token_ids, positions, slots (places in the KV cache): int32 [T]. spans: which rows are whose.
 
-    sample_rows: int32 [N], the rows whose logits are wanted. lengths: int32 [T], 0 for padding, which has the place -1
-    and is in no span; None if there is none.
+    sample_rows: int32 [N], the rows whose logits are wanted. sample_spans: spans, but only of the blocks that hold such
+    rows. lengths: int32 [T], 0 for padding, which has the place -1 and is in no span; None if there is none.
     """
 
     token_ids: Tensor
@@ -63,6 +63,7 @@ class PromptRows:
     slots: Tensor
     spans: Spans
     sample_rows: Tensor
+    sample_spans: Spans
     lengths: Tensor | None = None
 
 
@@ -116,8 +117,8 @@ class DevicePrompts(Protocol):
     ) -> Tensor:
         """Logits [N, V] of the sample rows, in the model's dtype; writes the rows' keys and values into the cache.
 
-        probe: without one the last layer need not compute the other rows behind its attention; in bf16 that may be
-        another rounding. most_rows: T of the data rank that has most, if there are several.
+        probe: without one the last layer need not compute more of the other rows than keys and values; in bf16 that
+        may be another rounding. most_rows: T of the data rank that has most, if there are several.
         """
 
     def assist(self, most_rows: int | None) -> Tensor:

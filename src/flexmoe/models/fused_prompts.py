@@ -3,8 +3,8 @@
 Enters: a loaded Decoder, whose weights it reads where they are, and rows on the device. Leaves: logits of the rows that
 ask for them. Dense products are torch's; everything between them are kernels, some ten launches a layer: Triton's, and
 on Hopper GPUs CUDA's for attention and experts (`models/hopper.py`). None waits for the device, and no shape depends on
-how tokens were routed. Of the last layer's rows all leave keys and values, but only those whose logits are wanted go
-on behind attention.
+how tokens were routed. Of the last layer's rows all leave keys and values, but only those whose logits are wanted are
+queries, and go on behind attention.
 
 The residual stream is fp32, as in decode steps (`models/fused.py`); a launch that has whole rows of it in hand norms
 them for what comes next. On several ranks each computes its heads and experts, and parts are added by an all-reduce;
@@ -63,11 +63,17 @@ class PromptLayer:
             self._router = narrowest(weight, dtype)
             self._slots = slots_by_row(mesh, len(weight), layer.index, weight.device)
 
-    def attend(self, normed: Tensor, rows: PromptRows, cos: Tensor, sin: Tensor, cache: Tensor) -> Tensor:
-        """What the heads make of the rows, [T, Hq D]; writes the rows' keys and values."""
+    def attend(
+        self, normed: Tensor, rows: PromptRows, cos: Tensor, sin: Tensor, cache: Tensor, wanted: Tensor | None
+    ) -> Tensor:
+        """What the heads make of the rows, [T, Hq D]; writes the rows' keys and values.
+
+        wanted: int32 [M], some of the sample rows if only these are queries; other rows of the result say nothing.
+        """
         attention = self.layer.attention
         a = attention.config
-        qkv, norm = F.linear(normed, weight_of(attention.qkv), attention.qkv.added), self._norm
+        qkv, norm = self._project(normed, wanted), self._norm
+        spans = rows.spans if wanted is None else rows.sample_spans
         if norm is not None and norm.full and self._mesh.tp.size > 1:  # over heads of other ranks, too
             qkv, norm = attention.norm(qkv), None
         query = qkv.new_empty(len(qkv), a.num_heads * a.head_dim)
@@ -77,10 +83,24 @@ class PromptLayer:
             qkv, cache, rows.positions, rows.slots, cos, sin, query, norm=norm, clip=a.clip_qkv, fresh=fresh
         )  # fmt: skip
         if hopper is None or fresh is None:
-            prefill_attention(query, cache, rows.spans, attended, window=attention.window)
+            prefill_attention(query, cache, spans, attended, window=attention.window)
         else:
-            hopper(query, fresh, cache, rows.spans, attended, window=attention.window)
+            hopper(query, fresh, cache, spans, attended, window=attention.window)
         return attended
+
+    def _project(self, normed: Tensor, wanted: Tensor | None) -> Tensor:
+        """Queries, keys and values of the rows; queries of `wanted` rows alone, if those are given."""
+        qkv, a = self.layer.attention.qkv, self.layer.attention.config
+        weight, added = weight_of(qkv), qkv.added
+        if wanted is None:
+            return F.linear(normed, weight, added)
+        made, heads = normed.new_empty(len(normed), len(weight)), a.num_heads * a.head_dim
+        torch.mm(normed, weight[heads:].t(), out=made[:, heads:])
+        if added is not None:
+            made[:, heads:] += added[heads:]
+        bias = None if added is None else added[:heads]
+        made[:, :heads].index_copy_(0, wanted.long(), F.linear(normed.index_select(0, wanted), weight[:heads], bias))
+        return made
 
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
         """x += the attention's output, of what its heads made. Returns the rows normed for what comes next."""
@@ -197,12 +217,14 @@ class PromptDecoder:
         seen.record("embedding", -1, x)
         rms_norm(x, self._first.weight.data, self._first.eps, normed)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
-            attended = layer.attend(normed, rows, self._cos, self._sin, layer_cache)
-            if cuts and layer is self._layers[-1]:
+            cut = cuts and layer is self._layers[-1]
+            if cut and (more := power_of_two(count) - count if count else 0):
+                # To a power of two, lest each number of samples have kernels of its own.
+                wanted = torch.cat((wanted, wanted[-1:].expand(more)))
+            attended = layer.attend(normed, rows, self._cos, self._sin, layer_cache, wanted if cut else None)
+            if cut:
                 if not count:
                     return self._model.head(normed[:0])
-                # With the first row to a power of two, lest each number of samples have kernels of its own.
-                wanted = F.pad(wanted, (0, power_of_two(count) - count))
                 x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
                 lengths = None if lengths is None else lengths.index_select(0, wanted)
             normed = layer.project(x, attended)

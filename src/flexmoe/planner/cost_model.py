@@ -32,6 +32,7 @@ TERMS = (
 _FUSED_ROWS = {"cuda": MAX_ROWS, "cpu": 64}  # of decodes that the fused kernels take
 _WORTH_TORCH = {"float32": 400e6, "bfloat16": 200e6}  # multiply-adds a layer, see models/native.py
 _LEAST_ROWS = 4
+_QUERY_BLOCK = 128  # rows that attention of prompts takes at once
 _MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others in one launch, see models/fused_ranks.py
 
 
@@ -95,8 +96,8 @@ _Kind = tuple[bool, ExpertPlacement | None]  # of a layer: whether it has expert
 class _Stage:
     """The first rank of a pipeline stage, and the layers there: how many of each kind, and with which window.
 
-    config: with the rank's sizes. last: the kind of its last layer. groups: by name, the ranks of each group that the
-    rank is in.
+    config: with the rank's sizes. last, last_window: the kind of its last layer, and its window. groups: by name, the
+    ranks of each group that the rank is in.
     """
 
     config: ModelConfig
@@ -104,6 +105,7 @@ class _Stage:
     kinds: Mapping[_Kind, int]
     last: _Kind
     windows: Mapping[int | None, int]
+    last_window: int | None
     groups: Mapping[str, tuple[int, ...]]
 
 
@@ -213,20 +215,28 @@ class CostModel:
 
     def _without_attention(self, path: str, rows: int, sampled: int) -> StepCost:
         """All that does not depend on contexts, on all stages."""
-        cost, cuts = StepCost(), path == "prompts" and not self.plan.moves_tokens
+        cost, cuts = StepCost(), self._cuts(path)
         for stage in self._stages:
             for kind, count in stage.kinds.items():
                 whole = count - 1 if cuts and kind == stage.last else count
-                cost = cost.plus_scaled(self._projected(path, stage, rows), count)
+                cost = cost.plus_scaled(self._projected(path, rows, stage.config.qkv_size), whole)
                 cost = cost.plus_scaled(self._behind_attention(path, stage, kind, rows), whole)
-            if cuts and sampled:  # the last layer of prompts goes on with these rows alone
-                cost = cost.plus(self._behind_attention(path, stage, stage.last, sampled))
+            if cuts:
+                a = stage.config.attention
+                queries = a.num_heads * a.head_dim
+                cost = cost.plus(self._projected(path, rows, stage.config.qkv_size - queries))
+                if sampled:
+                    cost = cost.plus(self._projected(path, sampled, queries))
+                    cost = cost.plus(self._behind_attention(path, stage, stage.last, sampled))
         return cost.plus(self._ends(path, rows, sampled))
 
-    def _projected(self, path: str, stage: _Stage, rows: int) -> StepCost:
-        """Queries, keys and values."""
-        projection = Operation("linear", rows, (stage.config.qkv_size, self.model.hidden_size))
-        return self._price(path, "attention projections", projection)
+    def _cuts(self, path: str) -> bool:
+        """Whether the last layer, but for keys and values, is computed of sampled rows alone."""
+        return path == "prompts" and not self.plan.moves_tokens
+
+    def _projected(self, path: str, rows: int, size: int) -> StepCost:
+        """Queries, keys and values, or some of them: so many numbers a row."""
+        return self._price(path, "attention projections", Operation("linear", rows, (size, self.model.hidden_size)))
 
     def _behind_attention(self, path: str, stage: _Stage, kind: _Kind, rows: int) -> StepCost:
         """Its output, summed over its ranks, and the feed-forward."""
@@ -276,9 +286,17 @@ class CostModel:
             sizes = a.num_heads, a.num_kv_heads, a.head_dim, a.normed_heads
             for window, count in stage.windows.items():
                 seen = each.context if window is None else min(each.context, window)
-                operations = [Operation("attention", each.decodes, (seen, *sizes))] if each.decodes else []
-                operations += [Operation("prompt", c.tokens, (c.cached, *sizes)) for c in each.chunks]
-                cost = cost.plus_scaled(self._price(each.path, "attention", *operations), count)
+                decodes = [Operation("attention", each.decodes, (seen, *sizes))] if each.decodes else []
+                chunks = [Operation("prompt", c.tokens, (c.cached, *sizes)) for c in each.chunks]
+                cut = self._cuts(each.path) and window == stage.last_window
+                cost = cost.plus_scaled(self._price(each.path, "attention", *decodes, *chunks), count - cut)
+                if cut:  # the block of queries at each chunk's end
+                    tails = [min(c.tokens, _QUERY_BLOCK) for c in each.chunks]
+                    chunks = [
+                        Operation("prompt", tail, (c.cached + c.tokens - tail, *sizes))
+                        for tail, c in zip(tails, each.chunks, strict=True)
+                    ]
+                    cost = cost.plus(self._price(each.path, "attention", *decodes, *chunks))
         return cost
 
     def _ends(self, path: str, rows: int, sampled: int) -> StepCost:
@@ -369,6 +387,7 @@ def _stage(shard: Shard) -> _Stage:
         kinds=Counter(kinds),
         last=kinds[-1],
         windows=Counter(model.layers[index].window for index in shard.layers),
+        last_window=model.layers[shard.layers[-1]].window,
         groups={name: layout.group(name, shard.rank) for name in ("stage", "dp", "tp", "ep", "etp")},
     )
 
