@@ -323,6 +323,14 @@ def _rounded(figures: Bytes) -> Bytes:
     return {name: round(value, 2) for name, value in sorted(figures.items())}
 
 
+def _served(prompts: Sequence[int], context: int) -> list[int]:
+    """Lengths that leave room for a token. The others are named: one that is too long would have no engine start."""
+    for length in prompts:
+        if length >= context:
+            print(f"No prompts of {length}: the model's context is of {context} tokens.", flush=True)
+    return [length for length in prompts if length < context]
+
+
 def _line(row: Row) -> str:
     config, result = row["config"], row["result"]
     name = f"{row['engine']}, {config['strategy']}, {config.get('ranks', 1)} ranks"
@@ -362,6 +370,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, print, and append rows."""
     args = arguments(words)
     with open_subject(args.model, changes=Changes(layers=args.layers)) as subject:
+        args.prompts = _served(args.prompts, subject.config.max_position)
         for row in predictions(subject, args) if args.predict else Bench(subject, args).rows():
             print(_line(row), flush=True)
             if args.out:
