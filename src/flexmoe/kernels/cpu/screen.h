@@ -37,6 +37,30 @@ static Coded code(const float *x, int64_t k, int64_t stride, uint8_t *codes) {
     return (Coded){codes, scale, scale * sqrtf(squares), scale * sqrtf(lost)};
 }
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+/* `code_products` of one or two activations, by way of 16 bits, of which two products always fit into 32. */
+INLINE void code_block(const int8_t *w, int64_t stride, const Coded *x, int rows, int tokens, int32_t *sums) {
+    __m256i sum[2 * ROWS];
+    for (int n = 0; n < 2 * ROWS; n++) sum[n] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < stride; i += 16) {
+        __m256i wide[ROWS];
+        for (int r = 0; r < rows; r++)
+            wide[r] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + r * stride + i)));
+        for (int t = 0; t < tokens; t++) {
+            __m256i value = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(x[t].codes + i)));
+            for (int r = 0; r < rows; r++)
+                sum[t * ROWS + r] = _mm256_add_epi32(sum[t * ROWS + r], _mm256_madd_epi16(value, wide[r]));
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        const __m256i *s = sum + t * ROWS;
+        __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+        __m128i totals = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+        memcpy(sums + t * ROWS, &totals, sizeof totals);
+    }
+}
+#endif
+
 /* sums[t * ROWS + r] = codes of row r times those of activation t, of which there are `tokens`. */
 INLINE void code_products(const int8_t *w, int64_t stride, const Coded *x, int rows, int tokens, int32_t *sums) {
 #ifdef __AVX512VNNI__
@@ -53,6 +77,10 @@ INLINE void code_products(const int8_t *w, int64_t stride, const Coded *x, int r
     }
     v16i totals = tokens == 1 ? sum_integers4(sum) : sum_integers16(sum);
     memcpy(sums, &totals, tokens * ROWS * sizeof *sums);
+#elif defined(__AVX2__)
+    int t = 0; /* two activations at once: as many sums as registers */
+    for (; t + 2 <= tokens; t += 2) code_block(w, stride, x + t, rows, 2, sums + t * ROWS);
+    if (t < tokens) code_block(w, stride, x + t, rows, 1, sums + t * ROWS);
 #else
     for (int t = 0; t < tokens; t++)
         for (int r = 0; r < rows; r++) {
@@ -120,6 +148,19 @@ INLINE int all_below(const Screen *s, const Coded *x, const float *logits, int64
     return all;
 }
 
+/* The logits of the activation x with rows [from, to) of the head, ROWS at a time; -inf where none can be the largest. */
+static void settle(const Model *m, const Coded *code, const float *x, float *logits, int64_t from, int64_t to, float least,
+                   const Room *room) {
+    const Screen *s = &m->screen;
+    for (int64_t n = from, next; n < to; n = next) {
+        next = n + ROWS < to ? n + ROWS : to;
+        int below = 1;
+        for (int64_t i = n; i < next; i++) below &= logits[i] + bound(s, code, i) < least;
+        if (!below) linear_rows(&m->head, x, logits, 1, 0, 0, n, next, room); /* and for any NaN */
+        else for (int64_t i = n; i < next; i++) logits[i] = -INFINITY;
+    }
+}
+
 /* Logits of the activations `normed` [N, H]: the largest of each, and -inf for any that is certainly below it. */
 static void screened_head(const Model *m, const Step *step, const Buffers *b, const float *normed, Seat *seat) {
     const Screen *s = &m->screen;
@@ -141,7 +182,7 @@ static void screened_head(const Model *m, const Step *step, const Buffers *b, co
             next = n + LANES < to ? n + LANES : to;
             if (next == n + LANES && all_below(s, x + t, logits, n, most))
                 for (int64_t i = n; i < next; i++) logits[i] = -INFINITY;
-            else linear_rows(&m->head, normed + t * m->hidden, logits, 1, 0, 0, n, next, &room); /* and for any NaN */
+            else settle(m, x + t, normed + t * m->hidden, logits, n, next, most, &room);
         }
     }
 }
