@@ -47,6 +47,14 @@ def known(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
+def test_what_was_measured_twice_counts_as_the_quicker_time() -> None:
+    def sample(seconds: float, rows: int = 4, op: str = "fused.head") -> Sample:
+        return Sample(op, "float32", rows, (8192, 512), seconds)
+
+    slow, quick, other = sample(3.0), sample(1.0), sample(2.0, rows=8)
+    assert machine_cpu.quickest([slow, other, quick, sample(2.0)]) == [quick, other]
+
+
 class Operations(TorchDispatchMode):
     """Counts what torch is asked to do."""
 

@@ -13,12 +13,12 @@ from flexmoe.bench.machine_serving import measure_serving
 from flexmoe.config.machine import Machine
 from flexmoe.engine.device import choose_device, computing_on
 
-_SECONDS = {"cuda": 540.0, "cpu": 100.0}
+_SECONDS = {"cuda": 540.0, "cpu": 75.0}
 _SERVING_SECONDS = 15.0
 
 
 def measure(name: str, device: str, ranks: int, seconds: float | None, notify: Notify) -> Machine:
-    """Within about `seconds` (None: 540 on a GPU, 100 on a CPU), exchanges of ranks and a server apart.
+    """Within about `seconds` (None: 540 on a GPU, 75 on a CPU), exchanges of ranks and a server apart.
 
     Raises ConfigError.
     """

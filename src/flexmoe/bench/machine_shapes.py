@@ -51,8 +51,11 @@ def builtin_shape() -> Shape:
 
 
 def cpu_shapes() -> list[Shape]:
-    """Small ones: experts many and few, wide and narrow, of layers that caches hold and that they do not."""
-    made = [_made(1024, 8, 2, 512, 4), _made(1024, 32, 4, 512, 3), _made(2048, 16, 4, 768, 2)]
+    """Small ones: experts many and few, wide and narrow, layers and heads that caches hold and that they do not."""
+    made = [
+        _made(1024, 8, 2, 512, 4, vocab=32768), _made(1024, 32, 4, 512, 3, vocab=8192),
+        _made(2048, 16, 4, 768, 2, vocab=32768),
+    ]  # fmt: skip
     named = [Shape(f"hidden {c.hidden_size}, {c.moe.num_experts if c.moe else 0} experts", c) for c in made]
     return [builtin_shape(), *named]
 
@@ -66,10 +69,10 @@ def cpu_slices(ranks: int) -> list[Shape]:
     return found
 
 
-def _made(hidden: int, experts: int, top_k: int, width: int, layers: int) -> ModelConfig:
+def _made(hidden: int, experts: int, top_k: int, width: int, layers: int, *, vocab: int) -> ModelConfig:
     return read_config(
         {
-            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 8192,
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": vocab,
             "hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers,
             "num_attention_heads": hidden // 64, "num_key_value_heads": max(2, hidden // 256),
             "num_local_experts": experts, "num_experts_per_tok": top_k, "max_position_embeddings": 32768,

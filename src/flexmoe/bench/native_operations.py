@@ -23,7 +23,7 @@ from flexmoe.models.decoder import Decoder
 from flexmoe.models.loader import fill_dummy
 
 _BLOCK = 16
-_FEWEST, _MOST, _SECONDS = 7, 300, 0.1
+_FEWEST, _MOST, _SECONDS = 5, 150, 0.05
 
 
 class NativeLayers:

@@ -27,7 +27,7 @@ from flexmoe.models.loader import fill_dummy
 
 _BLOCK = 16
 _FEWEST, _MOST = 5, 30  # times that a call is timed
-_SECONDS = 0.15  # for one operation
+_SECONDS, _LONGEST = 0.15, 1.5  # for one operation; and even if it was not timed often
 _SHORT = 16  # tokens of a prompt that leaves a GPU waiting
 _AHEAD = 8_000_000  # cycles that a GPU is kept busy while calls pile up
 
@@ -122,12 +122,15 @@ class TorchLayers:
         """Of one call, layers in turn: the median."""
         layers = itertools.cycle(range(self.config.num_layers))
         run = functools.partial(_timed_on_gpu if self.device.type == "cuda" else _timed, call)
+        begun = time.perf_counter()
         for _ in range(2):
             run(next(layers))
         took: list[float] = []
         end = time.perf_counter() + _SECONDS
-        while len(took) < _FEWEST or (len(took) < _MOST and time.perf_counter() < end):
+        while len(took) < _MOST and (len(took) < _FEWEST or time.perf_counter() < end):
             took.append(run(next(layers)))
+            if time.perf_counter() > begun + _LONGEST:
+                break
         return statistics.median(took)
 
 

@@ -31,7 +31,7 @@ _SECONDS = {"cuda": 540, "cpu": 100}
 )  # fmt: skip
 @click.option(
     "--seconds", type=click.FloatRange(min=1),
-    help="Begin no other measurement after so long.  [default: 540 on a GPU, 100 on a CPU]",
+    help="Begin no other measurement after so long.  [default: 540 on a GPU, 75 on a CPU]",
 )  # fmt: skip
 @click.option("--server-only", is_flag=True, help="Measure anew what a server adds, into an --out that is there.")
 @debug_option
