@@ -15,8 +15,6 @@ from flexmoe.cli.terminal import note
 if TYPE_CHECKING:
     from flexmoe.config.machine import Machine
 
-_SECONDS = {"cuda": 540, "cpu": 100}
-
 
 @click.command()
 @click.option(

@@ -68,8 +68,8 @@ def mean_context(prompt: float, output: float) -> float:
 def prompt_flops(config: ModelConfig, prompts: int, tokens: int) -> float:
     """Multiply-adds, counted twice, of so many prompts of so many tokens each, and one row of logits for each.
 
-    Of all rows in all layers, as engines compute them. What follows the last layer's attention is needed of one row
-    alone; where this engine leaves out the others (`models/fused_prompts.py`) it has up to a layer less to do.
+    Of all rows in all layers, as engines compute them. What is neither key nor value of the last layer is needed of one
+    row alone; where this engine leaves out the others (`models/fused_prompts.py`) it has up to a layer less to do.
     """
     a, head = config.attention, config.vocab_size * config.hidden_size
     products = prompts * tokens * (config.num_active_parameters() - head) + prompts * head
