@@ -10,10 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.nn.functional as F
 
 from flexmoe.engine import compile_ahead
 from flexmoe.engine.compile_ahead import CompilingAhead
-from flexmoe.engine.compile_worker import Job
+from flexmoe.engine.compile_worker import Job, WithoutProducts
 from flexmoe.models.presets import PRESETS
 
 _SLICES = 24  # of all kernels one is compiled here
@@ -125,3 +127,12 @@ def test_engines_without_a_gpu_compile_nothing() -> None:
 
     with LLM(device="cpu", dtype="float32") as llm:
         assert llm.engine._compiling._workers == []
+
+
+def test_products_are_left_out_into_whatever_they_go() -> None:
+    """On a CPU those of a prompt of a large model would take minutes."""
+    out = torch.full((2, 3), 7.0)
+    with WithoutProducts():
+        assert F.linear(torch.ones(2, 4), torch.ones(3, 4)).shape == (2, 3)
+        torch.mm(torch.ones(2, 4), torch.ones(4, 3), out=out)
+    assert (out == 7.0).all()
