@@ -103,7 +103,10 @@ def _is_prompt_current(row: dict[str, Any]) -> bool:
 
 
 def measured_rows(rounds: int) -> list[dict[str, Any]]:
-    """Steps of models that no table has: of so many rounds each one's median, lest a moment with other work counts."""
+    """Steps of models that no table has: of so many rounds the median of each, of an even number the quicker one.
+
+    Rounds lie apart, lest a moment with other work counts.
+    """
     from flexmoe.bench.latency import LatencyOptions, measure
     from flexmoe.bench.subject import Changes
 
