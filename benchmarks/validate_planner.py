@@ -40,6 +40,7 @@ from flexmoe.planner.validation import (
     Check,
     Errors,
     leave_one_out,
+    measured_ms,
     prompt_checks,
     served_checks,
     step_checks,
@@ -119,7 +120,7 @@ def measured_rows(rounds: int) -> list[dict[str, Any]]:
             )  # fmt: skip
             for row in measure(options, notify=print):
                 found.setdefault((name, length, row["params"]["batch"]), []).append(row)
-    return [sorted(rows, key=lambda row: row["result"]["ms"])[(len(rows) - 1) // 2] for rows in found.values()]
+    return [sorted(rows, key=lambda row: measured_ms(row["result"]))[(len(rows) - 1) // 2] for rows in found.values()]
 
 
 def groups(machine: Machine, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Check]]]:
