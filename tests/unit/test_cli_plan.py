@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from flexmoe.cli.main import main
+from flexmoe.config.machine import DeviceSpec, Machine
 from flexmoe.config.plan import ParallelPlan
 from tests.unit.planning import machine
 
@@ -37,6 +38,36 @@ def test_a_table_with_reasons_and_the_plan_s_file(machine_file: str, tmp_path: P
     assert "The best: " in done.output
     assert "one rank: rank 0 needs" in done.output
     assert ParallelPlan.read(out).num_ranks in (1, 2, 4)
+
+
+def test_more_requests_than_any_plan_answers_are_told_of(machine_file: str) -> None:
+    words = ("plan", "olmoe-1b-7b", "--machine", machine_file, "--gpus", "1")
+    assert "No plan keeps up" not in flexmoe(*words, "--rate", "2").output
+    done = " ".join(flexmoe(*words, "--rate", "5000").output.split())
+    found = json.loads(flexmoe(*words, "--rate", "5000", "--json").stdout)
+    most = max(plan["requests_per_s"] for plan in found["plans"] if "requests_per_s" in plan)
+    assert f"No plan keeps up: {most:.3g} requests/s are answered at most, asked are 5e+03." in done
+
+
+@pytest.mark.parametrize(("bfloat16", "taken"), [(1.0, "float32"), (0.9, "float32"), (1.7, "bfloat16")])
+def test_on_a_cpu_the_number_format_is_the_one_that_the_engine_takes(
+    tmp_path: Path, bfloat16: float, taken: str
+) -> None:
+    cpu = DeviceSpec("cpu", "a CPU", 64 << 30, 3e10, {"bfloat16": bfloat16 * 1e11, "float32": 2e11}, 3e-6, 5e-5)
+    machine_file = tmp_path / "cpu.json"
+    Machine("cpu", 1, 1, cpu, (), reserve_bytes=2**30).save(machine_file)
+    words = ("plan", "olmoe-1b-7b", "--machine", str(machine_file), "--rate", "0.001")
+    assert f"a CPU (cpu), {taken}\n" in flexmoe(*words).output
+    assert "(cpu), bfloat16" in flexmoe(*words, "--dtype", "bfloat16").output
+
+
+def test_where_no_plan_fits_in_fp32_half_the_bytes_are_named(tmp_path: Path) -> None:
+    cpu = DeviceSpec("cpu", "a CPU", 20 << 30, 3e10, {"float32": 2e11, "bfloat16": 1e9}, 3e-6, 5e-5)
+    machine_file = tmp_path / "cpu.json"
+    Machine("cpu", 1, 1, cpu, (), reserve_bytes=2**30).save(machine_file)
+    done = flexmoe("plan", "olmoe-1b-7b", "--machine", str(machine_file))
+    assert done.exit_code == 1
+    assert done.stderr.strip().endswith("In a 16-bit dtype weights take half.")
 
 
 def test_json_holds_what_the_table_shows(machine_file: str) -> None:

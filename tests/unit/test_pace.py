@@ -6,7 +6,7 @@ The real scheduler runs on a virtual clock: a device whose steps take as long as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -44,11 +44,10 @@ def test_one_token_reads_what_it_multiplies_by_and_many_read_all() -> None:
 
 
 def test_sparse_models_get_larger_steps_and_a_cpu_small_ones() -> None:
-    h200 = flops_per_byte("cuda", "NVIDIA H200")
-    most = {name: step_tokens(preset.config, h200, 2) for name, preset in PRESETS.items()}
-    assert most["mixtral-8x7b"] == StepTokens(2304, 384)
+    most = {name: step_tokens(preset.config, 2, "cuda", "NVIDIA H200") for name, preset in PRESETS.items()}
+    assert most["mixtral-8x7b"] == StepTokens(2304, 384, 8192)
     assert most["qwen3-30b-a3b"].most > most["olmoe-1b-7b"].most > most["mixtral-8x7b"].most
-    assert step_tokens(PRESETS["mixtral-8x7b"].config, flops_per_byte("cpu"), 4) == StepTokens(2048, 64)
+    assert step_tokens(PRESETS["mixtral-8x7b"].config, 4, "cpu") == StepTokens(2048, 64)
 
 
 def test_cards_are_told_apart_by_whole_words() -> None:
@@ -212,6 +211,18 @@ def test_prompts_get_whole_steps_when_no_watched_answer_is_being_decoded() -> No
     assert device.step().num_tokens == 2304
 
 
+def test_steps_are_wider_while_nobody_watches() -> None:
+    device = clocked(like_mixtral, tokens=replace(TOKENS, unwatched=8192))
+    assert device.scheduler.max_tokens == 8192
+    for name in "abc":
+        device.add(name, 6000, 2, watched=False)
+    assert device.step().num_tokens == 8192
+    device.add("w", 100, 2)  # whoever reads its first token waits for no such step
+    assert device.step().num_tokens == 2304
+    device.scheduler.abort("w")
+    assert device.step().num_tokens == 3 * 6000 - 8192 - 2303  # one of the 2,304 was a decode
+
+
 def test_prompts_advance_on_a_device_where_no_chunk_keeps_the_bound() -> None:
     device = clocked(lambda decodes, tokens: 0.001 * bool(decodes) + 0.1 * bool(tokens) + 0.001 * tokens)
     device.add("w", 8, 1000)
@@ -229,13 +240,14 @@ def test_prompts_advance_on_a_device_where_no_chunk_keeps_the_bound() -> None:
     ),
     st.integers(20, 400),
     st.integers(1, 400),
+    st.integers(0, 800),
     st.randoms(use_true_random=False),
 )
 def test_whatever_steps_take_decodes_come_first_and_the_oldest_prompt_advances(
-    arrivals: list[tuple[int, int, bool, int]], most: int, least: int, random: object
+    arrivals: list[tuple[int, int, bool, int]], most: int, least: int, unwatched: int, random: object
 ) -> None:
     noise = random.random  # type: ignore[attr-defined]
-    tokens = StepTokens(most, min(least, most))
+    tokens = StepTokens(most, min(least, most), unwatched)
     device = clocked(lambda decodes, prompts: noise() * (1 + decodes + prompts), tokens=tokens, num_blocks=80)
     coming = list(enumerate(arrivals))
     for _ in range(20_000):
@@ -247,7 +259,8 @@ def test_whatever_steps_take_decodes_come_first_and_the_oldest_prompt_advances(
                 break
             device.now = max(device.now, float(coming[0][1][3]))
             continue
-        _check(device.step(), device, tokens)
+        alone = not device.scheduler._num_watched
+        _check(device.step(), device, replace(tokens, most=tokens.widest) if alone else tokens)
         device.scheduler.check_integrity()
     assert all(request.status is RequestStatus.FINISHED for request in device.arrived)
     assert len(device.arrived) == len(arrivals)

@@ -146,6 +146,7 @@ def _row_json(ranked: Ranked) -> dict[str, Any]:
         "output_tokens_per_s": estimate.throughput,
         "batch": estimate.batch,
         "largest_batch": estimate.most,
+        "requests_per_s": estimate.rate,
         "terms_ms": {name: 1e3 * seconds for name, seconds in estimate.token.items()},
         "extrapolated": estimate.extrapolated,
         "reason": ranked.reason,
@@ -158,6 +159,13 @@ def _print(found: Found, question: Question, setting: Setting, top: int, *, expl
     able = [ranked for ranked in found.ranking if not ranked.estimate.refused]
     console.print(_table(able[:top]))
     console.print(_legend(found, able, top), style="dim", markup=False)
+    most, asked = max(ranked.estimate.rate for ranked in able), question.demand.rate
+    if most < asked:
+        console.print(
+            f"No plan keeps up: {most:.3g} requests/s are answered at most, asked are {asked:.3g}. Times are those with as "
+            "many at once as fit, and who comes later waits ever longer; ask for less by --rate.",
+            style="yellow", markup=False,
+        )  # fmt: skip
     if explain:
         _explain(console, found)
 
@@ -167,7 +175,7 @@ def _heading(question: Question, setting: Setting) -> str:
     promised = [f"{name} {1e3 * s:g} ms" for name, s in (("TTFT", promise.ttft), ("TPOT", promise.tpot)) if s]
     wish = {"throughput": "most tokens a second", "tpot": "shortest TPOT", "ttft": "shortest TTFT"}[question.objective]
     return (
-        f"{setting.name} on {question.space.gpus} x {setting.machine.device.name} ({setting.machine.name})\n"
+        f"{setting.name} on {question.space.gpus} x {setting.machine.device.name} ({setting.machine.name}), {setting.dtype}\n"
         f"{demand.rate:.3g} requests/s of {demand.mean_input:.0f} + {demand.mean_output:.0f} tokens; {wish}"
         + (f" within {', '.join(promised)}" if promised else "")
     )

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 
+from flexmoe.config.engine import CLEARLY_FASTER
 from flexmoe.config.model import ModelConfig
 from flexmoe.errors import ConfigError, EngineError
 from flexmoe.kernels.linear import PackedLinear
-from flexmoe.scheduling.roofline import StepTokens, flops_per_byte, step_tokens
+from flexmoe.scheduling.roofline import StepTokens, step_tokens
 
 _log = logging.getLogger(__name__)
 _PROBE_BYTES = 8 * 2**20  # weights rotated through, so that a large cache does not hide the memory
 _PROBE_SECONDS = 0.02
 _MANY_ROWS = 64
 _CGROUP = Path("/sys/fs/cgroup")
-_CLEARLY = 1.25  # fp32 takes twice the memory, so it must win by more than the noise of a short measurement
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,7 +61,7 @@ def computing_on(device: torch.device) -> Iterator[None]:
 def tokens_on(device: torch.device, config: ModelConfig, dtype: torch.dtype, *, local: bool = True) -> StepTokens:
     """How many tokens a step should compute there. local: this process may ask the device its name."""
     card = torch.cuda.get_device_name(device) if local and device.type == "cuda" else None
-    return step_tokens(config, flops_per_byte(device.type, card), dtype.itemsize)
+    return step_tokens(config, dtype.itemsize, device.type, card)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -135,7 +135,7 @@ def choose_dtype(
         return native
     rows = (_MANY_ROWS,) if few_rows_in_c else (1, _MANY_ROWS)
     own, wide = (_probe(config, dtype, rows) for dtype in (native, torch.float32))
-    chosen = torch.float32 if wide * _CLEARLY < own else native
+    chosen = torch.float32 if wide * CLEARLY_FASTER < own else native
     _log.info("dtype probe: %s %.0f us, float32 %.0f us; using %s.", native, own * 1e6, wide * 1e6, chosen)
     return chosen
 

@@ -53,7 +53,7 @@ class Estimate:
     demanded rate; most: as many as times promised and memory allow, and limit: which of them stops it.
     ttft, tpot: seconds, at the demanded rate. throughput: output tokens a second of all replicas with `most` requests
     each. first, token, work: the terms of ttft, of tpot, and of one over throughput.
-    extrapolated: the machine's tables do not reach so far.
+    rate: requests a second that all replicas answer at most. extrapolated: the machine's tables do not reach so far.
     """
 
     candidate: Candidate
@@ -69,6 +69,7 @@ class Estimate:
     first: Terms = field(default_factory=dict)
     token: Terms = field(default_factory=dict)
     work: Terms = field(default_factory=dict)
+    rate: float = 0.0
     extrapolated: bool = False
 
 
@@ -114,19 +115,23 @@ class _Steady:
         return Estimate(
             candidate=self.candidate, missed=self._missed(batch), hopeless=not most, batch=batch or self.bound,
             most=working, limit=limit, ttft=sum(first.values()), tpot=tpot, throughput=1 / sum(work.values()),
-            first=first, token=self._token(batch or self.bound), work=work, extrapolated=self.steps.extrapolated,
+            first=first, token=self._token(batch or self.bound), work=work, rate=self._most_requests(),
+            extrapolated=self.steps.extrapolated,
         )  # fmt: skip
 
     def _missed(self, batch: int) -> str:
         """What is not kept, in words."""
-        rate = self.bound / self._token_seconds(self.bound) / self.demand.mean_output * self.candidate.replicas
         if not batch:
-            return f"answers {rate:.3g} requests/s, asked are {self.demand.rate:.3g}"
+            return f"answers {self._most_requests():.3g} requests/s, asked are {self.demand.rate:.3g}"
         first, token = sum(self._first(batch).values()), self._token_seconds(batch)
         for name, value, promised in (("TTFT", first, self.promise.ttft), ("TPOT", token, self.promise.tpot)):
             if promised is not None and value > promised:
                 return f"{name} {value * 1e3:.3g} ms, promised are {promised * 1e3:.3g}"
         return ""
+
+    def _most_requests(self) -> float:
+        """A second, of all replicas, whatever is promised."""
+        return self.bound / self._token_seconds(self.bound) / self.demand.mean_output * self.candidate.replicas
 
     def _keeps_promise(self, batch: int) -> bool:
         promise = self.promise

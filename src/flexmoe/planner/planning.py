@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 
-from flexmoe.config.engine import LoadConfig, SchedulerConfig
+from flexmoe.config.engine import CLEARLY_FASTER, LoadConfig, SchedulerConfig
 from flexmoe.config.machine import Machine, shipped_machines
 from flexmoe.config.model import ModelConfig
 from flexmoe.config.plan import ParallelPlan
@@ -30,7 +30,7 @@ from flexmoe.planner.simulator import Fleet, simulate
 from flexmoe.planner.space import Candidate, Space
 from flexmoe.planner.steps import Steps
 from flexmoe.planner.workload import Workload
-from flexmoe.scheduling.roofline import StepTokens, flops_per_byte, step_tokens
+from flexmoe.scheduling.roofline import StepTokens, step_tokens
 
 BLOCK = 16  # tokens of a KV block, the engine's default
 _ROWS = 512  # of the step whose imbalance is told
@@ -62,8 +62,9 @@ class Setting:
         cls, name: str, model: ModelConfig, machine: Machine, dtype: str = "auto", quantization: str | None = None,
         loads: tuple[LayerLoad, ...] = (),
     ) -> Setting:  # fmt: skip
-        """dtype "auto": the checkpoint's own."""
-        return cls(name, model, machine, model.checkpoint_dtype if dtype == "auto" else dtype, quantization, loads)
+        """dtype "auto": what the engine takes by itself."""
+        found = _usual_dtype(model, machine) if dtype == "auto" else dtype
+        return cls(name, model, machine, found, quantization, loads)
 
     def resized(self, gpus: int | None) -> Setting:
         """On so many devices; None: on the machine's. Raises ConfigError if nothing is known of a link among them."""
@@ -88,8 +89,7 @@ class Setting:
     def step_tokens(self) -> StepTokens:
         """Of a step, what pays by the roofline: what the engine takes by itself."""
         device = self.machine.device
-        balance = flops_per_byte(device.kind, device.name)
-        return step_tokens(self.model, balance, 4 if self.dtype == "float32" else 2)
+        return step_tokens(self.model, 4 if self.dtype == "float32" else 2, device.kind, device.name)
 
     def space(self, *, one_engine: bool = False, only_data_parallel: bool = False) -> Space:
         """All ways to use the machine's devices."""
@@ -107,16 +107,20 @@ class Setting:
 
         one_pass: see CostModel.
         """
-        most = limits.max_num_batched_tokens or self.step_tokens.most
+        asked = limits.max_num_batched_tokens
         cost = CostModel(
             self.machine, self.model, plan, dtype=self.dtype, quantization=self.quantization, routing=self.routing,
             one_pass=one_pass,
         )  # fmt: skip
-        return Steps(cost, most)
+        return Steps(cost, asked or self.step_tokens.most, asked or self.step_tokens.widest)
 
     def search(self, question: Question) -> Found:
         """See search.py. Where routing was recorded, plans that spread experts place them by it."""
-        return search(self.model, question, lambda candidate: self._placed(candidate, question.limits))
+        try:
+            return search(self.model, question, lambda candidate: self._placed(candidate, question.limits))
+        except ConfigError as error:
+            half = " In a 16-bit dtype weights take half." if self.dtype == "float32" else ""
+            raise ConfigError(f"{error}{half}") from None
 
     def candidate(self, plan: str, workload: Workload, limits: SchedulerConfig) -> Candidate:
         """The plan of a file, as often as the devices allow; of "auto" the best. Raises ConfigError if it misfits."""
@@ -196,6 +200,15 @@ class Setting:
         """The recorded loads of each pipeline stage's layers."""
         stages = [Shard(plan, self.model, rank).layers for rank in range(0, plan.num_ranks, plan.stage_size)]
         return [[load for load in self.loads if load.layer in layers] for layers in stages]
+
+
+def _usual_dtype(model: ModelConfig, machine: Machine) -> str:
+    """By the machine's file, what `engine.device.choose_dtype` finds by trying, where few rows go through the C kernels."""
+    own, device = model.checkpoint_dtype, machine.device
+    if device.kind != "cpu" or own == "float32":
+        return own
+    is_slow = device.flops("float32") > CLEARLY_FASTER * device.flops(own)
+    return "float32" if is_slow or own == "float16" else own
 
 
 def _like(machine: Machine, devices: int) -> list[str]:

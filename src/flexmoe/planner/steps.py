@@ -22,10 +22,13 @@ _REPLICA_SHARE = 0.25  # of the memory that weights leave, which replicas of exp
 
 
 class Steps:
-    """Step times and memory of a plan. step_tokens: computed together at most, by each data rank."""
+    """Step times and memory of a plan. step_tokens: computed together at most, by each data rank.
 
-    def __init__(self, cost: CostModel, step_tokens: int = 2048) -> None:
-        self.cost, self.step_tokens = cost, step_tokens
+    widest: the same where nobody reads along, for which there must be memory; 0: no more.
+    """
+
+    def __init__(self, cost: CostModel, step_tokens: int = 2048, widest: int = 0) -> None:
+        self.cost, self.step_tokens, self._widest = cost, step_tokens, max(step_tokens, widest)
         self.beyond: set[str] = set()  # terms that reached past what was measured, of all that was asked
         self._terms: dict[tuple[int, ...], Terms] = {}
         self._seconds: dict[tuple[int, ...], float] = {}
@@ -42,7 +45,7 @@ class Steps:
 
     def refusal(self, max_tokens: int) -> str:
         """Why a request of so many tokens has no room, "" if it has."""
-        return "" if max_tokens <= self.kv_tokens else self.cost.memory(max_tokens, self.step_tokens).reason
+        return "" if max_tokens <= self.kv_tokens else self.cost.memory(max_tokens, self._widest).reason
 
     @cached_property
     def kv_tokens(self) -> int:
@@ -52,7 +55,7 @@ class Steps:
     @cached_property
     def _memory(self) -> MemoryUse:
         """Without a cache."""
-        return self.cost.memory(0, self.step_tokens)
+        return self.cost.memory(0, self._widest)
 
     @property
     def spare_experts(self) -> int:

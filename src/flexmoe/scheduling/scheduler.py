@@ -1,7 +1,7 @@
 """Scheduler: what the next step computes. Enters: requests, sampled tokens. Leaves: steps, finished requests.
 
 Continuous batching: every step takes the next token of each decoding request, then chunks of prompts in order of
-arrival, up to a budget of tokens, which is as large as pays (see roofline). Beside a decoding request that is watched,
+arrival, up to a budget of tokens, which is as large as pays (see roofline), more where nobody reads along. Beside a decoding request that is watched,
 whose tokens somebody reads as they come, prompts get what keeps the step within `max_decode_slowdown` times its decodes
 alone, by what steps of this run took (see pace). Where no request is watched only throughput counts, and decodes beside
 prompts are a second pass over the weights: decodes then wait while prompts fill whole steps, and prompts until they do.
@@ -64,15 +64,14 @@ class Scheduler:
         self.config = config
         self._one_pass = one_pass
         self.blocks = blocks
-        tokens = tokens or StepTokens()
-        self._budget = tokens.most
-        most = self.max_tokens
+        self._tokens = tokens = tokens or StepTokens()
+        self._num_watched = 0  # of all requests
+        most = self._watched_budget
         self._pace = Pace(StepTokens(most, min(tokens.least, most)), config.max_decode_slowdown)
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._arrivals = count()
-        self._num_watched = 0  # of all requests
         self._retry_at = 0  # value of blocks.num_gained below which the first waiting request cannot fit
 
     @property
@@ -89,13 +88,22 @@ class Scheduler:
 
     @property
     def max_tokens(self) -> int:
-        """The budget of a step."""
-        return self.config.max_num_batched_tokens or self._budget
+        """The budget of a step, at most."""
+        return self.config.max_num_batched_tokens or self._tokens.widest
+
+    @property
+    def _watched_budget(self) -> int:
+        return self.config.max_num_batched_tokens or self._tokens.most
+
+    @property
+    def _budget(self) -> int:
+        """Of the next step."""
+        return self._watched_budget if self._num_watched else self.max_tokens
 
     @property
     def _seats(self) -> int:
         """Requests that may run: a step must have a token for each."""
-        return min(self.config.seats, self.max_tokens)
+        return min(self.config.seats, self._watched_budget)
 
     @property
     def num_tokens(self) -> int:
@@ -257,7 +265,7 @@ class Scheduler:
             budget -= self._schedule_prefill(request, start, budget, prefills)
         if admit:
             self._admit(budget, decodes, prefills)
-        if len(decodes) + sum(chunk.num_tokens for chunk in prefills) > self.max_tokens:
+        if len(decodes) + sum(chunk.num_tokens for chunk in prefills) > self._budget:
             decodes.clear()
         return prefills
 
@@ -266,7 +274,7 @@ class Scheduler:
 
         ended: of the running requests those that will have ended by then, gain: blocks that will be free besides.
         """
-        left = self.max_tokens - len(decodes)
+        left = self._budget - len(decodes)
         if self._num_watched:
             watched = any(chunk.request.watched for chunk in decodes)
             return min(left, self._pace.limit(len(decodes))) if watched else left
@@ -274,8 +282,8 @@ class Scheduler:
             return left
         running, free = len(self._running) - ended, self.blocks.num_free + gain
         ready, more = self._ready(begun, running, free)
-        if ready >= self.max_tokens:
-            return self.max_tokens
+        if ready >= self._budget:
+            return self._budget
         idle = min(1 - running / self._seats, free / self.blocks.num_blocks)
         return 0 if more and idle <= _IDLE else left
 
@@ -286,7 +294,7 @@ class Scheduler:
         free -= running
         for taken, request in enumerate(self._waiting, running):
             free -= request.num_tokens // self.blocks.block_size + 1
-            if begun >= self.max_tokens or taken >= self._seats or free < 0:
+            if begun >= self._budget or taken >= self._seats or free < 0:
                 return begun, True
             begun += request.num_tokens
         return begun, False
