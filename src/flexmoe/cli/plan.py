@@ -162,8 +162,8 @@ def _print(found: Found, question: Question, setting: Setting, top: int, *, expl
     most, asked = max(ranked.estimate.rate for ranked in able), question.demand.rate
     if most < asked:
         console.print(
-            f"No plan keeps up: {most:.3g} requests/s are answered at most, asked are {asked:.3g}. Times are those with as "
-            "many at once as fit, and who comes later waits ever longer; ask for less by --rate.",
+            f"No plan keeps up: {most:.3g} requests/s are answered at most, asked are {asked:.3g}. Times are those with "
+            "as many at once as fit, and who comes later waits ever longer; ask for less by --rate.",
             style="yellow", markup=False,
         )  # fmt: skip
     if explain:
@@ -174,8 +174,9 @@ def _heading(question: Question, setting: Setting) -> str:
     demand, promise = question.demand, question.promise
     promised = [f"{name} {1e3 * s:g} ms" for name, s in (("TTFT", promise.ttft), ("TPOT", promise.tpot)) if s]
     wish = {"throughput": "most tokens a second", "tpot": "shortest TPOT", "ttft": "shortest TTFT"}[question.objective]
+    machine = setting.machine
     return (
-        f"{setting.name} on {question.space.gpus} x {setting.machine.device.name} ({setting.machine.name}), {setting.dtype}\n"
+        f"{setting.name} on {question.space.gpus} x {machine.device.name} ({machine.name}), {setting.dtype}\n"
         f"{demand.rate:.3g} requests/s of {demand.mean_input:.0f} + {demand.mean_output:.0f} tokens; {wish}"
         + (f" within {', '.join(promised)}" if promised else "")
     )

@@ -203,7 +203,7 @@ class Setting:
 
 
 def _usual_dtype(model: ModelConfig, machine: Machine) -> str:
-    """By the machine's file, what `engine.device.choose_dtype` finds by trying, where few rows go through the C kernels."""
+    """By the machine's file, what `engine.device.choose_dtype` finds by trying. Few rows go through the C kernels."""
     own, device = model.checkpoint_dtype, machine.device
     if device.kind != "cpu" or own == "float32":
         return own

@@ -1,10 +1,11 @@
 """Scheduler: what the next step computes. Enters: requests, sampled tokens. Leaves: steps, finished requests.
 
 Continuous batching: every step takes the next token of each decoding request, then chunks of prompts in order of
-arrival, up to a budget of tokens, which is as large as pays (see roofline), more where nobody reads along. Beside a decoding request that is watched,
-whose tokens somebody reads as they come, prompts get what keeps the step within `max_decode_slowdown` times its decodes
-alone, by what steps of this run took (see pace). Where no request is watched only throughput counts, and decodes beside
-prompts are a second pass over the weights: decodes then wait while prompts fill whole steps, and prompts until they do.
+arrival, up to a budget of tokens, which is as large as pays, and larger where nobody reads along (see roofline). Beside
+a decoding request that is watched, whose tokens somebody reads as they come, prompts get what keeps the step within
+`max_decode_slowdown` times its decodes alone, by what steps of this run took (see pace). Where no request is watched
+only throughput counts, and decodes beside prompts are a second pass over the weights: decodes then wait while prompts
+fill whole steps, and prompts until they do.
 
 First come, first served: requests start in order of arrival, and when blocks run out the latest goes back to waiting,
 to be recomputed (its tokens are kept). Hence
