@@ -162,7 +162,7 @@ def _print(found: Found, question: Question, setting: Setting, top: int, *, expl
     most, asked = max(ranked.estimate.rate for ranked in able), question.demand.rate
     if most < asked:
         console.print(
-            f"No plan keeps up: {most:.3g} requests/s are answered at most, asked are {asked:.3g}. Times are those with "
+            f"No plan keeps up: {most:.3g} requests/s are answered at most, asked are {asked:.3g}. Times are those of "
             "as many at once as fit, and who comes later waits ever longer; ask for less by --rate.",
             style="yellow", markup=False,
         )  # fmt: skip

@@ -100,7 +100,8 @@ class FusedLayer:
             self._linear(x, self._qkv, qkv, norm=self._input_norm)
         norm = self._qk_norm
         if self._sums is not None and norm is not None and norm.full:  # over heads of other ranks, too
-            qkv, norm = self._sums.norm_heads(qkv, norm, self._attention), None
+            self._sums.norm_heads(qkv, norm)
+            norm = None
         decode_attention(
             qkv, cache, rows, cos, sin, attended, norm=norm, clip=self._clip, window=self._window,
             workspace=b.attention, tile=self._tiles.attention(count, long=long), pdl=self._pdl,

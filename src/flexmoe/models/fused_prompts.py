@@ -37,7 +37,7 @@ from flexmoe.models.device_rows import PDL_CAPABILITY, PromptRows
 from flexmoe.models.fused import qk_norm, weight_of
 from flexmoe.models.fused_experts import narrowest
 from flexmoe.models.fused_grouped import compute_grouped
-from flexmoe.models.fused_ranks import slots_by_row
+from flexmoe.models.fused_ranks import norm_over_ranks, slots_by_row
 from flexmoe.models.fused_tiles import StepTiles
 from flexmoe.models.hopper import HopperKernels, hopper_kernels
 from flexmoe.models.seen import Seen
@@ -75,7 +75,8 @@ class PromptLayer:
         qkv, norm = self._project(normed, wanted), self._norm
         spans = rows.spans if wanted is None else rows.sample_spans
         if norm is not None and norm.full and self._mesh.tp.size > 1:  # over heads of other ranks, too
-            qkv, norm = attention.norm(qkv), None
+            norm_over_ranks(qkv, norm, self._mesh.tp)
+            norm = None
         query = qkv.new_empty(len(qkv), a.num_heads * a.head_dim)
         attended, hopper = torch.empty_like(query), self._attention
         fresh = None if hopper is None else qkv.new_empty(len(qkv), *cache.shape[1:])

@@ -19,14 +19,18 @@ from flexmoe.config.plan import ExpertPlacement
 from flexmoe.kernels.decode_attention import QKNormWeights
 from flexmoe.kernels.triton.all_reduce import PeerRows, all_reduce
 from flexmoe.kernels.triton.norm_linear import NormAfter
-from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
-from flexmoe.layers.attention import Attention
+from flexmoe.kernels.triton.qk_norm_over_ranks import norm_by_sums, qk_norm_over_ranks, sum_squares
 from flexmoe.moe.slots import SlotTable
 from flexmoe.parallel.comm import Group
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.peers import share, why_not_shared
 
 MOST_ONE_SHOT = 16 << 20  # bytes that a rank reads of the others; an all-reduce in rings sends less of large parts
+
+
+def norm_over_ranks(qkv: Tensor, norm: QKNormWeights, group: Group) -> None:
+    """Queries and keys of qkv [T, (Hq + 2 Hkv) D] are normed over the heads of the group's ranks, in place."""
+    norm_by_sums(qkv, group.all_reduce(sum_squares(qkv, norm), "qk_norm"), norm, group.size)
 
 
 class SharedSums:
@@ -50,9 +54,9 @@ class SharedSums:
         """Whether `add_product` and `add_experts` of so many rows can do a `NormAfter`."""
         return False
 
-    def norm_heads(self, qkv: Tensor, norm: QKNormWeights, attention: Attention) -> Tensor:
-        """qkv [T, (Hq + 2 Hkv) D] with queries and keys normed over the heads of all ranks."""
-        return attention.norm(qkv)
+    def norm_heads(self, qkv: Tensor, norm: QKNormWeights) -> None:
+        """Queries and keys of qkv [T, (Hq + 2 Hkv) D] are normed over the heads of all ranks, in place."""
+        norm_over_ranks(qkv, norm, self._tensor)
 
     def begin(self, x: Tensor) -> None:
         """x = the sum of the embeddings that each rank has some of."""
@@ -91,12 +95,12 @@ class OneShotSums(SharedSums):
     def start(self) -> None:
         self._turn = 0
 
-    def norm_heads(self, qkv: Tensor, norm: QKNormWeights, attention: Attention) -> Tensor:
+    def norm_heads(self, qkv: Tensor, norm: QKNormWeights) -> None:
         if not self.norms(len(qkv)):
-            return super().norm_heads(qkv, norm, attention)
+            super().norm_heads(qkv, norm)
+            return
         self._stage.traffic.count("qk_norm", (self._stage.size - 1) * len(qkv) * 2 * 4)
         qk_norm_over_ranks(self._squares, qkv, norm, pdl=self._pdl)
-        return qkv
 
     def part(self, rows: int) -> Tensor:
         return self._memories[self._turn].part[:rows] if self.norms(rows) else super().part(rows)

@@ -1,13 +1,15 @@
-"""Norm of queries and keys over all heads of a token, of which each rank holds some, in one launch.
+"""Norm of queries and keys over all heads of a token, of which each rank holds some.
 
-Enters: this rank's rows [T, q + 2 kv], and memory for two sums a row that the other ranks can read. Leaves: the rows,
-their queries and keys normed in place. A program takes a row, as in `all_reduce.py`, whose rules for memory hold here.
+Enters: this rank's rows [T, q + 2 kv]. Leaves: the rows, their queries and keys normed in place. Of few rows in one
+launch, by memory for two sums a row that the other ranks can read: a program takes a row, as in `all_reduce.py`, whose
+rules for memory hold here. Of many in two, between which the ranks add up the sums: `sum_squares`, `norm_by_sums`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,16 +62,73 @@ def _qk_norm(
     tl.store(keys, _scaled(key, key_mean, EPS, key_weight).to(element), mask=k < KV)
 
 
+@triton.jit
+def _sum_squares(
+    rows_ptr, sums_ptr, width, Q: tl.constexpr, KV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
+):  # fmt: skip
+    """Grid (T,)."""
+    row = tl.program_id(0).to(tl.int64)
+    q, k = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
+    query = tl.load(rows_ptr + row * width + q, mask=q < Q, other=0.0).to(tl.float32)
+    key = tl.load(rows_ptr + row * width + Q + k, mask=k < KV, other=0.0).to(tl.float32)
+    tl.store(sums_ptr + row * 2, tl.sum(query * query, 0))
+    tl.store(sums_ptr + row * 2 + 1, tl.sum(key * key, 0))
+
+
+@triton.jit
+def _norm_by_sums(
+    rows_ptr, sums_ptr, query_weight_ptr, key_weight_ptr, width,
+    Q: tl.constexpr, KV: tl.constexpr, EPS: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,)."""
+    row = tl.program_id(0).to(tl.int64)
+    q, k = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
+    query_weight = tl.load(query_weight_ptr + q, mask=q < Q, other=0.0)
+    key_weight = tl.load(key_weight_ptr + k, mask=k < KV, other=0.0)
+    queries, keys = rows_ptr + row * width + q, rows_ptr + row * width + Q + k
+    query = tl.load(queries, mask=q < Q, other=0.0).to(tl.float32)
+    key = tl.load(keys, mask=k < KV, other=0.0).to(tl.float32)
+    query_mean, key_mean = tl.load(sums_ptr + row * 2) / (P * Q), tl.load(sums_ptr + row * 2 + 1) / (P * KV)
+    element = rows_ptr.dtype.element_ty
+    tl.store(queries, _scaled(query, query_mean, EPS, query_weight).to(element), mask=q < Q)
+    tl.store(keys, _scaled(key, key_mean, EPS, key_weight).to(element), mask=k < KV)
+
+
+def sum_squares(rows: Tensor, norm: QKNormWeights) -> Tensor:
+    """Of rows [T, q + 2 kv], contiguous, the squares of queries and of keys: fp32 [T, 2]."""
+    T, width = rows.shape
+    sums = torch.empty(T, 2, dtype=torch.float32, device=rows.device)
+    _sum_squares[(T,)](rows, sums, width, **_blocks(norm))
+    return sums
+
+
+def norm_by_sums(rows: Tensor, sums: Tensor, norm: QKNormWeights, ranks: int) -> None:
+    """Norms the queries and keys of rows [T, q + 2 kv], contiguous, in place.
+
+    sums: what `sum_squares` gives, added up over so many ranks that each hold as many columns. norm: weights of this
+    rank's.
+    """
+    T, width = rows.shape
+    _norm_by_sums[(T,)](rows, sums, norm.query, norm.key, width, EPS=norm.eps, P=ranks, **_blocks(norm))
+
+
+def _blocks(norm: QKNormWeights) -> dict[str, int]:
+    q, kv = len(norm.query), len(norm.key)
+    block_q = triton.next_power_of_2(q)
+    return {
+        "Q": q, "KV": kv, "BLOCK_Q": block_q, "BLOCK_KV": triton.next_power_of_2(kv),
+        "num_warps": max(1, min(8, block_q // 256)),
+    }  # fmt: skip
+
+
 def qk_norm_over_ranks(peers: PeerRows, rows: Tensor, norm: QKNormWeights, *, pdl: bool = False) -> None:
     """Norms the queries and keys of rows [T, q + 2 kv], contiguous, by means over all ranks' columns.
 
     peers: rows of two fp32 each. norm: weights of this rank's q and kv columns. All ranks launch this for the same T.
     """
-    T, width = rows.shape
-    q, kv, P = len(norm.query), len(norm.key), peers.size
-    block_q = triton.next_power_of_2(q)
+    (T, width), P = rows.shape, peers.size
     _qk_norm[(T,)](
         peers.part, peers.parts, peers.flags, rows, norm.query, norm.key, len(peers.part), width,
-        Q=q, KV=kv, EPS=norm.eps, RANK=peers.rank, P=P, BLOCK_P=triton.next_power_of_2(P), BLOCK_Q=block_q,
-        BLOCK_KV=triton.next_power_of_2(kv), PDL=pdl, num_warps=max(1, min(8, block_q // 256)), launch_pdl=pdl,
+        EPS=norm.eps, RANK=peers.rank, P=P, BLOCK_P=triton.next_power_of_2(P), PDL=pdl, launch_pdl=pdl, **_blocks(norm),
     )  # fmt: skip
