@@ -1,9 +1,10 @@
 """What the operations of a decode step take in the C kernels. Enters: a ModelConfig, rows, contexts. Leaves: seconds.
 
 The kernels compute a step part by part: attention with its projections, feed-forward, head. Attention proper is what a
-long context takes more than one of a single key; it is below 0 if that is lost in noise. Layers rotate, so that weights
-come from memory. The median of some runs counts: a step has no better luck, where other programs share the memory.
-The head is that of greedy steps, which read less of it.
+long context takes more than one of a single key, of runs in turns, lest what else the machine does counts as attention;
+it is below 0 if it is lost in noise all the same. Layers rotate, so that weights come from memory. The median of some
+runs counts: a step has no better luck, where other programs share the memory. The head is that of greedy steps, which
+read less of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ class NativeLayers:
         model.pack(threads)
         assert model.native is not None
         self._native = model.native
+        self._layers = itertools.cycle(range(config.num_layers))
 
     @property
     def most_rows(self) -> int:
@@ -45,9 +48,9 @@ class NativeLayers:
 
     def step(self, rows: int, context: int) -> dict[str, float]:
         """Seconds of "projections", "attention" and "feed" of a layer, and of "head"."""
-        short, long = self._seconds(Part.ATTEND, rows, 1), self._seconds(Part.ATTEND, rows, context)
+        projections, attention = self._attend(rows, context)
         return {
-            "projections": short, "attention": long - short,
+            "projections": projections, "attention": attention,
             "feed": self._seconds(Part.FEED, rows, context), "head": self._seconds(Part.BEST, rows, 1),
         }  # fmt: skip
 
@@ -57,9 +60,20 @@ class NativeLayers:
 
     def attention(self, rows: int, context: int) -> float:
         """Of a layer, projections apart."""
-        return self._seconds(Part.ATTEND, rows, context) - self._seconds(Part.ATTEND, rows, 1)
+        return self._attend(rows, context)[1]
+
+    def _attend(self, rows: int, context: int) -> tuple[float, float]:
+        """Seconds of the projections, and of attention proper."""
+        short, long = self._timed(Part.ATTEND, rows, 1), self._timed(Part.ATTEND, rows, context)
+        took = [(next(short), next(long)) for _ in _turns(2 * _SECONDS)]
+        return statistics.median(a for a, _ in took), statistics.median(b - a for a, b in took)
 
     def _seconds(self, part: Part, rows: int, context: int) -> float:
+        timed = self._timed(part, rows, context)
+        return statistics.median(next(timed) for _ in _turns(_SECONDS))
+
+    def _timed(self, part: Part, rows: int, context: int) -> Iterator[float]:
+        """Seconds of one run after another, layer by layer."""
         blocks = -(-context // _BLOCK)
         cache = KVCache(self.config, rows * blocks, _BLOCK, self.dtype, torch.device("cpu"))
         for kept in cache.layers:
@@ -70,12 +84,17 @@ class NativeLayers:
         paged = PagedRows(tokens.astype(np.int64), tables, lengths, np.arange(rows), _BLOCK)
         run = self._native.parts(paged, cache)
         run(Part.EMBED, 0)
-        layers = itertools.cycle(range(self.config.num_layers))
-        took: list[float] = []
-        end = time.perf_counter() + _SECONDS
-        while len(took) < _FEWEST or (len(took) < _MOST and time.perf_counter() < end):
-            layer = next(layers)
+        while True:
+            layer = next(self._layers)
             start = time.perf_counter()
             run(part, None if part is Part.GREEDY else layer)
-            took.append(time.perf_counter() - start)
-        return statistics.median(took)
+            yield time.perf_counter() - start
+
+
+def _turns(seconds: float) -> Iterator[int]:
+    """As many as fit into the time, within bounds."""
+    end = time.perf_counter() + seconds
+    for number in range(_MOST):
+        if number >= _FEWEST and time.perf_counter() >= end:
+            return
+        yield number
