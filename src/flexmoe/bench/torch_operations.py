@@ -1,8 +1,9 @@
 """What the operations of a layer take in torch, as prompts go through it. Enters: a ModelConfig, rows. Leaves: seconds.
 
-The parts are timed through the layer's own modules, and the layer as a whole; what it has beside attention and experts
-is called "router". Attention proper is the module less its projections; such a difference is below 0 if it is lost in
-noise. Layers rotate, so that weights come from memory.
+The parts are timed through the layer's own modules; what a layer has beside attention and experts, norms, router and
+sums, is called "router". Attention proper is the module less its projections, of calls in turns, lest what else the
+machine does counts as attention; it is below 0 if it is lost in noise all the same. Layers rotate, so that weights come
+from memory.
 """
 
 from __future__ import annotations
@@ -86,18 +87,28 @@ class TorchLayers:
         heads = heads.to(self.dtype)
         ids, weights = _choices(config, rows, self.device)
 
-        def time_of(call: Callable[[DecoderLayer, int], Any]) -> float:
-            return self.seconds(lambda i: call(layers[i], i))
+        def beside(layer: DecoderLayer) -> None:
+            normed = layer.input_norm(x)
+            between = x + normed
+            assert layer.moe is not None
+            layer.moe.router(layer.mlp_norm(between))
+            between.add_(normed)
 
-        whole = time_of(lambda layer, i: layer(x, cos, sin, cache.layers[i], batch))
-        attention = time_of(lambda layer, i: layer.attention(x, cos, sin, cache.layers[i], batch))
-        qkv, out = (
-            time_of(lambda layer, _: layer.attention.qkv(x)),
-            time_of(lambda layer, _: layer.attention.out(heads)),
+        def timed(*calls: Callable[[DecoderLayer, int], Any]) -> list[tuple[float, ...]]:
+            return self.turns([functools.partial(lambda call, i: call(layers[i], i), call) for call in calls])
+
+        took = timed(
+            lambda layer, i: layer.attention(x, cos, sin, cache.layers[i], batch),
+            lambda layer, _: layer.attention.qkv(x),
+            lambda layer, _: layer.attention.out(heads),
         )
-        experts = time_of(lambda layer, _: layer.moe.experts(x, ids, weights))  # type: ignore[union-attr]
-        attended, rest = attention - qkv - out, whole - attention - experts
-        return {"qkv": qkv, "out": out, name: attended, "experts": experts, "router": rest}
+        parts = {
+            "qkv": [qkv for _, qkv, _ in took], "out": [out for _, _, out in took],
+            name: [whole - qkv - out for whole, qkv, out in took],
+            "experts": [one for one, in timed(lambda layer, _: layer.moe.experts(x, ids, weights))],  # type: ignore[union-attr]
+            "router": [one for one, in timed(lambda layer, _: beside(layer))],
+        }  # fmt: skip
+        return {part: statistics.median(seconds) for part, seconds in parts.items()}
 
     @torch.inference_mode()
     def host_seconds(self, chunks: int = 1) -> float:
@@ -118,20 +129,21 @@ class TorchLayers:
             took.append((time.perf_counter() - start) / len(cache.layers))
         return statistics.median(took[_FEWEST:])
 
-    def seconds(self, call: Call) -> float:
-        """Of one call, layers in turn: the median."""
+    def turns(self, calls: Sequence[Call]) -> list[tuple[float, ...]]:
+        """Seconds of each of the calls, turn after turn, a layer each."""
         layers = itertools.cycle(range(self.config.num_layers))
-        run = functools.partial(_timed_on_gpu if self.device.type == "cuda" else _timed, call)
+        timed = _timed_on_gpu if self.device.type == "cuda" else _timed
         begun = time.perf_counter()
         for _ in range(2):
-            run(next(layers))
-        took: list[float] = []
-        end = time.perf_counter() + _SECONDS
+            for call in calls:
+                timed(call, next(layers))
+        took: list[tuple[float, ...]] = []
+        end = time.perf_counter() + _SECONDS * len(calls)
         while len(took) < _MOST and (len(took) < _FEWEST or time.perf_counter() < end):
-            took.append(run(next(layers)))
-            if time.perf_counter() > begun + _LONGEST:
+            took.append(tuple(timed(call, next(layers)) for call in calls))
+            if time.perf_counter() > begun + _LONGEST * len(calls):
                 break
-        return statistics.median(took)
+        return took
 
 
 def _choices(config: ModelConfig, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
