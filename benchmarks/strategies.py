@@ -175,13 +175,17 @@ class Bench:
 
     def _options(self) -> Row:
         args, most = self.args, max(self.args.batch)
-        # All prompts in one step, so that all rows decode together.
-        step = max(most * args.prompt_len, *args.prompts, 0)
         longest = max(args.prompt_len + args.output_len, *args.prompts, sum(_MANY) if args.requests else 0)
         return {
             "dtype": args.dtype, "device": args.device, "max_num_seqs": max(most, min(args.requests, MAX_ROWS)),
-            "max_model_len": longest + 1, "max_num_batched_tokens": step,
-        } | ({} if args.device == "cuda" else {"kv_cache_memory": args.kv_cache_memory})  # fmt: skip
+            "max_model_len": longest + 1,
+        } | ({} if args.device == "cuda" else self._on_a_cpu())  # fmt: skip
+
+    def _on_a_cpu(self) -> Row:
+        """All prompts in one step, so that all rows decode together; a GPU's own steps are so large that they do."""
+        args = self.args
+        step = max(max(args.batch) * args.prompt_len, *args.prompts, 0)
+        return {"max_num_batched_tokens": step, "kv_cache_memory": args.kv_cache_memory}
 
     def _measure(self, engine: Ours, setup: Setup) -> Iterator[Row]:
         plan = setup.plan
