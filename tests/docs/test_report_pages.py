@@ -71,7 +71,7 @@ def drawn(axes: Any, kind: str) -> list[float]:
     return sorted(sizes + [float(y) for line in lines for y in (line[:1] if kind == "latency" else line)])
 
 
-@pytest.mark.parametrize(("name", "pages", "size"), [("poster", 1, A0), ("report", 10, A4)])
+@pytest.mark.parametrize(("name", "pages", "size"), [("poster", 1, A0), ("report", 11, A4)])
 def test_pages_are_as_many_as_expected_with_all_fonts_inside(
     built: Path, name: str, pages: int, size: tuple[int, int]
 ) -> None:

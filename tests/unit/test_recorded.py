@@ -91,13 +91,13 @@ def test_a_model_that_is_not_the_one_named_has_no_floor(model: dict[str, Any]) -
 
 
 def test_rows_that_hold_their_floor_hold_the_same() -> None:
-    """Experts were counted in those, and the speed of memory measured anew: hence the tolerance. Cards differ by 2%."""
+    """Experts were counted in those, and the speed of memory measured anew: hence the tolerance. Cards differ by 3%."""
     lines = (RESULTS / "h200_strategies.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "floor_ms" in row["result"]]
     assert {row["config"]["ranks"] for row in rows} == {1, 2, 4}
     for row in rows:
         least = 1e3 * step_needs(row).seconds(Speed(4529.94e9, 768e12))
-        assert least == pytest.approx(row["result"]["floor_ms"], rel=0.03), row["model"]["label"]
+        assert least == pytest.approx(row["result"]["floor_ms"], rel=0.035), row["model"]["label"]
 
 
 def test_a_share_of_a_layer_by_hand() -> None:

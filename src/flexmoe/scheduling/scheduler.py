@@ -62,17 +62,15 @@ class Scheduler:
 
         one_pass: decodes and prompts of a step read the weights once.
         """
-        self.config = config
-        self._one_pass = one_pass
-        self.blocks = blocks
+        self.config, self.blocks, self._one_pass = config, blocks, one_pass
         self._tokens = tokens = tokens or StepTokens()
-        self._num_watched = 0  # of all requests
-        most = self._watched_budget
+        most = config.max_num_batched_tokens or tokens.most
         self._pace = Pace(StepTokens(most, min(tokens.least, most)), config.max_decode_slowdown)
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._arrivals = count()
+        self._num_watched = 0  # of all requests
         self._retry_at = 0  # value of blocks.num_gained below which the first waiting request cannot fit
 
     @property
@@ -93,18 +91,14 @@ class Scheduler:
         return self.config.max_num_batched_tokens or self._tokens.widest
 
     @property
-    def _watched_budget(self) -> int:
-        return self.config.max_num_batched_tokens or self._tokens.most
-
-    @property
     def _budget(self) -> int:
         """Of the next step."""
-        return self._watched_budget if self._num_watched else self.max_tokens
+        return (self.config.max_num_batched_tokens or self._tokens.most) if self._num_watched else self.max_tokens
 
     @property
     def _seats(self) -> int:
         """Requests that may run: a step must have a token for each."""
-        return min(self.config.seats, self._watched_budget)
+        return min(self.config.seats, self.config.max_num_batched_tokens or self._tokens.most)
 
     @property
     def num_tokens(self) -> int:
