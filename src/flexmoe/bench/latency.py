@@ -2,8 +2,9 @@
 
 Enters: LatencyOptions. Leaves: rows, one for each engine and batch size, as soon as it is measured.
 
-All prompts of a batch start together and get exactly as many tokens. A step takes (time for N + 1 tokens - time for
-1) / N, which leaves prompts out; both times are the best of two after a warm-up. The floor counts the experts that
+All prompts of a batch start together and get exactly as many tokens. A step of ours is the median of those timed one by
+one. Others are timed as a whole: (time for N + 1 tokens - time for 1) / N, each the best of two after a warm-up, which
+leaves prompts out, but not by how much two runs of long ones differ. The floor counts the experts that
 the same requests really touched. Other engines compute with the weights of ours, so that tokens can be compared.
 """
 
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import gc
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -169,6 +171,7 @@ class _Bench:
                 steps = engine.step_seconds(prompts, count)
                 row = {"peak_memory_gib": _peak_memory(self.device)}
                 row["step_ms"] = summary([1e3 * step for step in steps]) if steps else None
+                timing = replace(timing, step=statistics.median(steps)) if steps else timing
                 self.answers[batch] = timing.tokens
             self.touched[batch] = self._touched(batch, engine.dtype.itemsize, engine.distinct_experts(prompts, count))
             if row is not None:
