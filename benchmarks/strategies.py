@@ -182,7 +182,9 @@ class Bench:
         } | ({} if args.device == "cuda" else self._on_a_cpu())  # fmt: skip
 
     def _on_a_cpu(self) -> Row:
-        """All prompts in one step, so that all rows decode together; a GPU's own steps are so large that they do."""
+        """All prompts in one step, so that all rows decode together. A GPU's steps are the engine's own, of 8,192 tokens:
+        what prompts do not fill goes with decodes.
+        """
         args = self.args
         step = max(max(args.batch) * args.prompt_len, *args.prompts, 0)
         return {"max_num_batched_tokens": step, "kv_cache_memory": args.kv_cache_memory}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flexmoe.config.engine import SchedulerConfig
@@ -35,6 +36,8 @@ class Expected:
         self._plan, self._limits = plan, limits
         self._setting = Setting.of(name, model, machine, dtype).resized(plan.num_ranks)
         self._steps = self._setting.steps(plan, limits)
+        wide = replace(limits, max_num_batched_tokens=limits.max_num_batched_tokens or self._setting.step_tokens.widest)
+        self._unwatched = self._setting.steps(plan, wide)
 
     def decode(self, batch: int, context: int) -> Row:
         """A step that gives each of so many requests a token."""
@@ -43,7 +46,7 @@ class Expected:
 
     def first_token(self, length: int) -> Row:
         """Of one prompt."""
-        return _figures("first_token_ms", self._steps.prompt(length))
+        return _figures("first_token_ms", self._unwatched.prompt(length))
 
     def many(self, requests: int, prompt_len: int, output_len: int) -> Row:
         """All at once, nobody watching. Raises ConfigError if one of them does not fit."""

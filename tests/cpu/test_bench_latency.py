@@ -71,7 +71,7 @@ def test_the_builtin_model(tmp_path: Path) -> None:
     table = done.stdout
     assert table.startswith("builtin: MixtralForCausalLM")
     assert "reads 10 GB/s" in table
-    assert "the median of 4 timed one by one, others' (time for 5 tokens - time for 1) / 4" in " ".join(table.split())
+    assert "the mean of 4 timed one by one, others' (time for 5 tokens - time for 1) / 4" in " ".join(table.split())
 
 
 def test_a_time_that_ran_backwards_is_no_figure_but_an_error(clock: EngineClock, tmp_path: Path) -> None:

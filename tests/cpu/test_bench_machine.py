@@ -52,9 +52,9 @@ def test_what_was_measured_twice_counts_as_the_quicker_time() -> None:
         return Sample(op, "float32", rows, (8192, 512), seconds)
 
     slow, quick, other = sample(3.0), sample(1.0), sample(2.0, rows=8)
-    assert machine_cpu.quickest([slow, other, quick, sample(2.0)]) == [quick, other]
+    assert machine_cpu.merged([slow, other, quick, sample(2.0)]) == [quick, other]
     differences = [sample(seconds, op="fused.attention") for seconds in (1.0, 2.0)]
-    assert machine_cpu.quickest(differences) == [sample(1.5, op="fused.attention")]
+    assert machine_cpu.merged(differences) == [sample(1.5, op="fused.attention")]
 
 
 class Operations(TorchDispatchMode):

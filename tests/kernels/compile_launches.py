@@ -34,7 +34,7 @@ from flexmoe.kernels.triton.expert_down import DownTile, expert_down_gemv, exper
 from flexmoe.kernels.triton.expert_gate_up import GateUpTile, expert_gate_up_gemv, expert_gate_up_grouped
 from flexmoe.kernels.triton.gather_rows import gather_rows
 from flexmoe.kernels.triton.norm_linear import NormAfter
-from flexmoe.kernels.triton.qk_norm_over_ranks import qk_norm_over_ranks
+from flexmoe.kernels.triton.qk_norm_over_ranks import norm_by_sums, qk_norm_over_ranks, sum_squares
 from flexmoe.kernels.triton.route import route
 from flexmoe.kernels.triton.topk import topk
 from flexmoe.layers.kv_cache import KVCache
@@ -120,13 +120,15 @@ def ranks() -> None:
     count_choices(torch.stack([ids] * 3), torch.zeros(3, E).long(), torch.zeros(3, E).long())
     router = torch.zeros(E, H, dtype=BF16)
     route(x.float(), x[0], 1e-5, router, x, logits, is_normed=True)
+    heads = QKNormWeights(x[0], x[0, : H // 4], 1e-5, full=True)
+    rows_of_heads = torch.zeros(T, H + H // 2, dtype=BF16)
+    norm_by_sums(rows_of_heads, sum_squares(rows_of_heads, heads), heads, 2)
     for size in (2, 4, 8):
         peers = PeerRows(x, words.new_zeros(size), words.new_zeros(size), 1)
         all_reduce(peers, x.float(), accumulate=False)
         all_reduce(peers, x.float(), accumulate=True, norm=NormAfter(x[0], 1e-5, x))
         gather_rows(peers, x.repeat(size, 1))
-        heads = QKNormWeights(x[0], x[0, : H // 4], 1e-5, full=True)
-        qk_norm_over_ranks(replace(peers, part=weights), torch.zeros(T, H + H // 2, dtype=BF16), heads)
+        qk_norm_over_ranks(replace(peers, part=weights), rows_of_heads, heads)
 
 
 def tails() -> None:

@@ -170,7 +170,7 @@ def test_what_does_not_fit_says_why() -> None:
     assert not use.fits
     assert use.kv_tokens == 0
     assert "needs" in use.reason
-    assert "weights 86.9" in use.reason
+    assert "weights in bfloat16 86.9" in use.reason
     assert "its device has 22.00 GiB" in use.reason
     assert CostModel(small, MIXTRAL, ParallelPlan(4)).memory(1000).weights < use.weights / 3.9
 

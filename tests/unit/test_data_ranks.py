@@ -9,7 +9,7 @@ import pytest
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.errors import RequestError
-from flexmoe.scheduling import BlockManager, DataRanks, Request, RequestStatus, Step
+from flexmoe.scheduling import BlockManager, DataRanks, Request, RequestStatus, Step, StepTokens
 from tests.unit.test_scheduling_properties import answer_alone, next_token
 
 SIZE = 4
@@ -88,6 +88,18 @@ def test_the_step_behind_is_that_of_all() -> None:
     ranks.add(request("c", 20))  # a prompt of two chunks: its data rank must wait, and so must the other
     ranks.update(ahead, [5, 5])
     assert ranks.schedule_ahead(ranks.schedule()) is None
+
+
+def test_who_reads_along_on_one_data_rank_makes_steps_of_all_shorter() -> None:
+    tokens = StepTokens(most=8, least=4, unwatched=16)
+    ranks = DataRanks(SchedulerConfig(max_num_seqs=4), [BlockManager(16, SIZE, False) for _ in range(2)], tokens)
+    watched = request("w", 3, new=20)
+    watched.watched = True
+    ranks.add(request("a", 26))
+    ranks.add(watched)
+    assert [part.num_tokens for part in ranks.schedule().parts] == [8, 3]
+    ranks.abort("w")
+    assert [part.num_tokens for part in ranks.schedule().parts] == [16, 0]
 
 
 def test_random_lives() -> None:

@@ -217,7 +217,7 @@ def test_steps_are_wider_while_nobody_watches() -> None:
     for name in "abc":
         device.add(name, 6000, 2, watched=False)
     assert device.step().num_tokens == 8192
-    device.add("w", 100, 2)  # whoever reads its first token waits for no such step
+    device.add("w", 100, 2)  # who reads its first token waits for no step of that size, but those on their way
     assert device.step().num_tokens == 2304
     device.scheduler.abort("w")
     assert device.step().num_tokens == 3 * 6000 - 8192 - 2303  # one of the 2,304 was a decode
@@ -259,7 +259,7 @@ def test_whatever_steps_take_decodes_come_first_and_the_oldest_prompt_advances(
                 break
             device.now = max(device.now, float(coming[0][1][3]))
             continue
-        alone = not device.scheduler._num_watched
+        alone = not device.scheduler.num_watched
         _check(device.step(), device, replace(tokens, most=tokens.widest) if alone else tokens)
         device.scheduler.check_integrity()
     assert all(request.status is RequestStatus.FINISHED for request in device.arrived)

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_with_its_bytes() -> None:
     refused = {r.estimate.candidate.name: r.reason for r in found.ranking if r.estimate.refused}
     assert set(refused) == {"2 engines x one rank"}
     assert "needs" in refused["2 engines x one rank"]
-    assert "weights 86.99 GiB" in refused["2 engines x one rank"]
+    assert "weights in bfloat16 86.99 GiB" in refused["2 engines x one rank"]
 
 
 def test_an_impossible_memory_is_one_clear_line() -> None:

@@ -2,10 +2,10 @@
 
 Enters: LatencyOptions. Leaves: rows, one for each engine and batch size, as soon as it is measured.
 
-All prompts of a batch start together and get exactly as many tokens. A step of ours is the median of those timed one by
-one. Others are timed as a whole: (time for N + 1 tokens - time for 1) / N, each the best of two after a warm-up, which
-leaves prompts out, but not by how much two runs of long ones differ. The floor counts the experts that
-the same requests really touched. Other engines compute with the weights of ours, so that tokens can be compared.
+All prompts of a batch start together and get exactly as many tokens. A step of ours is the mean of those timed one by
+one, in the better of two runs. Others are timed as a whole: (time for N + 1 tokens - time for 1) / N, each the best of
+two, which leaves prompts out, but not by how much two runs of long ones differ. The floor counts the experts that the
+same requests really touched. Other engines compute with the weights of ours, so that tokens can be compared.
 """
 
 from __future__ import annotations
@@ -168,10 +168,10 @@ class _Bench:
             if OURS in self.options.engines:
                 _forget_peak(self.device)
                 timing = self._time(engine, prompts, _WARMUPS)
-                steps = engine.step_seconds(prompts, count)
+                steps = min((engine.step_seconds(prompts, count) for _ in range(_REPEATS)), key=sum)
                 row = {"peak_memory_gib": _peak_memory(self.device)}
                 row["step_ms"] = summary([1e3 * step for step in steps]) if steps else None
-                timing = replace(timing, step=statistics.median(steps)) if steps else timing
+                timing = replace(timing, step=statistics.fmean(steps)) if steps else timing
                 self.answers[batch] = timing.tokens
             self.touched[batch] = self._touched(batch, engine.dtype.itemsize, engine.distinct_experts(prompts, count))
             if row is not None:

@@ -58,7 +58,7 @@ def measure_cpu(name: str, ranks: int, seconds: float, notify: Notify) -> Machin
     step, row = _host_seconds(cores)
     spec = replace(spec, host_s=step, host_row_s=row)
     links: tuple[Link, ...] = (_LINK,)
-    samples = quickest(run_jobs(_jobs(cores), seconds, notify))
+    samples = merged(run_jobs(_jobs(cores), seconds, notify))
     if ranks > 1:
         links = measured_links(ranks, "cpu", notify)
         for count in rank_counts(ranks):
@@ -97,7 +97,7 @@ def _prompts(shape: Shape, dtype: torch.dtype, native_threads: int | None) -> It
         yield prompt, partial(_measure, prompt_samples, layers, rows, before)
 
 
-def quickest(samples: Iterable[Sample]) -> list[Sample]:
+def merged(samples: Iterable[Sample]) -> list[Sample]:
     """Of those that measured the same the quickest, in the order of the first; of attention, a difference, the mean:
     the smallest of several differences is the one that noise made small.
     """

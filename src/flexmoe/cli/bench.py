@@ -105,7 +105,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             console.print(f"hf-best at batch {row['params']['batch']}: {row['config']['description']}")
     steps = rows[0]["params"]["output_len"]
     console.print(
-        f"ms: of a step, flexmoe's the median of {steps} timed one by one, others' (time for {steps + 1} tokens - time "
+        f"ms: of a step, flexmoe's the mean of {steps} timed one by one, others' (time for {steps + 1} tokens - time "
         f"for 1) / {steps}, best of two. floor: the bytes a step must read, D distinct experts a layer among them, "
         "at the speed at which this device reads. first: ms until all prompts have a token. equal: answers that are "
         "flexmoe's token for token, and where one leaves them.",

@@ -175,8 +175,9 @@ def _heading(question: Question, setting: Setting) -> str:
     promised = [f"{name} {1e3 * s:g} ms" for name, s in (("TTFT", promise.ttft), ("TPOT", promise.tpot)) if s]
     wish = {"throughput": "most tokens a second", "tpot": "shortest TPOT", "ttft": "shortest TTFT"}[question.objective]
     machine = setting.machine
+    numbers = f"{setting.quantization}, {setting.dtype}" if setting.quantization else setting.dtype
     return (
-        f"{setting.name} on {question.space.gpus} x {machine.device.name} ({machine.name}), {setting.dtype}\n"
+        f"{setting.name} on {question.space.gpus} x {machine.device.name} ({machine.name}), {numbers}\n"
         f"{demand.rate:.3g} requests/s of {demand.mean_input:.0f} + {demand.mean_output:.0f} tokens; {wish}"
         + (f" within {', '.join(promised)}" if promised else "")
     )

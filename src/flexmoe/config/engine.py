@@ -45,9 +45,9 @@ class SchedulerConfig:
     """Limits of one step of each data rank: requests that run together, and tokens computed together.
 
     max_num_seqs: None means what pays on the device, see `on`. max_num_batched_tokens: None means what the roofline of
-    model and device says. max_decode_slowdown: while a streamed answer is being decoded, a step that computes prompts
-    beside it takes at most so many times as long as without them, but for chunks so short that they would not be
-    cheaper if they were shorter.
+    model and device says, and on a GPU up to 8,192 where no answer is streamed. max_decode_slowdown: while a streamed
+    answer is being decoded, a step that computes prompts beside it takes at most so many times as long as without them,
+    but for chunks so short that they would not be cheaper if they were shorter.
     """
 
     max_num_seqs: int | None = None

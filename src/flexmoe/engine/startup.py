@@ -250,8 +250,9 @@ def _num_blocks(
     free = _free_beside_weights(mesh, config, dtype, device, options)
     if device.type == "cuda":
         tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).widest
-        # Twice for what may be a graph: such steps have memory of their own.
-        free = max(0, free - _activation_bytes(config, tokens + min(tokens, most_graphed(mesh.world.size)), dtype))
+        # Twice for what may be a graph: such steps have memory of their own. Experts may have all data ranks' rows.
+        rows = mesh.dp.size * (tokens + min(tokens, most_graphed(mesh.world.size)))
+        free = max(0, free - _activation_bytes(config, rows, dtype))
     per_context = -(-max_model_len // options.cache.block_size)
     size = block_bytes(mesh.shard(config).local, options.cache.block_size, dtype)
     blocks = _given_blocks(options.cache, size, per_context * size)
@@ -259,7 +260,7 @@ def _num_blocks(
         if blocks * size > free:
             raise ConfigError(
                 f"the KV cache would take {_gib(blocks * size)}, but beside the weights only {_gib(free)} of memory "
-                "are free; lower kv_cache_memory."
+                "are free; lower kv_cache_memory or max_num_batched_tokens."
             )
         return blocks
     share = _CPU_CACHE_SHARE if device.type == "cpu" else _GPU_CACHE_SHARE

@@ -131,7 +131,10 @@ class _Steady:
 
     def _most_requests(self) -> float:
         """A second, of all replicas, whatever is promised."""
-        return self.bound / self._token_seconds(self.bound) / self.demand.mean_output * self.candidate.replicas
+        seconds, output = self._token_seconds(self.bound), self.demand.mean_output
+        if self.bound == 1:  # prompts of as many requests as it can answer, not of as many as come
+            seconds += self._prompts(1 / output) - self._prompts(self._ended(1))
+        return self.bound / seconds / output * self.candidate.replicas
 
     def _keeps_promise(self, batch: int) -> bool:
         promise = self.promise

@@ -18,9 +18,10 @@ from flexmoe.planner.operations import BITS
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes of the rank that holds most. kv: of max_tokens tokens of its data rank."""
+    """Bytes of the rank that holds most. number: format of its weights. kv: of max_tokens tokens of its data rank."""
 
     rank: int
+    number: str
     weights: int
     kv: int
     kv_per_token: int
@@ -47,8 +48,9 @@ class MemoryUse:
         """Why it does not fit, or ""."""
         if self.fits:
             return ""
-        parts = {"weights": self.weights, "KV cache": self.kv, "activations": self.activations, "reserve": self.reserve}
-        words = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+        parts = {"KV cache": self.kv, "activations": self.activations, "reserve": self.reserve}
+        others = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+        words = f"weights in {self.number} {_gib(self.weights)}, {others}"
         return f"rank {self.rank} needs {_gib(self.total)} ({words}), but its device has {_gib(self.capacity)}."
 
 
@@ -69,6 +71,7 @@ def memory_use(
     share = min(plan.num_ranks, machine.devices_per_node) if machine.is_shared else 1
     return MemoryUse(
         rank=rank,
+        number=quantization or dtype,
         weights=weights[rank],
         kv=kept[rank] * max_tokens,
         kv_per_token=kept[rank],

@@ -63,7 +63,7 @@ class Setting:
         loads: tuple[LayerLoad, ...] = (),
     ) -> Setting:  # fmt: skip
         """dtype "auto": what the engine takes by itself."""
-        found = _usual_dtype(model, machine) if dtype == "auto" else dtype
+        found = _usual_dtype(model, machine, quantization) if dtype == "auto" else dtype
         return cls(name, model, machine, found, quantization, loads)
 
     def resized(self, gpus: int | None) -> Setting:
@@ -116,11 +116,7 @@ class Setting:
 
     def search(self, question: Question) -> Found:
         """See search.py. Where routing was recorded, plans that spread experts place them by it."""
-        try:
-            return search(self.model, question, lambda candidate: self._placed(candidate, question.limits))
-        except ConfigError as error:
-            half = " In a 16-bit dtype weights take half." if self.dtype == "float32" else ""
-            raise ConfigError(f"{error}{half}") from None
+        return search(self.model, question, lambda candidate: self._placed(candidate, question.limits))
 
     def candidate(self, plan: str, workload: Workload, limits: SchedulerConfig) -> Candidate:
         """The plan of a file, as often as the devices allow; of "auto" the best. Raises ConfigError if it misfits."""
@@ -202,12 +198,14 @@ class Setting:
         return [[load for load in self.loads if load.layer in layers] for layers in stages]
 
 
-def _usual_dtype(model: ModelConfig, machine: Machine) -> str:
-    """By the machine's file, what `engine.device.choose_dtype` finds by trying. Few rows go through the C kernels."""
+def _usual_dtype(model: ModelConfig, machine: Machine, quantization: str | None) -> str:
+    """By the machine's file, what `engine.device.choose_dtype` finds by trying. Few rows go through the C kernels, and
+    with quantized weights all do.
+    """
     own, device = model.checkpoint_dtype, machine.device
     if device.kind != "cpu" or own == "float32":
         return own
-    is_slow = device.flops("float32") > CLEARLY_FASTER * device.flops(own)
+    is_slow = not quantization and device.flops("float32") > CLEARLY_FASTER * device.flops(own)
     return "float32" if is_slow or own == "float16" else own
 
 

@@ -150,8 +150,10 @@ def served_checks(
     """
     engine, result = row["config"]["engine"], row["result"]
     plan = ParallelPlan.from_json({f.name: engine[f.name] for f in fields(ParallelPlan) if f.name in engine})
-    limits = SchedulerConfig(**{name: engine[name] for name in _LIMITS})
     setting = Setting.of(row["model"]["name"], model, machine, engine["dtype"], engine["quantization"])
+    limits = SchedulerConfig(**{name: engine[name] for name in _LIMITS})
+    if limits.max_num_batched_tokens == setting.step_tokens.widest:  # the engine's own choice, less beside streams
+        limits = replace(limits, max_num_batched_tokens=None)
     told = EngineLimits(
         scheduler=limits, num_blocks=engine["kv_cache_blocks"], block_size=engine["block_size"],
         data_ranks=plan.data_parallel_size, prefix_caching=engine["prefix_caching"], tokens=setting.step_tokens,

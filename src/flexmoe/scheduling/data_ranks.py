@@ -116,12 +116,14 @@ class DataRanks:
 
     def schedule(self) -> JointStep:
         """The next step of every data rank; without chunks when nothing can run on any."""
+        self._tell_who_watches()
         return JointStep.of([scheduler.schedule() for scheduler in self.schedulers])
 
     def schedule_ahead(self, step: Step, *, prompts: bool = False) -> JointStep | None:
         """See Scheduler.schedule_ahead. None if a data rank that has requests must wait for this step's tokens."""
         assert isinstance(step, JointStep)
         assert not prompts, "data ranks agree on their passes, which takes the host"
+        self._tell_who_watches()
         parts: list[Step] = []
         for scheduler, part in zip(self.schedulers, step.parts, strict=True):
             idle = not (scheduler.num_running or scheduler.num_waiting)
@@ -160,6 +162,12 @@ class DataRanks:
                 raise AssertionError(
                     f"data rank {rank}: {known} requests, {self._outstanding[rank]} tokens outstanding"
                 )
+
+    def _tell_who_watches(self) -> None:
+        """A step is as long as its longest part, so whoever reads along on one data rank waits for all."""
+        watched = any(scheduler.num_watched for scheduler in self.schedulers)
+        for scheduler in self.schedulers:
+            scheduler.watched_elsewhere = watched
 
     def _forget(self, request: Request) -> None:
         self._outstanding[self._rank_of.pop(request.request_id)] -= request.token_limit

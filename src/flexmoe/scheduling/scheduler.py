@@ -70,7 +70,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._arrivals = count()
-        self._num_watched = 0  # of all requests
+        self.num_watched, self.watched_elsewhere = 0, False  # of all requests; on another data rank
         self._retry_at = 0  # value of blocks.num_gained below which the first waiting request cannot fit
 
     @property
@@ -93,7 +93,8 @@ class Scheduler:
     @property
     def _budget(self) -> int:
         """Of the next step."""
-        return (self.config.max_num_batched_tokens or self._tokens.most) if self._num_watched else self.max_tokens
+        watched = self.num_watched or self.watched_elsewhere
+        return (self.config.max_num_batched_tokens or self._tokens.most) if watched else self.max_tokens
 
     @property
     def _seats(self) -> int:
@@ -118,7 +119,7 @@ class Scheduler:
             )
         request.arrival = next(self._arrivals)
         self._requests[request.request_id] = request
-        self._num_watched += request.watched
+        self.num_watched += request.watched
         self._waiting.append(request)
 
     def abort(self, request_id: str) -> Request | None:
@@ -270,7 +271,7 @@ class Scheduler:
         ended: of the running requests those that will have ended by then, gain: blocks that will be free besides.
         """
         left = self._budget - len(decodes)
-        if self._num_watched:
+        if self.num_watched:
             watched = any(chunk.request.watched for chunk in decodes)
             return min(left, self._pace.limit(len(decodes))) if watched else left
         if not decodes or self._one_pass:
@@ -391,7 +392,7 @@ class Scheduler:
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.request_id]
-        self._num_watched -= request.watched
+        self.num_watched -= request.watched
 
 
 def _require(condition: bool, message: str) -> None:
