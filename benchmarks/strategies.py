@@ -182,8 +182,8 @@ class Bench:
         } | ({} if args.device == "cuda" else self._on_a_cpu())  # fmt: skip
 
     def _on_a_cpu(self) -> Row:
-        """All prompts in one step, so that all rows decode together. A GPU's steps are the engine's own, of 8,192 tokens:
-        what prompts do not fill goes with decodes.
+        """All prompts in one step, so that all rows decode together. On a GPU steps have up to 8,192 tokens: those that
+        prompts do not fill have decodes beside them.
         """
         args = self.args
         step = max(max(args.batch) * args.prompt_len, *args.prompts, 0)

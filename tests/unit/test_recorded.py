@@ -91,7 +91,7 @@ def test_a_model_that_is_not_the_one_named_has_no_floor(model: dict[str, Any]) -
 
 
 def test_rows_that_hold_their_floor_hold_the_same() -> None:
-    """Experts were counted in those, and the speed of memory measured anew: hence the tolerance. Cards differ by 3.5%."""
+    """Experts were counted in those, and memory's speed measured anew: hence the tolerance. Cards differ by 3.5%."""
     lines = (RESULTS / "h200_strategies.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "floor_ms" in row["result"]]
     assert {row["config"]["ranks"] for row in rows} == {1, 2, 4}
