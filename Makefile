@@ -14,7 +14,6 @@ COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 ARGS ?=
 WORKERS ?= 2
 # Tests that start processes, servers and a browser, when the rest is done: these wait for much, and compute for little.
-# Three workers take a third less time than two, but a page was then too slow for its test once.
 STARTING := multi or server or web
 # Whole files to whichever worker is free, in the order that tests/conftest.py gives them.
 SHARED_OUT := --dist loadfile --no-loadscope-reorder
