@@ -35,9 +35,8 @@ class Expected:
         check(plan, model)
         self._plan, self._limits = plan, limits
         self._setting = Setting.of(name, model, machine, dtype).resized(plan.num_ranks)
-        self._steps = self._setting.steps(plan, limits)
-        wide = replace(limits, max_num_batched_tokens=limits.max_num_batched_tokens or self._setting.step_tokens.widest)
-        self._unwatched = self._setting.steps(plan, wide)
+        most = self._setting.step_tokens.asked(limits.max_num_batched_tokens).widest  # nobody reads along
+        self._steps = self._setting.steps(plan, replace(limits, max_num_batched_tokens=most))
 
     def decode(self, batch: int, context: int) -> Row:
         """A step that gives each of so many requests a token."""
@@ -46,7 +45,7 @@ class Expected:
 
     def first_token(self, length: int) -> Row:
         """Of one prompt."""
-        return _figures("first_token_ms", self._unwatched.prompt(length))
+        return _figures("first_token_ms", self._steps.prompt(length))
 
     def many(self, requests: int, prompt_len: int, output_len: int) -> Row:
         """All at once, nobody watching. Raises ConfigError if one of them does not fit."""

@@ -17,9 +17,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
-from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.sampling import SamplingParams
-from flexmoe.scheduling import Request, RequestStatus, ScheduledChunk, Step
+from flexmoe.scheduling import Request, RequestStatus, ScheduledChunk, Step, StepTokens
 from tests.unit import test_scheduling_properties as properties
 from tests.unit.test_scheduler import EOS, add, advance, scheduler, shape
 
@@ -107,7 +106,7 @@ def test_an_incomplete_prompt_that_the_step_has_no_room_for() -> None:
     add(serving, "a", 2)
     add(serving, "b", 6, watched=True)
     advance(serving)
-    serving.config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=1)
+    serving.sizes = StepTokens(1, 1)
     step = serving.schedule()
     assert shape(step) == [("a", 2, 1, True)]
     assert serving.schedule_ahead(step) is None

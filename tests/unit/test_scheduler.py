@@ -10,7 +10,7 @@ import pytest
 from flexmoe.config.engine import SchedulerConfig
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.errors import RequestError
-from flexmoe.scheduling import BlockManager, Request, RequestStatus, Scheduler, Step
+from flexmoe.scheduling import BlockManager, Request, RequestStatus, Scheduler, Step, StepTokens
 
 SIZE = 4
 EOS = 99
@@ -387,7 +387,7 @@ def test_a_prompt_in_chunks_is_shared_as_far_as_it_is_computed() -> None:
     serving = scheduler(caching=True, budget=10)
     add(serving, "a", range(16))
     advance(serving)
-    serving.config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=100)
+    serving.sizes = StepTokens(100, 64)
     add(serving, "b", range(16))
     assert shape(advance(serving)) == [("a", 10, 6, True), ("b", 8, 8, True)]
 

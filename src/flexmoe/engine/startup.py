@@ -249,7 +249,7 @@ def _num_blocks(
     """Blocks of the KV cache: as given, else for some full contexts, within a share of the free memory."""
     free = _free_beside_weights(mesh, config, dtype, device, options)
     if device.type == "cuda":
-        tokens = options.scheduler.max_num_batched_tokens or tokens_on(device, config, dtype).widest
+        tokens = tokens_on(device, config, dtype).asked(options.scheduler.max_num_batched_tokens).widest
         # Twice for what may be a graph: such steps have memory of their own. Experts may have all data ranks' rows.
         rows = mesh.dp.size * (tokens + min(tokens, most_graphed(mesh.world.size)))
         free = max(0, free - _activation_bytes(config, rows, dtype))

@@ -70,7 +70,7 @@ class FusedLayer:
         gathered: of the rows that experts see; None if these are the own ones.
         """
         self.index, self._buffers, self._tiles, self._pdl = layer.index, buffers, tiles, pdl
-        self._sums, self._gathered, self._attention = sums, gathered, layer.attention
+        self._sums, self._gathered = sums, gathered
         self._input_norm, self._mlp_norm, self._following = layer.input_norm, layer.mlp_norm, following
         self._qkv, self._out = layer.attention.qkv, layer.attention.out
         self._clip, self._window = config.attention.clip_qkv, layer.attention.window

@@ -107,12 +107,12 @@ class Setting:
 
         one_pass: see CostModel.
         """
-        asked = limits.max_num_batched_tokens
+        sizes = self.step_tokens.asked(limits.max_num_batched_tokens)
         cost = CostModel(
             self.machine, self.model, plan, dtype=self.dtype, quantization=self.quantization, routing=self.routing,
             one_pass=one_pass,
         )  # fmt: skip
-        return Steps(cost, asked or self.step_tokens.most, asked or self.step_tokens.widest)
+        return Steps(cost, sizes.most, sizes.widest)
 
     def search(self, question: Question) -> Found:
         """See search.py. Where routing was recorded, plans that spread experts place them by it."""

@@ -44,6 +44,10 @@ class StepTokens:
     least: int = _LEAST
     unwatched: int = 0
 
+    def asked(self, budget: int | None) -> StepTokens:
+        """With a budget that somebody asked for, whoever reads along."""
+        return StepTokens(budget, min(self.least, budget)) if budget else self
+
     @property
     def widest(self) -> int:
         """The largest budget."""

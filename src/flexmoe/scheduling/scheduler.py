@@ -63,9 +63,8 @@ class Scheduler:
         one_pass: decodes and prompts of a step read the weights once.
         """
         self.config, self.blocks, self._one_pass = config, blocks, one_pass
-        self._tokens = tokens = tokens or StepTokens()
-        most = config.max_num_batched_tokens or tokens.most
-        self._pace = Pace(StepTokens(most, min(tokens.least, most)), config.max_decode_slowdown)
+        self.sizes = (tokens or StepTokens()).asked(config.max_num_batched_tokens)
+        self._pace = Pace(self.sizes, config.max_decode_slowdown)
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -88,18 +87,17 @@ class Scheduler:
     @property
     def max_tokens(self) -> int:
         """The budget of a step, at most."""
-        return self.config.max_num_batched_tokens or self._tokens.widest
+        return self.sizes.widest
 
     @property
     def _budget(self) -> int:
         """Of the next step."""
-        watched = self.num_watched or self.watched_elsewhere
-        return (self.config.max_num_batched_tokens or self._tokens.most) if watched else self.max_tokens
+        return self.sizes.most if self.num_watched or self.watched_elsewhere else self.max_tokens
 
     @property
     def _seats(self) -> int:
         """Requests that may run: a step must have a token for each."""
-        return min(self.config.seats, self.config.max_num_batched_tokens or self._tokens.most)
+        return min(self.config.seats, self.sizes.most)
 
     @property
     def num_tokens(self) -> int:
@@ -270,27 +268,28 @@ class Scheduler:
 
         ended: of the running requests those that will have ended by then, gain: blocks that will be free besides.
         """
-        left = self._budget - len(decodes)
+        budget = self._budget
+        left = budget - len(decodes)
         if self.num_watched:
             watched = any(chunk.request.watched for chunk in decodes)
             return min(left, self._pace.limit(len(decodes))) if watched else left
         if not decodes or self._one_pass:
             return left
         running, free = len(self._running) - ended, self.blocks.num_free + gain
-        ready, more = self._ready(begun, running, free)
-        if ready >= self._budget:
-            return self._budget
+        ready, more = self._ready(begun, running, free, budget)
+        if ready >= budget:
+            return budget
         idle = min(1 - running / self._seats, free / self.blocks.num_blocks)
         return 0 if more and idle <= _IDLE else left
 
-    def _ready(self, begun: int, running: int, free: int) -> tuple[int, bool]:
+    def _ready(self, begun: int, running: int, free: int, budget: int) -> tuple[int, bool]:
         """Prompt tokens that could be computed with so many requests running and blocks free, counted up to a whole
         step; and whether others lack room.
         """
-        free -= running
+        free, seats = free - running, self._seats
         for taken, request in enumerate(self._waiting, running):
             free -= request.num_tokens // self.blocks.block_size + 1
-            if begun >= self._budget or taken >= self._seats or free < 0:
+            if begun >= budget or taken >= seats or free < 0:
                 return begun, True
             begun += request.num_tokens
         return begun, False

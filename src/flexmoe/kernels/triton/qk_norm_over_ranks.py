@@ -25,6 +25,34 @@ def _scaled(x, mean, eps, weight):
 
 
 @triton.jit
+def _heads(rows_ptr, row, q, k, width, Q: tl.constexpr, KV: tl.constexpr):
+    """A row's queries and keys, fp32."""
+    query = tl.load(rows_ptr + row * width + q, mask=q < Q, other=0.0)
+    key = tl.load(rows_ptr + row * width + Q + k, mask=k < KV, other=0.0)
+    return query.to(tl.float32), key.to(tl.float32)
+
+
+@triton.jit
+def _leave_sums(sums_ptr, row, query, key):
+    """Their squares, added up."""
+    tl.store(sums_ptr + row * 2, tl.sum(query * query, 0))
+    tl.store(sums_ptr + row * 2 + 1, tl.sum(key * key, 0))
+
+
+@triton.jit
+def _leave_normed(
+    rows_ptr, row, q, k, width, query, key, query_mean, key_mean, query_weight, key_weight,
+    Q: tl.constexpr, KV: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """A row's queries and keys where they were, normed by these means of squares."""
+    element = rows_ptr.dtype.element_ty
+    normed_query = _scaled(query, query_mean, EPS, query_weight).to(element)
+    normed_key = _scaled(key, key_mean, EPS, key_weight).to(element)
+    tl.store(rows_ptr + row * width + q, normed_query, mask=q < Q)
+    tl.store(rows_ptr + row * width + Q + k, normed_key, mask=k < KV)
+
+
+@triton.jit
 def _mean(addresses, row, part_ptr, valid, columns):
     """Over all ranks, of the squares whose sums they left at `row`."""
     found = tl.load(addresses.to(part_ptr.dtype) + row, mask=valid, other=0.0, volatile=True)
@@ -46,20 +74,17 @@ def _qk_norm(
     key_weight = tl.load(key_weight_ptr + k, mask=k < KV, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    queries, keys = rows_ptr + row * width + q, rows_ptr + row * width + Q + k
-    query = tl.load(queries, mask=q < Q, other=0.0).to(tl.float32)
-    key = tl.load(keys, mask=k < KV, other=0.0).to(tl.float32)
-    tl.store(part_ptr + row * 2, tl.sum(query * query, 0))
-    tl.store(part_ptr + row * 2 + 1, tl.sum(key * key, 0))
+    query, key = _heads(rows_ptr, row, q, k, width, Q, KV)
+    _leave_sums(part_ptr, row, query, key)
     tl.debug_barrier()  # other threads tell
     tell_and_wait(flags_ptr, row, rows, RANK, P, BLOCK_P)
     peers = tl.arange(0, BLOCK_P)
     addresses = tl.load(parts_ptr + peers, mask=peers < P, other=0)
     query_mean = _mean(addresses, row * 2, part_ptr, peers < P, P * Q)
     key_mean = _mean(addresses, row * 2 + 1, part_ptr, peers < P, P * KV)
-    element = rows_ptr.dtype.element_ty
-    tl.store(queries, _scaled(query, query_mean, EPS, query_weight).to(element), mask=q < Q)
-    tl.store(keys, _scaled(key, key_mean, EPS, key_weight).to(element), mask=k < KV)
+    _leave_normed(
+        rows_ptr, row, q, k, width, query, key, query_mean, key_mean, query_weight, key_weight, Q, KV, EPS
+    )  # fmt: skip
 
 
 @triton.jit
@@ -69,10 +94,8 @@ def _sum_squares(
     """Grid (T,)."""
     row = tl.program_id(0).to(tl.int64)
     q, k = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
-    query = tl.load(rows_ptr + row * width + q, mask=q < Q, other=0.0).to(tl.float32)
-    key = tl.load(rows_ptr + row * width + Q + k, mask=k < KV, other=0.0).to(tl.float32)
-    tl.store(sums_ptr + row * 2, tl.sum(query * query, 0))
-    tl.store(sums_ptr + row * 2 + 1, tl.sum(key * key, 0))
+    query, key = _heads(rows_ptr, row, q, k, width, Q, KV)
+    _leave_sums(sums_ptr, row, query, key)
 
 
 @triton.jit
@@ -86,13 +109,11 @@ def _norm_by_sums(
     q, k = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
     query_weight = tl.load(query_weight_ptr + q, mask=q < Q, other=0.0)
     key_weight = tl.load(key_weight_ptr + k, mask=k < KV, other=0.0)
-    queries, keys = rows_ptr + row * width + q, rows_ptr + row * width + Q + k
-    query = tl.load(queries, mask=q < Q, other=0.0).to(tl.float32)
-    key = tl.load(keys, mask=k < KV, other=0.0).to(tl.float32)
+    query, key = _heads(rows_ptr, row, q, k, width, Q, KV)
     query_mean, key_mean = tl.load(sums_ptr + row * 2) / (P * Q), tl.load(sums_ptr + row * 2 + 1) / (P * KV)
-    element = rows_ptr.dtype.element_ty
-    tl.store(queries, _scaled(query, query_mean, EPS, query_weight).to(element), mask=q < Q)
-    tl.store(keys, _scaled(key, key_mean, EPS, key_weight).to(element), mask=k < KV)
+    _leave_normed(
+        rows_ptr, row, q, k, width, query, key, query_mean, key_mean, query_weight, key_weight, Q, KV, EPS
+    )  # fmt: skip
 
 
 def sum_squares(rows: Tensor, norm: QKNormWeights) -> Tensor:
