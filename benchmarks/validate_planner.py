@@ -2,26 +2,26 @@
 
     python benchmarks/validate_planner.py --machine h200x1 --rows benchmarks/results/h200_latency.jsonl
     python benchmarks/validate_planner.py --machine h200x2 --rows benchmarks/results/h200_strategies.jsonl
-    python benchmarks/validate_planner.py --machine machine.json --measure [--rounds 3] [--out rows.jsonl]
+    python benchmarks/validate_planner.py --machine machine.json --measure [--anew] [--rounds 3] [--out rows.jsonl]
     python benchmarks/validate_planner.py --machine h200x1 --served rows.jsonl [--trace trace.csv]
     python benchmarks/validate_planner.py --machine machine.json --serve rows.jsonl [--trace trace.csv]
     python benchmarks/validate_planner.py --machine h200x8 --foretold predicted.jsonl --rows measured.jsonl
 
 Operations of the machine's table are each predicted without their own sample. Steps are those of rows of `flexmoe bench
 latency` and benchmarks/strategies.py, or with --measure of models that are measured now, which the table has no shapes
-of. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs ranks count
-whose sums are one launch, as today's are. Served are rows of `flexmoe bench serve` against FlexMoE's server: their
-requests are simulated on the engine that each tells of; with --serve the built-in model is served on this CPU now, and
-the rows are kept in that file. Foretold is what `benchmarks/strategies.py --predict` wrote
-down before a run, and by how much the strategy that it would have chosen was slower than the best. A row for each group
-of predictions.
+of; with --anew the machine file is measured between these rounds, so that memory is as fast for both as it is in that
+hour. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs ranks
+count whose sums are one launch, as today's are. Served are rows of `flexmoe bench serve` against FlexMoE's server:
+their requests are simulated on the engine that each tells of; with --serve the built-in model is served on this CPU
+now, and the rows are kept in that file. Foretold is what `benchmarks/strategies.py --predict` wrote down before a run,
+and by how much the strategy that it would have chosen was slower than the best. A row for each group of predictions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from itertools import chain, product
 from pathlib import Path
@@ -103,16 +103,18 @@ def _is_prompt_current(row: dict[str, Any]) -> bool:
     return row["device"]["kind"] != "cuda" or "one_pass" in row["config"]
 
 
-def measured_rows(rounds: int) -> list[dict[str, Any]]:
+def measured_rows(rounds: int, amid: Callable[[], None]) -> list[dict[str, Any]]:
     """Steps of models that no table has: of so many rounds the median of each, of an even number the quicker one.
 
-    Rounds lie apart, lest a moment with other work counts.
+    Rounds lie apart, lest a moment with other work counts. amid: called once half of them are done.
     """
     from flexmoe.bench.latency import LatencyOptions, measure
     from flexmoe.bench.subject import Changes
 
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for _, (name, changes, batches, prompts) in product(range(rounds), _UNSEEN):
+    for number, (name, changes, batches, prompts) in product(range(rounds), _UNSEEN):
+        if number == rounds // 2 and name == _UNSEEN[0][0]:
+            amid()
         for length in prompts:
             options = LatencyOptions(
                 model=name, load_format="dummy", changes=Changes(**changes), batches=batches, prompt_len=length,
@@ -121,6 +123,13 @@ def measured_rows(rounds: int) -> list[dict[str, Any]]:
             for row in measure(options, notify=print):
                 found.setdefault((name, length, row["params"]["batch"]), []).append(row)
     return [sorted(rows, key=lambda row: measured_ms(row["result"]))[(len(rows) - 1) // 2] for rows in found.values()]
+
+
+def measure_machine(file: Path) -> None:
+    """This CPU's table, into a machine file."""
+    from flexmoe.bench.machine import measure
+
+    measure(file.stem, "cpu", 1, None, notify=print).save(file)
 
 
 def groups(machine: Machine, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Check]]]:
@@ -169,9 +178,10 @@ def served_groups(
 def main() -> None:
     """Print, and append rows."""
     args = _arguments()
+    rows = _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
+    if args.measure:
+        rows = measured_rows(args.rounds, lambda: measure_machine(Path(args.machine)) if args.anew else None)
     machine = Machine.load(args.machine)
-    read = _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
-    rows = measured_rows(args.rounds) if args.measure else read
     served = _read(args.served)
     for row in served_now(args.trace, args.rounds) if args.serve else ():
         append(args.serve, row)
@@ -210,9 +220,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="each served row was its server's first load")
     parser.add_argument("--since", default="", help="leave out rows that are older than this date")
     parser.add_argument("--measure", action="store_true", help="measure steps on this CPU now")
+    parser.add_argument("--anew", action="store_true", help="with --measure: write --machine anew, between the rounds")
     parser.add_argument("--verbose", action="store_true", help="each prediction")
     parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.anew and not args.measure:
+        parser.error("--anew belongs to --measure")
+    return args
 
 
 if __name__ == "__main__":

@@ -296,6 +296,61 @@ def test_shared_blocks_in_use_cost_nothing_and_idle_ones_do() -> None:
 # ------------------------------------------------------------------------------------------------ integrity
 
 
+def test_prepared_blocks_are_shared_once_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = BlockManager(16, SIZE, True)
+    first = admit(blocks, prompt(0, 3))
+    blocks.prepare(first, first.num_tokens)
+    assert cached_tokens(blocks, prompt(0, 3)) == 0
+    blocks.check_integrity()
+    monkeypatch.setattr(PrefixCache, "insert", None)  # nothing is left for it
+    gained = blocks.num_gained
+    compute(blocks, first)
+    assert (blocks.num_gained - gained, cached_tokens(blocks, prompt(0, 3))) == (3, 12)
+    more = admit(blocks, [*prompt(0, 3)[:-1], *range(100, 109)])
+    assert more.num_computed_tokens == 12
+    blocks.prepare(more, 20)  # two blocks more, behind those of another request
+    more.num_computed_tokens = 20
+    blocks.register(more)
+    blocks.check_integrity()
+    assert cached_tokens(blocks, more.token_ids) == 20
+
+
+def test_what_was_prepared_gives_way_to_what_came_first() -> None:
+    blocks = BlockManager(16, SIZE, True)
+    twins = [admit(blocks, prompt(0, 3)) for _ in range(2)]
+    for twin in twins:
+        blocks.prepare(twin, twin.num_tokens)
+    for twin in twins:
+        compute(blocks, twin)
+    for twin in twins:
+        blocks.free(twin)
+        blocks.check_integrity()
+    assert (blocks.num_free, cached_tokens(blocks, prompt(0, 3))) == (16, 12)
+
+
+@pytest.mark.parametrize("computed", [0, 3, 5, 8, 13])
+def test_what_was_prepared_and_not_computed_is_not_shared(computed: int) -> None:
+    """A step broke down, and the next one has another piece of the prompt; 0: the request is aborted."""
+    blocks = BlockManager(16, SIZE, True)
+    held = admit(blocks, prompt(0, 3))
+    blocks.prepare(held, 12)
+    if computed:
+        held.num_computed_tokens = computed
+        blocks.register(held)
+        blocks.check_integrity()
+    assert cached_tokens(blocks, prompt(0, 3)) == computed // SIZE * SIZE
+    blocks.free(held)
+    blocks.check_integrity()
+    assert blocks.num_free == 16
+
+
+def test_without_a_prefix_cache_nothing_is_prepared() -> None:
+    blocks = BlockManager(16, SIZE, False)
+    held = admit(blocks, prompt(0, 3))
+    blocks.prepare(held, 12)
+    assert cached_tokens(blocks, compute(blocks, held).token_ids) == 0
+
+
 def lose_a_reference(blocks: BlockManager, held: Request) -> None:
     blocks._references[held.blocks[0]] += 1
 
@@ -362,8 +417,8 @@ def test_damage_is_noticed(damage: Callable[[BlockManager, Request], None]) -> N
 def cache_of_two() -> PrefixCache:
     """Block 0 and, after it, block 1; both idle, the tail to be evicted first."""
     cache = PrefixCache(2)
-    head, _ = cache.insert(cache.root, (1, 2), 0)
-    cache.insert(head, (3, 4), 1)
+    head, _ = cache.insert(cache.root, [1, 2], [0])
+    cache.insert(head, [3, 4], [1])
     assert cache.release([1, 2, 0]) == [2]  # 2 is not here
     cache.check_integrity()
     return cache
@@ -371,7 +426,7 @@ def cache_of_two() -> PrefixCache:
 
 def test_the_prefix_cache_evicts_leaves_first() -> None:
     cache = cache_of_two()
-    assert [cache.evict(), cache.evict()] == [1, 0]
+    assert [*cache.evict(1), *cache.evict(1)] == [1, 0]
     assert (cache.num_idle, cache.root.children) == (0, {})
 
 

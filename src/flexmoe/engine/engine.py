@@ -82,9 +82,7 @@ class Engine:
         self._start_anew()
         self._compiling = compiling_ahead(self._started, options, self.scheduler.max_tokens)
         device, tokens = options.device, self.scheduler.max_tokens
-        self._recording = RecordingAhead(
-            self._started, tokens, wanted=device.compile_ahead, one_pass=device.one_pass
-        )  # fmt: skip
+        self._recording = RecordingAhead(self._started, tokens, wanted=device.compile_ahead, one_pass=device.one_pass)
         self._numbers = itertools.count()
         self._closed = False
 
@@ -173,6 +171,7 @@ class Engine:
         if current is None:
             return []
         following = self._launch_behind(current)
+        self.scheduler.prepare(current.step)
         sampled = self._land(current)
         outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from flexmoe.errors import ConfigError
 from flexmoe.scheduling.free_space import FreeSpace
-from flexmoe.scheduling.prefix_cache import PrefixCache, PrefixNode
+from flexmoe.scheduling.prefix_cache import Branch, PrefixCache, PrefixNode, packed
 from flexmoe.scheduling.request import Request
 
 # A request that finds no run of blank blocks may evict so many idle ones before it must (at most 1/32 of all), to
@@ -37,10 +37,12 @@ class _Holding:
 
     tail: the node of its last block in the prefix cache (the root if it has none there).
     claim: the range of blocks it would like to grow into.
+    coming: of blocks that are being computed, prepared for the prefix cache.
     """
 
     tail: PrefixNode
     claim: tuple[int, int]
+    coming: Branch | None = None
 
 
 class BlockManager:
@@ -96,7 +98,7 @@ class BlockManager:
         if not self.num_free:
             return False
         if not self._space.num_blank:
-            self._evict()
+            self._evict(1)
         last = request.blocks[-1]
         block = self._space.take_after(last)
         self._references[block] = 1
@@ -104,17 +106,26 @@ class BlockManager:
         request.contiguous = request.contiguous and block == last + 1
         return True
 
+    def prepare(self, request: Request, num_tokens: int) -> None:
+        """Do most of what register() will do once so many tokens of a request are computed. Nothing is shared yet."""
+        if self.enable_prefix_caching:
+            holding = self._holdings[request]
+            tokens, blocks = self._unshared(request, holding, num_tokens)
+            holding.coming = self._prefixes.branch(holding.tail, tokens, blocks) if blocks else None
+
     def register(self, request: Request) -> None:
         """Let others share the blocks of a request that are full and computed by now."""
         if not self.enable_prefix_caching:
             return
-        holding, size = self._holdings[request], self.block_size
-        for index in range(holding.tail.depth, request.num_computed_tokens // size):
-            tokens = tuple(request.token_ids[index * size : (index + 1) * size])
-            holding.tail, displaced = self._prefixes.insert(holding.tail, tokens, request.blocks[index])
-            self.num_gained += 1
-            if displaced is not None:
-                self._space.put([displaced])
+        holding = self._holdings[request]
+        coming, holding.coming = holding.coming, None
+        tokens, blocks = self._unshared(request, holding, request.num_computed_tokens)
+        if coming is not None and len(coming.nodes) == len(blocks) and self._prefixes.graft(coming):
+            holding.tail = coming.nodes[-1]
+        else:
+            holding.tail, displaced = self._prefixes.insert(holding.tail, tokens, blocks)
+            self._space.put(displaced)
+        self.num_gained += len(blocks)
 
     def free(self, request: Request) -> None:
         """Take all blocks of a request back. Its registered ones stay shareable until they are evicted."""
@@ -151,6 +162,11 @@ class BlockManager:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def _unshared(self, request: Request, holding: _Holding, num_tokens: int) -> tuple[list[int], list[int]]:
+        """Tokens and blocks of a request that are full with its first `num_tokens`, and not in the prefix cache."""
+        first, last, size = holding.tail.depth, num_tokens // self.block_size, self.block_size
+        return request.token_ids[first * size : last * size], request.blocks[first:last]
+
     def _match(self, request: Request) -> list[PrefixNode]:
         if not self.enable_prefix_caching:
             return []
@@ -164,8 +180,7 @@ class BlockManager:
 
     def _take_many(self, request: Request, count: int) -> tuple[int, int]:
         """Append `count` blocks to a request's shared ones. Returns the range it would like to grow into."""
-        for _ in range(count - self._space.num_blank):
-            self._evict()
+        self._evict(max(0, count - self._space.num_blank))
         room = self._blocks_for(request.token_limit - 1) - self._blocks_for(request.num_tokens)
         blocks = request.blocks
         if not blocks:
@@ -178,8 +193,8 @@ class BlockManager:
         self._space.claim(*claim)
         return claim
 
-    def _evict(self) -> None:
-        self._space.put([self._prefixes.evict()])
+    def _evict(self, count: int) -> None:
+        self._space.put(self._prefixes.evict(count))
 
     def _clear_run(self, count: int, room: int) -> None:
         """Evict a few blocks early if that gives a new request its run of `count` blocks and some room."""
@@ -187,7 +202,7 @@ class BlockManager:
         for _ in range(min(self._evict_ahead, self._prefixes.num_idle)):
             if self._space.has_run(wanted):
                 return
-            self._evict()
+            self._evict(1)
 
     def _count_hit(self, request: Request, num_cached_tokens: int) -> None:
         request.num_computed_tokens = num_cached_tokens
@@ -208,7 +223,7 @@ class BlockManager:
         node: PrefixNode | None = holding.tail
         while node is not None and node.depth:
             index = node.depth - 1
-            tokens = tuple(request.token_ids[index * size : (index + 1) * size])
+            tokens = packed(request.token_ids[index * size : (index + 1) * size])
             if blocks[index] not in node.blocks or node.tokens != tokens:
                 raise AssertionError(f"request {name!r}: block {blocks[index]} is cached under other tokens")
             node = node.parent

@@ -12,10 +12,17 @@ block evicted first is always a leaf, and no cached block ever loses its way to 
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-Tokens = tuple[int, ...]
+_WIDTH = array("i").itemsize
+
+
+def packed(token_ids: Sequence[int]) -> bytes:
+    """Tokens as they are compared: bytes know their hash, and are one object instead of one for each token."""
+    return array("i", token_ids).tobytes()
 
 
 class PrefixNode:
@@ -23,12 +30,23 @@ class PrefixNode:
 
     __slots__ = ("blocks", "children", "depth", "parent", "tokens")
 
-    def __init__(self, parent: PrefixNode | None, tokens: Tokens) -> None:
+    def __init__(self, parent: PrefixNode | None, tokens: bytes, blocks: list[int]) -> None:
         self.parent = parent
         self.tokens = tokens
         self.depth: int = 0 if parent is None else parent.depth + 1
-        self.blocks: list[int] = []
-        self.children: dict[Tokens, PrefixNode] = {}
+        self.blocks = blocks
+        self.children: dict[bytes, PrefixNode] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Nodes of blocks that are being computed, each the child of the one before; not in the tree yet.
+
+    node_of: the same, by their blocks.
+    """
+
+    nodes: list[PrefixNode]
+    node_of: dict[int, PrefixNode]
 
 
 class PrefixCache:
@@ -38,7 +56,7 @@ class PrefixCache:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self.root = PrefixNode(None, ())
+        self.root = PrefixNode(None, b"", [])
         self._node_of: dict[int, PrefixNode] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # first: least recently used
 
@@ -56,27 +74,53 @@ class PrefixCache:
         """The longest path that the tokens follow, at most max_blocks long. Changes nothing."""
         size, node, path = self._block_size, self.root, []
         for start in range(0, max_blocks * size, size):
-            child = node.children.get(tuple(token_ids[start : start + size]))
+            child = node.children.get(packed(token_ids[start : start + size]))
             if child is None:
                 break
             path.append(child)
             node = child
         return path
 
-    def insert(self, parent: PrefixNode, tokens: Tokens, block: int) -> tuple[PrefixNode, int | None]:
-        """Record that `block`, which is in use, holds `tokens` after `parent`.
+    def branch(self, parent: PrefixNode, token_ids: Sequence[int], blocks: Sequence[int]) -> Branch:
+        """What `graft` can put after `parent`: blocks that will hold these tokens, each a block's worth of them."""
+        node, nodes = parent, list[PrefixNode]()
+        for tokens, block in zip(self._divided(token_ids), blocks, strict=True):
+            child = PrefixNode(node, tokens, [block])
+            if nodes:
+                node.children[tokens] = child
+            node = child
+            nodes.append(node)
+        return Branch(nodes, dict(zip(blocks, nodes, strict=True)))
 
-        Returns its node, and the idle block it takes the place of (now without content), if there was one.
+    def graft(self, branch: Branch) -> bool:
+        """Record that its blocks hold their tokens now. False if others came first: then `insert` is needed."""
+        first = branch.nodes[0]
+        assert first.parent is not None
+        if first.tokens in first.parent.children:
+            return False
+        first.parent.children[first.tokens] = first
+        self._node_of.update(branch.node_of)
+        return True
+
+    def insert(
+        self, parent: PrefixNode, token_ids: Sequence[int], blocks: Sequence[int]
+    ) -> tuple[PrefixNode, list[int]]:
+        """Record that `blocks`, which are in use, hold these tokens after `parent`, each a block's worth of them.
+
+        Returns the last one's node, and the idle blocks whose place they take (now without content).
         """
-        node = parent.children.get(tokens)
-        if node is None:
-            node = parent.children[tokens] = PrefixNode(parent, tokens)
-        displaced = next((b for b in node.blocks if b in self._idle), None)
-        node.blocks.append(block)
-        self._node_of[block] = node
-        if displaced is not None:
-            del self._idle[displaced]
-            self._detach(displaced)
+        node, displaced = parent, list[int]()
+        for tokens, block in zip(self._divided(token_ids), blocks, strict=True):
+            known = node.children.get(tokens) if node.children else None
+            if known is None:
+                known = node.children[tokens] = PrefixNode(node, tokens, [block])
+            else:
+                displaced += (idle for idle in known.blocks if idle in self._idle)
+                known.blocks.append(block)
+            self._node_of[block] = node = known
+        for block in displaced:
+            del self._idle[block]
+            self._detach(block)
         return node, displaced
 
     def use(self, block: int) -> None:
@@ -89,11 +133,14 @@ class PrefixCache:
         """
         return [block for block in blocks if not self._keep(block)] if self._node_of else blocks
 
-    def evict(self) -> int:
-        """Give up the least recently used idle block. There must be one."""
-        block, _ = self._idle.popitem(last=False)
-        self._detach(block)
-        return block
+    def evict(self, count: int) -> list[int]:
+        """Give up the `count` least recently used idle blocks. There must be so many."""
+        blocks = []
+        for _ in range(count):
+            block, _ = self._idle.popitem(last=False)
+            self._drop(self._node_of.pop(block))
+            blocks.append(block)
+        return blocks
 
     def nodes(self) -> Iterator[PrefixNode]:
         """Every node but the root, parents before children."""
@@ -112,6 +159,11 @@ class PrefixCache:
         if seen != len(self._node_of):
             raise AssertionError(f"{len(self._node_of)} blocks are cached, {seen} can be reached from the root")
 
+    def _divided(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Block by block."""
+        data, width = packed(token_ids), self._block_size * _WIDTH
+        return [data[start : start + width] for start in range(0, len(data), width)]
+
     def _keep(self, block: int) -> bool:
         """Whether the block is worth keeping now that nobody uses it: then it is idle."""
         node = self._node_of.get(block)
@@ -124,19 +176,25 @@ class PrefixCache:
         return True
 
     def _detach(self, block: int) -> None:
-        node = self._node_of.pop(block)
-        node.blocks.remove(block)
-        if not node.blocks:
-            assert not node.children, f"block {block} leaves the cache before the blocks that follow it"
-            assert node.parent is not None
-            del node.parent.children[node.tokens]
+        """Of a node that has another one."""
+        self._node_of.pop(block).blocks.remove(block)
+
+    def _drop(self, node: PrefixNode) -> None:
+        """Without its only block."""
+        assert not node.children, f"block {node.blocks[0]} leaves the cache before the blocks that follow it"
+        assert node.parent is not None
+        siblings = node.parent.children
+        if len(siblings) == 1:
+            siblings.clear()
+        else:
+            del siblings[node.tokens]
 
     def _check_node(self, node: PrefixNode, rank: dict[int, int]) -> None:
         where = f"cached blocks {node.blocks} at depth {node.depth}"
         if not node.blocks or any(self._node_of.get(block) is not node for block in node.blocks):
             raise AssertionError(f"{where}: the tree and the index of blocks disagree")
-        if len(node.tokens) != self._block_size:
-            raise AssertionError(f"{where}: {len(node.tokens)} tokens in a block of {self._block_size}")
+        if len(node.tokens) != self._block_size * _WIDTH:
+            raise AssertionError(f"{where}: {len(node.tokens) // _WIDTH} tokens in a block of {self._block_size}")
         idle = [block for block in node.blocks if block in rank]
         if not idle:
             return

@@ -19,8 +19,8 @@ A request gets blocks for all its tokens when it is admitted, and one at a time 
 computed before update() says so, so a step that failed on the way can be scheduled again.
 
 Running ahead. While step n is computed, schedule_ahead() may give step n+1, to be launched behind it; update(n) comes
-before update(n+1). A request that ends at update(n), or is aborted, leaves a row in step n+1 that nobody wants but
-that still writes its key; so do the rows of a step that was given up. They do no harm:
+before update(n+1), and both before schedule(). A request that ends at update(n), or is aborted, leaves a row in step
+n+1 that nobody wants but that still writes its key; so do the rows of a step that was given up. They do no harm:
 
 1.  A row writes the keys of positions that are not computed: chunk.start >= request.num_computed_tokens.
 2.  Only blocks full of computed tokens are shared or registered in the prefix cache. By 1, a row on its way writes none
@@ -29,8 +29,6 @@ that still writes its key; so do the rows of a step that was given up. They do n
     its content is not kept. Its next owner gets it in a later step, which takes effect later (see
     ModelRunner.launch), and reads no position before it has written it.
 4.  A request that lives on computes the positions of a step that was given up once more, before it reads them.
-
-schedule() is not called while a step is on its way whose update() is still to come.
 """
 
 from __future__ import annotations
@@ -188,6 +186,12 @@ class Scheduler:
         prefills = self._prompts_ahead(chunks, goes_on, decodes) if prompts else []
         return Step(decodes + prefills, len(decodes), []) if decodes or prefills else None
 
+    def prepare(self, step: Step) -> None:
+        """Do what can be done of update() while a step's prompts are computed. May be left out; changes nothing."""
+        for chunk in step.chunks[step.num_decodes :]:
+            if chunk.request.status is _RUNNING:
+                self.blocks.prepare(chunk.request, chunk.start + chunk.num_tokens)
+
     def update(self, step: Step, sampled: Sequence[int]) -> list[Request]:
         """Record that a step was computed.
 
@@ -196,15 +200,16 @@ class Scheduler:
         """
         if len(sampled) != step.num_samples:
             raise ValueError(f"{len(sampled)} tokens were sampled for a step that samples {step.num_samples}")
-        tokens = iter(sampled)
-        finished = []
+        tokens, finished = iter(sampled), list[Request]()
         for chunk in step.chunks:
             token = next(tokens) if chunk.samples else None
             request = chunk.request
             if request.status is not _RUNNING:
                 continue
             assert chunk.start == request.num_computed_tokens, f"{chunk} is recorded twice, or out of order"
-            self._record_computed(request, chunk)
+            end = request.num_computed_tokens = chunk.start + chunk.num_tokens
+            if chunk.num_tokens > 1 or end % self.blocks.block_size == 0:  # a block may have filled
+                self.blocks.register(request)
             if token is not None:
                 request.append(token)
                 if request.status is not _RUNNING:
@@ -329,8 +334,8 @@ class Scheduler:
             request.status = _RUNNING
             self._running.append(request)
             start = request.num_computed_tokens
-            one_left = start == request.num_tokens - 1
-            budget -= self._schedule_prefill(request, start, budget, decodes if one_left else prefills)
+            chunks = decodes if start == request.num_tokens - 1 else prefills
+            budget -= self._schedule_prefill(request, start, budget, chunks)
 
     def _might_admit(self, decodes: Sequence[ScheduledChunk], gain: int) -> bool:
         """Whether somebody who waits may start once only these decode and blocks.num_gained has grown by `gain`."""
@@ -377,11 +382,6 @@ class Scheduler:
         if num_tokens > 0:
             chunks.append(ScheduledChunk(request, start, num_tokens, num_tokens == missing))
         return max(0, num_tokens)
-
-    def _record_computed(self, request: Request, chunk: ScheduledChunk) -> None:
-        computed = request.num_computed_tokens = chunk.start + chunk.num_tokens
-        if chunk.num_tokens > 1 or computed % self.blocks.block_size == 0:  # a block may have filled
-            self.blocks.register(request)
 
     def _remove(self, finished: list[Request]) -> None:
         for request in finished:

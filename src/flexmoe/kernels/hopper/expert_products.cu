@@ -114,10 +114,21 @@ __device__ __forceinline__ void count_blocks(Shared &shared, const Arguments &ar
     }
 }
 
+// How many of the last tiles are halved: those that are left when each block of threads has had as many as the others, if
+// there is a block for each half of them.
+__device__ __forceinline__ int halved_of(int tiles) {
+    int left = tiles % (int)gridDim.x;
+    return left <= (int)gridDim.x / 2 ? left : 0;
+}
+
 // COLUMN_GROUP columns of tiles meet all blocks of tokens before the next ones do, a block all of them at once: what
 // works at one time shares both tokens and weights in L2. A slot's blocks hold about as many tokens each.
 __device__ __forceinline__ Tile tile_at(const Shared &shared, const Arguments &args, int index, int columns) {
-    int blocks = shared.ends[args.slots - 1], before = index / (COLUMN_GROUP * blocks);
+    int blocks = shared.ends[args.slots - 1], whole = blocks * columns - halved_of(blocks * columns);
+    bool halved = index >= whole;
+    int half = (index - whole) % 2;
+    if (halved) index = whole + (index - whole) / 2;
+    int before = index / (COLUMN_GROUP * blocks);
     int wide = min(COLUMN_GROUP, columns - before * COLUMN_GROUP);
     index -= before * COLUMN_GROUP * blocks;
     int block = index / wide, low = 0, high = args.slots - 1;
@@ -132,9 +143,14 @@ __device__ __forceinline__ Tile tile_at(const Shared &shared, const Arguments &a
     tile.slot = low;
     tile.column = before * COLUMN_GROUP + index % wide;
     tile.first = (block - first_block) * each;
-    tile.count = max(0, min(each, rows - tile.first));
+    tile.count = min(each, rows - tile.first);
+    if (halved) {
+        int before_half = (tile.count + 15) / 16 * 8;  // a few tokens are all in the first half
+        tile.count = half ? max(0, tile.count - before_half) : min(before_half, tile.count);
+        tile.first += half * before_half;
+    }
     int step = tile.count > 96 ? 8 : 32;  // fewer are bound by their weights, whatever the rest costs
-    tile.padded = (tile.count + step - 1) / step * step;
+    tile.padded = max(step, (tile.count + step - 1) / step * step);
     tile.offset = shared.offsets[low] + tile.first;
     return tile;
 }
@@ -345,6 +361,7 @@ extern "C" __global__ void __launch_bounds__((1 + GROUPS) * WARPGROUP, 1) NAME(
     __syncthreads();
     int columns = (args.width + TILE_M / (GATE_UP ? 2 : 1) - 1) / (TILE_M / (GATE_UP ? 2 : 1));
     int tiles = shared.ends[args.slots - 1] * columns;
+    tiles += halved_of(tiles);
     if (group == 0) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(LOADING_REGISTERS));
         load_tiles(shared, args, &weights_map, &many_tokens, &few_tokens, ring, thread, tiles, columns);
