@@ -13,8 +13,11 @@ import torch
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampling_state import SamplingState, uniforms
+from flexmoe.engine.together import DecodeTraits
+from flexmoe.engine.wire import pack, unpack
+from flexmoe.engine.wire_rows import DecodeRows
 from flexmoe.scheduling.request import Request
-from flexmoe.scheduling.step import ScheduledChunk
+from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.paging import decodes, request
 
 CPU = torch.device("cpu")
@@ -128,6 +131,40 @@ def test_tables_are_right_however_rows_come_grow_and_go() -> None:
         stride = int(packed.rows.table_stride)
         for place, row in enumerate(running):
             assert packed.rows.tables[place * stride : place * stride + len(row.blocks)].tolist() == row.blocks
+
+
+def contents(packed: PackedRows, rows: Sequence[Request]) -> list[Any]:
+    """What the device gets of these rows, and how all are padded."""
+    stride = int(packed.rows.table_stride)
+    tables = [packed.rows.tables[i * stride : i * stride + len(row.blocks)].tolist() for i, row in enumerate(rows)]
+    fields = packed.rows.token_ids, packed.rows.lengths, packed.rows.sources, packed.sampling.temperature
+    return [stride, tables, *(field.tolist() for field in fields)]
+
+
+def test_rows_that_came_over_the_wire_are_written_alike() -> None:
+    """Whatever was in the buffers before: rows of this process, or fewer and shorter ones."""
+    rng = random.Random(1)
+    ours, theirs = PackedRows(5, 12, CPU), PackedRows(5, 12, CPU)
+    for _ in range(60):
+        rows = rows_of([rng.randint(1, 150) for _ in range(rng.randint(0, 5))])
+        step, states = (
+            Step(decodes(rows), len(rows), []),
+            [SamplingState(SamplingParams(temperature=0.5), 1)] * len(rows),
+        )
+        sources = rng.choice([None, list(range(len(rows)))])
+        if sources is not None:
+            chunks = [ScheduledChunk(row, row.num_tokens, 1, True) for row in rows]  # tokens that nobody knows yet
+            step = Step(chunks, len(rows), [])
+        wire = pack(step, states, sources)
+        there, their_states = unpack(wire)
+        assert isinstance(there.chunks, DecodeRows)
+        ours.load(step.chunks, sources or [-1] * len(rows), states)
+        theirs.load(there.chunks, wire.sources or [-1] * len(rows), their_states)
+        assert contents(theirs, rows) == contents(ours, rows)
+        assert DecodeTraits.of(there.chunks, their_states) == DecodeTraits.of(step.chunks, states)
+        if rng.random() < 0.3:
+            theirs.load(step.chunks, sources or [-1] * len(rows), states)
+            assert contents(theirs, rows) == contents(ours, rows)
 
 
 def test_numbers_drawn_together_are_those_drawn_one_by_one() -> None:

@@ -18,7 +18,7 @@ from flexmoe.engine.model_runner import ModelRunner
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import DecodeTraits
-from flexmoe.engine.wire import _WireRequest
+from flexmoe.engine.wire_rows import WireRequest
 from flexmoe.engine.worker import RankReport, Worker
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.parallel.mesh import Mesh
@@ -71,7 +71,7 @@ class AheadDecoder:
 
     def _known(self, chunk: ScheduledChunk, source: int) -> ScheduledChunk:
         request = chunk.request
-        made = _WireRequest(chunk.start, [self._latest[source]], request.blocks, request.contiguous)
+        made = WireRequest(chunk.start, [self._latest[source]], request.blocks, request.contiguous)
         return ScheduledChunk(made, chunk.start, 1, True)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from flexmoe.engine.host_buffers import HostBuffers
 from flexmoe.engine.sampling_state import SamplingState, uniforms
+from flexmoe.engine.wire_rows import DecodeRows, starts_of
 from flexmoe.kernels.sample import COLDEST, SampleParams
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.scheduling.step import ScheduledChunk
@@ -86,10 +88,14 @@ def _write_tokens(host: Fields, chunks: Sequence[ScheduledChunk], sources: Seque
     count = len(chunks)
     host["sources"][:count] = sources
     host["sources"][count:] = -1
-    known = [c.request.token_ids[c.start] if s < 0 else 0 for c, s in zip(chunks, sources, strict=True)]
-    host["token_ids"][:count] = known
+    if isinstance(chunks, DecodeRows):
+        host["token_ids"][:count] = chunks.tokens
+    else:
+        known = [c.request.token_ids[c.start] if s < 0 else 0 for c, s in zip(chunks, sources, strict=True)]
+        host["token_ids"][:count] = known
     host["token_ids"][count:] = 0
-    host["lengths"][:count] = [chunk.start + 1 for chunk in chunks]
+    host["lengths"][:count] = starts_of(chunks)
+    host["lengths"][:count] += 1
     host["lengths"][count:] = 0
 
 
@@ -118,6 +124,8 @@ class _Tables:
 
     def write(self, chunks: Sequence[ScheduledChunk]) -> int:
         """Each row's blocks, as far apart as the longest table is long; returns that."""
+        if isinstance(chunks, DecodeRows):
+            return self._write_all(chunks)
         tables = [chunk.request.blocks for chunk in chunks]
         lengths = list(map(len, tables))
         width = _padded(max(lengths, default=0))
@@ -129,4 +137,13 @@ class _Tables:
             if row >= len(there) or there[row][1] != length or there[row][0] is not blocks:
                 self._tables[row * width : row * width + length] = blocks
         self._rows = list(zip(tables, lengths, strict=True))
+        return width
+
+    def _write_all(self, rows: DecodeRows) -> int:
+        """All at once: what came over the wire says of no row that it is there already."""
+        counts, self._rows = rows.num_blocks, []
+        width = self._stride[0] = self._width = _padded(int(counts.max(initial=0)))
+        first = np.cumsum(counts) - counts  # of each row's, in what came
+        gaps = np.arange(len(counts)) * width - first
+        self._tables[np.arange(len(rows.blocks)) + gaps.repeat(counts)] = rows.blocks
         return width

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -17,8 +16,8 @@ from flexmoe.engine.model_runner import rows_before
 from flexmoe.engine.numbers import Ints, int32s
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import Together
+from flexmoe.engine.wire_rows import DecodeRows, chunks_of
 from flexmoe.scheduling.data_ranks import parts_of
-from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.step import ScheduledChunk, Step
 
 _ARGMAX = SamplingState(SamplingParams(temperature=0.0), 0)
@@ -29,7 +28,7 @@ class WireStep:
     """N chunks: their tokens and blocks one after the other, with the counts of each; states of those that sample.
 
     None stands for a state that asks for the argmax and nothing else, as most do. sources: if the step was sent before
-    the tokens of the one before it were known, each chunk's row in that one; then no tokens are sent.
+    the tokens of the one before it were known, each chunk's row in that one; then its token is 0.
     """
 
     num_decodes: int
@@ -52,43 +51,13 @@ class WireParts:
     together: Together | None
 
 
-class _Tail:
-    """The tokens from number `start` on, under the numbers they have in the whole sequence."""
-
-    __slots__ = ("_start", "_tokens")
-
-    def __init__(self, start: int, tokens: list[int]) -> None:
-        self._start, self._tokens = start, tokens
-
-    def __len__(self) -> int:
-        return self._start + len(self._tokens)
-
-    def __getitem__(self, place: slice | SupportsIndex) -> Any:
-        if isinstance(place, slice):
-            start, stop, _ = place.indices(len(self))
-            assert start >= self._start, "a token that was not sent"
-            return self._tokens[start - self._start : stop - self._start]
-        index = int(place)
-        return self._tokens[index if index < 0 else index - self._start]
-
-
-class _WireRequest(Request):
-    """Of a request what a forward pass reads."""
-
-    __slots__ = ()
-
-    def __init__(self, start: int, tokens: list[int], blocks: list[int], contiguous: bool) -> None:
-        self.token_ids = _Tail(start, tokens)  # type: ignore[assignment]
-        self.blocks, self.contiguous = blocks, contiguous
-
-
 def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None = None) -> WireStep:
     """The step, with what its requests hold now."""
     chunks = step.chunks
     tokens: list[int] = []
     blocks: list[int] = []
     for chunk in chunks:
-        tokens += chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+        tokens += chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or (0,)
         blocks += chunk.request.blocks
     return WireStep(
         step.num_decodes,
@@ -106,16 +75,13 @@ def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None 
 
 def unpack(wire: WireStep) -> tuple[Step, list[SamplingState]]:
     """The step as a runner takes it."""
-    tokens, blocks = wire.tokens.tolist(), wire.blocks.tolist()
-    chunks, token, block = [], 0, 0
-    for start, num_tokens, num_blocks, samples, contiguous in zip(
-        wire.starts.tolist(), wire.num_tokens.tolist(), wire.num_blocks.tolist(), wire.samples, wire.contiguous,
-        strict=True,
-    ):  # fmt: skip
-        own_tokens, own_blocks = tokens[token : token + num_tokens], blocks[block : block + num_blocks]
-        request = _WireRequest(start, own_tokens, own_blocks, contiguous)
-        chunks.append(ScheduledChunk(request, start, num_tokens, samples))
-        token, block = token + num_tokens, block + num_blocks
+    chunks: Sequence[ScheduledChunk]
+    if wire.num_decodes == len(wire.starts):
+        chunks = DecodeRows(wire.starts, wire.tokens, wire.num_blocks, wire.blocks, wire.samples, wire.contiguous)
+    else:
+        chunks = chunks_of(
+            wire.starts, wire.num_tokens, wire.num_blocks, wire.tokens, wire.blocks, wire.samples, wire.contiguous
+        )  # fmt: skip
     return Step(chunks, wire.num_decodes, []), [state or _ARGMAX for state in wire.states]
 
 

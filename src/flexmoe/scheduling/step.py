@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexmoe.scheduling.request import Request
@@ -28,7 +29,7 @@ class Step:
     preempted: requests that lost their blocks to others just now.
     """
 
-    chunks: list[ScheduledChunk]
+    chunks: Sequence[ScheduledChunk]
     num_decodes: int
     preempted: list[Request]
 
