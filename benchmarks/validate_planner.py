@@ -2,7 +2,7 @@
 
     python benchmarks/validate_planner.py --machine h200x1 --rows benchmarks/results/h200_latency.jsonl
     python benchmarks/validate_planner.py --machine h200x2 --rows benchmarks/results/h200_strategies.jsonl
-    python benchmarks/validate_planner.py --machine machine.json --measure [--anew] [--rounds 3] [--out rows.jsonl]
+    python benchmarks/validate_planner.py --machine machine.json --measure [--anew] [--rounds 3] [--steps steps.jsonl]
     python benchmarks/validate_planner.py --machine h200x1 --served rows.jsonl [--trace trace.csv]
     python benchmarks/validate_planner.py --machine machine.json --serve rows.jsonl [--trace trace.csv]
     python benchmarks/validate_planner.py --machine h200x8 --foretold predicted.jsonl --rows measured.jsonl
@@ -181,6 +181,8 @@ def main() -> None:
     rows = _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
     if args.measure:
         rows = measured_rows(args.rounds, lambda: measure_machine(Path(args.machine)) if args.anew else None)
+        for row in rows if args.steps else ():
+            append(args.steps, row)
     machine = Machine.load(args.machine)
     served = _read(args.served)
     for row in served_now(args.trace, args.rounds) if args.serve else ():
@@ -220,12 +222,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="each served row was its server's first load")
     parser.add_argument("--since", default="", help="leave out rows that are older than this date")
     parser.add_argument("--measure", action="store_true", help="measure steps on this CPU now")
+    parser.add_argument("--steps", type=Path, help="with --measure: append the rows of these steps to this file")
     parser.add_argument("--anew", action="store_true", help="with --measure: write --machine anew, between the rounds")
     parser.add_argument("--verbose", action="store_true", help="each prediction")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.anew and not args.measure:
-        parser.error("--anew belongs to --measure")
+    if (args.anew or args.steps) and not args.measure:
+        parser.error("--anew and --steps belong to --measure")
     return args
 
 
