@@ -175,14 +175,20 @@ def served_groups(
         yield group, [checks[group] for checks in found if group in checks]
 
 
+def _step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """As asked for: of files, or measured now, with the machine's table amid them."""
+    if not args.measure:
+        return _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
+    rows = measured_rows(args.rounds, lambda: measure_machine(Path(args.machine)) if args.anew else None)
+    for row in rows if args.steps else ():
+        append(args.steps, row)
+    return rows
+
+
 def main() -> None:
     """Print, and append rows."""
     args = _arguments()
-    rows = _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
-    if args.measure:
-        rows = measured_rows(args.rounds, lambda: measure_machine(Path(args.machine)) if args.anew else None)
-        for row in rows if args.steps else ():
-            append(args.steps, row)
+    rows = _step_rows(args)
     machine = Machine.load(args.machine)
     served = _read(args.served)
     for row in served_now(args.trace, args.rounds) if args.serve else ():
