@@ -9,12 +9,13 @@
 
 Operations of the machine's table are each predicted without their own sample. Steps are those of rows of `flexmoe bench
 latency` and benchmarks/strategies.py, or with --measure of models that are measured now, which the table has no shapes
-of; with --anew the machine file is measured between these rounds, so that memory is as fast for both as it is in that
-hour. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs ranks
-count whose sums are one launch, as today's are. Served are rows of `flexmoe bench serve` against FlexMoE's server:
-their requests are simulated on the engine that each tells of; with --serve the built-in model is served on this CPU
-now, and the rows are kept in that file. Foretold is what `benchmarks/strategies.py --predict` wrote down before a run,
-and by how much the strategy that it would have chosen was slower than the best. A row for each group of predictions.
+of; with --anew the machine file is measured halfway through these rounds, so that memory is as fast for both as it is
+in that hour. A model whose shapes it has is predicted twice: as it is, and as if it had never been measured. On GPUs
+ranks count whose sums are one launch, as today's are. Served are rows of `flexmoe bench serve` against FlexMoE's
+server: their requests are simulated on the engine that each tells of; with --serve the built-in model is served on this
+CPU now, and the rows are kept in that file. Foretold is what `benchmarks/strategies.py --predict` wrote down before a
+run, and by how much the strategy that it would have chosen was slower than the best. A row for each group of
+predictions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from harness.served import served_now
 from flexmoe.bench.load import LoadOptions, lengths
 from flexmoe.bench.machine_shapes import builtin_shape
 from flexmoe.bench.record import append, facts
-from flexmoe.config.machine import Machine
+from flexmoe.config.machine import Machine, shipped_machines
 from flexmoe.config.model import ModelConfig
 from flexmoe.models.presets import PRESETS
 from flexmoe.planner.validation import (
@@ -103,25 +104,26 @@ def _is_prompt_current(row: dict[str, Any]) -> bool:
     return row["device"]["kind"] != "cuda" or "one_pass" in row["config"]
 
 
-def measured_rows(rounds: int, amid: Callable[[], None]) -> list[dict[str, Any]]:
+def measured_rows(rounds: int, halfway: Callable[[], None]) -> list[dict[str, Any]]:
     """Steps of models that no table has: of so many rounds the median of each, of an even number the quicker one.
 
-    Rounds lie apart, lest a moment with other work counts. amid: called once half of them are done.
+    Rounds lie apart, lest a moment with other work counts. halfway: called between them, before the only one.
     """
     from flexmoe.bench.latency import LatencyOptions, measure
     from flexmoe.bench.subject import Changes
 
     found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for number, (name, changes, batches, prompts) in product(range(rounds), _UNSEEN):
-        if number == rounds // 2 and name == _UNSEEN[0][0]:
-            amid()
-        for length in prompts:
-            options = LatencyOptions(
-                model=name, load_format="dummy", changes=Changes(**changes), batches=batches, prompt_len=length,
-                output_len=32, dtype="float32", device="cpu",
-            )  # fmt: skip
-            for row in measure(options, notify=print):
-                found.setdefault((name, length, row["params"]["batch"]), []).append(row)
+    for number in range(rounds):
+        if number == rounds // 2:
+            halfway()
+        for name, changes, batches, prompts in _UNSEEN:
+            for length in prompts:
+                options = LatencyOptions(
+                    model=name, load_format="dummy", changes=Changes(**changes), batches=batches, prompt_len=length,
+                    output_len=32, dtype="float32", device="cpu",
+                )  # fmt: skip
+                for row in measure(options, notify=print):
+                    found.setdefault((name, length, row["params"]["batch"]), []).append(row)
     return [sorted(rows, key=lambda row: measured_ms(row["result"]))[(len(rows) - 1) // 2] for rows in found.values()]
 
 
@@ -176,7 +178,7 @@ def served_groups(
 
 
 def _step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """As asked for: of files, or measured now, with the machine's table amid them."""
+    """As asked for: of files, or measured now, the machine's table halfway."""
     if not args.measure:
         return _read(args.rows) if args.foretold else read_rows(args.rows, args.since)
     rows = measured_rows(args.rounds, lambda: measure_machine(Path(args.machine)) if args.anew else None)
@@ -188,9 +190,11 @@ def _step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Print, and append rows."""
     args = _arguments()
+    if not args.anew:
+        Machine.load(args.machine)  # what is wrong with it is said before anything is measured
+    served = _read(args.served)
     rows = _step_rows(args)
     machine = Machine.load(args.machine)
-    served = _read(args.served)
     for row in served_now(args.trace, args.rounds) if args.serve else ():
         append(args.serve, row)
         served.append(row)
@@ -229,12 +233,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--since", default="", help="leave out rows that are older than this date")
     parser.add_argument("--measure", action="store_true", help="measure steps on this CPU now")
     parser.add_argument("--steps", type=Path, help="with --measure: append the rows of these steps to this file")
-    parser.add_argument("--anew", action="store_true", help="with --measure: write --machine anew, between the rounds")
+    parser.add_argument("--anew", action="store_true", help="with --measure: write --machine anew, halfway")
     parser.add_argument("--verbose", action="store_true", help="each prediction")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if (args.anew or args.steps) and not args.measure:
         parser.error("--anew and --steps belong to --measure")
+    if args.anew and (args.machine in shipped_machines() or not Path(args.machine).absolute().parent.is_dir()):
+        parser.error(f"--anew writes --machine, and {args.machine} is no file that it can write")
     return args
 
 

@@ -42,6 +42,7 @@ def interrupt(*_: object) -> None:
 PLACES: list[tuple[type, str]] = [
     (BlockManager, "allocate"),
     (BlockManager, "grow"),
+    (BlockManager, "expect"),
     (BlockManager, "register"),
     (BlockManager, "free"),
     (Scheduler, "add"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampling_state import SamplingState, uniforms
 from flexmoe.engine.together import DecodeTraits
 from flexmoe.engine.wire import pack, unpack
-from flexmoe.engine.wire_rows import DecodeRows
+from flexmoe.engine.wire_rows import WireDecodes
 from flexmoe.scheduling.request import Request
 from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.paging import decodes, request
@@ -151,17 +152,19 @@ def test_rows_that_came_over_the_wire_are_written_alike() -> None:
             Step(decodes(rows), len(rows), []),
             [SamplingState(SamplingParams(temperature=0.5), 1)] * len(rows),
         )
-        sources = rng.choice([None, list(range(len(rows)))])
-        if sources is not None:
-            chunks = [ScheduledChunk(row, row.num_tokens, 1, True) for row in rows]  # tokens that nobody knows yet
-            step = Step(chunks, len(rows), [])
-        wire = pack(step, states, sources)
+        sources = None
+        if rng.random() < 0.5:  # some tokens are not known yet
+            sources = [rng.choice([-1, place]) for place in range(len(rows))]
+            starts = [row.num_tokens - (source < 0) for row, source in zip(rows, sources, strict=True)]
+            step.chunks = [ScheduledChunk(row, start, 1, True) for row, start in zip(rows, starts, strict=True)]
+        wire = pickle.loads(pickle.dumps(pack(step, states, sources)))
         there, their_states = unpack(wire)
-        assert isinstance(there.chunks, DecodeRows)
+        assert isinstance(there.chunks, WireDecodes)
         ours.load(step.chunks, sources or [-1] * len(rows), states)
         theirs.load(there.chunks, wire.sources or [-1] * len(rows), their_states)
         assert contents(theirs, rows) == contents(ours, rows)
         assert DecodeTraits.of(there.chunks, their_states) == DecodeTraits.of(step.chunks, states)
+        assert "_chunks" not in vars(there.chunks), "an object was made of each row"
         if rng.random() < 0.3:
             theirs.load(step.chunks, sources or [-1] * len(rows), states)
             assert contents(theirs, rows) == contents(ours, rows)

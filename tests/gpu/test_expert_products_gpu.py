@@ -152,6 +152,24 @@ def test_a_row_has_the_same_bits_in_whatever_company(products: ExpertProducts) -
         assert torch.equal(alone, y[: count * 2])
 
 
+@TILES
+def test_halves_of_the_last_tiles_have_the_bits_of_whole_ones(products: ExpertProducts, wide: bool) -> None:
+    """One tile more than processors: the last columns are in two halves, and whole where they come first."""
+    columns = torch.cuda.get_device_properties(DEVICE).multi_processor_count + 1
+    layer = Layer.of((150, 1, 1, 256 * columns, 64))
+    last_first = Layer(layer.x, layer.gate_up, layer.down.roll(256, 1), layer.ids, layer.weights)
+    (_, y), (_, rolled) = (computed(each, products, wide=wide) for each in (layer, last_first))
+    assert torch.equal(y.roll(256, 1), rolled)
+    width = 128 * columns
+    layer = Layer.of((150, 1, 1, 64, width))
+    last_first = Layer(
+        layer.x, layer.gate_up.view(1, 2, width, 64).roll(128, 2).view_as(layer.gate_up), layer.down, layer.ids,
+        layer.weights,
+    )  # fmt: skip
+    (hidden, _), (rolled, _) = (computed(each, products, wide=wide) for each in (layer, last_first))
+    assert torch.equal(hidden.roll(128, 1), rolled)
+
+
 def test_in_a_graph_that_is_replayed_with_other_choices(products: ExpertProducts) -> None:
     shape = (256, 2, 8, 128, 128)
     layer, other = Layer.of(shape), Layer.of(shape, seed=1)

@@ -60,7 +60,7 @@ class DyingWorker(Worker):
             workers.start = lambda *_: meet(self._how)  # type: ignore[assignment, return-value]
 
     def step(self, wires: WireParts) -> Any:
-        decodes = all(wire.num_decodes == len(wire.samples) for wire in wires.parts)
+        decodes = all(wire.num_decodes == len(wire.chunks) for wire in wires.parts)
         if self._phase == ("decode" if decodes else "prefill"):
             assert self.runner is not None
             assert self.mesh is not None

@@ -296,10 +296,10 @@ def test_shared_blocks_in_use_cost_nothing_and_idle_ones_do() -> None:
 # ------------------------------------------------------------------------------------------------ integrity
 
 
-def test_prepared_blocks_are_shared_once_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expected_blocks_are_shared_once_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = BlockManager(16, SIZE, True)
     first = admit(blocks, prompt(0, 3))
-    blocks.prepare(first, first.num_tokens)
+    blocks.expect(first, first.num_tokens)
     assert cached_tokens(blocks, prompt(0, 3)) == 0
     blocks.check_integrity()
     monkeypatch.setattr(PrefixCache, "insert", None)  # nothing is left for it
@@ -308,18 +308,18 @@ def test_prepared_blocks_are_shared_once_they_are_computed(monkeypatch: pytest.M
     assert (blocks.num_gained - gained, cached_tokens(blocks, prompt(0, 3))) == (3, 12)
     more = admit(blocks, [*prompt(0, 3)[:-1], *range(100, 109)])
     assert more.num_computed_tokens == 12
-    blocks.prepare(more, 20)  # two blocks more, behind those of another request
+    blocks.expect(more, 20)  # two blocks more, behind those of another request
     more.num_computed_tokens = 20
     blocks.register(more)
     blocks.check_integrity()
     assert cached_tokens(blocks, more.token_ids) == 20
 
 
-def test_what_was_prepared_gives_way_to_what_came_first() -> None:
+def test_what_was_expected_gives_way_to_what_came_first() -> None:
     blocks = BlockManager(16, SIZE, True)
     twins = [admit(blocks, prompt(0, 3)) for _ in range(2)]
     for twin in twins:
-        blocks.prepare(twin, twin.num_tokens)
+        blocks.expect(twin, twin.num_tokens)
     for twin in twins:
         compute(blocks, twin)
     for twin in twins:
@@ -329,11 +329,11 @@ def test_what_was_prepared_gives_way_to_what_came_first() -> None:
 
 
 @pytest.mark.parametrize("computed", [0, 3, 5, 8, 13])
-def test_what_was_prepared_and_not_computed_is_not_shared(computed: int) -> None:
+def test_what_was_expected_and_not_computed_is_not_shared(computed: int) -> None:
     """A step broke down, and the next one has another piece of the prompt; 0: the request is aborted."""
     blocks = BlockManager(16, SIZE, True)
     held = admit(blocks, prompt(0, 3))
-    blocks.prepare(held, 12)
+    blocks.expect(held, 12)
     if computed:
         held.num_computed_tokens = computed
         blocks.register(held)
@@ -344,10 +344,10 @@ def test_what_was_prepared_and_not_computed_is_not_shared(computed: int) -> None
     assert blocks.num_free == 16
 
 
-def test_without_a_prefix_cache_nothing_is_prepared() -> None:
+def test_without_a_prefix_cache_nothing_is_expected() -> None:
     blocks = BlockManager(16, SIZE, False)
     held = admit(blocks, prompt(0, 3))
-    blocks.prepare(held, 12)
+    blocks.expect(held, 12)
     assert cached_tokens(blocks, compute(blocks, held).token_ids) == 0
 
 
@@ -424,10 +424,31 @@ def cache_of_two() -> PrefixCache:
     return cache
 
 
-def test_the_prefix_cache_evicts_leaves_first() -> None:
+@pytest.mark.parametrize("counts", [(1, 1), (2,)])
+def test_the_prefix_cache_evicts_leaves_first(counts: Sequence[int]) -> None:
     cache = cache_of_two()
-    assert [*cache.evict(1), *cache.evict(1)] == [1, 0]
+    assert [block for count in counts for block in cache.evict(count)] == [1, 0]
     assert (cache.num_idle, cache.root.children) == (0, {})
+
+
+def test_idle_blocks_give_way_to_those_that_hold_the_same() -> None:
+    cache = cache_of_two()
+    _, displaced = cache.insert(cache.root, [1, 2, 3, 4, 5, 6], [5, 6, 7])
+    assert (displaced, cache.num_idle) == ([0, 1], 0)
+    cache.check_integrity()
+    assert cache.release([7, 6, 5]) == []
+    assert cache.evict(3) == [7, 6, 5]
+
+
+def test_a_branch_is_in_the_tree_once_it_is_grafted() -> None:
+    cache = cache_of_two()
+    (head,) = cache.root.children.values()
+    branch, twin = (cache.branch(head, [7, 8, 9, 9], blocks) for blocks in ([5, 6], [8, 9]))
+    cache.check_integrity()
+    assert len(head.children) == 1
+    assert cache.graft(branch)
+    assert not cache.graft(twin)
+    assert [node.blocks for node in cache.match([1, 2, 7, 8, 9, 9], 3)] == [[0], [5], [6]]
 
 
 @pytest.mark.parametrize("damage", ["order", "twin", "tokens", "index", "lost"])
@@ -440,7 +461,7 @@ def test_damage_to_the_prefix_cache_is_noticed(damage: str) -> None:
         cache._node_of[5] = head
         head.blocks.append(5)
     elif damage == "tokens":
-        head.tokens = (1,)
+        head.tokens = head.tokens[:-1]
     elif damage == "index":
         del cache._node_of[0]
     else:

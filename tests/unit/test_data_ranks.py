@@ -127,6 +127,7 @@ def test_random_lives() -> None:
 
 def advance(ranks: DataRanks) -> int:
     step = ranks.schedule()
+    ranks.expect(step)
     ranks.update(step, sampled(step))
     ranks.check_integrity()
     return len(step.preempted)

@@ -309,6 +309,7 @@ class AheadEngine(properties.Engine):
         flight = self.flights.popleft()
         while not flight.sampled and flight in self.device:
             self.run_next()
+        self.expect(flight.step)
         chunks = [chunk for chunk in flight.step.chunks if chunk.samples]
         self.counts["rows in vain"] += sum(chunk.request.status is RequestStatus.FINISHED for chunk in chunks)
         finished = self.scheduler.update(flight.step, [flight.sampled[chunk.request] for chunk in chunks])

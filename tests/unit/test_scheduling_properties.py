@@ -69,6 +69,8 @@ class Setup:
 class Engine:
     """The scheduler under test, the modelled cache, and the checks around every step."""
 
+    expects = True  # whether Scheduler.expect is called, which may be left out
+
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.scheduler = setup.scheduler()
@@ -99,22 +101,27 @@ class Engine:
         self.trace.append([(c.request.request_id, c.start, c.num_tokens, c.request.blocks[:]) for c in step.chunks])
         self.counts["preemptions"] += len(step.preempted)
         self.check_step(step)
-        if len(self.trace) % 2:  # with and without, the answers are the same
-            self.scheduler.prepare(step)
         self.check()
 
     def update(self) -> None:
         assert self.pending is not None
         (step, tables), self.pending = self.pending, None
+        self.expect(step)
         finished = self.scheduler.update(step, self.compute(step, tables))
         assert all(request.status is RequestStatus.FINISHED for request in finished)
         self.trace.append([request.request_id for request in finished])
         self.check()
 
+    def expect(self, step: Step) -> None:
+        if self.expects:
+            self.scheduler.expect(step)
+            self.check()
+
     def fail(self) -> None:
         """The step broke down somewhere: parts of it were written, none is recorded."""
         assert self.pending is not None
         (step, tables), self.pending = self.pending, None
+        self.expect(step)
         for chunk, table in list(zip(step.chunks, tables, strict=True))[::2]:
             self.write(chunk, table)
         self.check()
@@ -393,6 +400,7 @@ class Serving(RuleBasedStateMachine):
             return
         self.do("finish_all")
         again = self.engine_class(self.engine.setup)
+        again.expects = False
         for operation, arguments in self.history:
             getattr(again, operation)(*arguments)
         assert again.trace == self.engine.trace, "the same history gave other steps"

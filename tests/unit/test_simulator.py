@@ -136,8 +136,10 @@ def test_more_replicas_answer_sooner() -> None:
     assert sum(s.ttft for s in four.served) < sum(s.ttft for s in one.served) / 2
 
 
-def test_a_shared_prefix_is_computed_once() -> None:
-    requests = [TraceRequest(0.0, 600, 2, (7,)), TraceRequest(10.0, 600, 2, (7,))]
+@pytest.mark.parametrize("block", [7, 2**64 - 1])
+def test_a_shared_prefix_is_computed_once(block: int) -> None:
+    """Whatever a trace calls its blocks; some have hashes of them."""
+    requests = [TraceRequest(0.0, 600, 2, (block,)), TraceRequest(10.0, 600, 2, (block,))]
     end = limits(num_blocks=200, tokens=2048, prefix=True)
     first, second = simulate(Fleet(end, seconds, 1, 1, 1), requests).served
     assert second.ttft == pytest.approx(first.ttft - 512e-4)

@@ -171,7 +171,7 @@ class Engine:
         if current is None:
             return []
         following = self._launch_behind(current)
-        self.scheduler.prepare(current.step)
+        self.scheduler.expect(current.step)
         sampled = self._land(current)
         outputs = self._whole(self._advance, current, sampled, report)
         self._ahead = following if following is not None and following.wanted else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexmoe.engine.host_buffers import HostBuffers
 from flexmoe.engine.sampling_state import SamplingState, uniforms
-from flexmoe.engine.wire_rows import DecodeRows, starts_of
+from flexmoe.engine.wire_rows import WireChunks, WireDecodes, starts_of
 from flexmoe.kernels.sample import COLDEST, SampleParams
 from flexmoe.models.device_rows import DeviceRows
 from flexmoe.scheduling.step import ScheduledChunk
@@ -88,8 +88,8 @@ def _write_tokens(host: Fields, chunks: Sequence[ScheduledChunk], sources: Seque
     count = len(chunks)
     host["sources"][:count] = sources
     host["sources"][count:] = -1
-    if isinstance(chunks, DecodeRows):
-        host["token_ids"][:count] = chunks.tokens
+    if isinstance(chunks, WireDecodes):
+        host["token_ids"][:count] = chunks.arrays.tokens
     else:
         known = [c.request.token_ids[c.start] if s < 0 else 0 for c, s in zip(chunks, sources, strict=True)]
         host["token_ids"][:count] = known
@@ -124,8 +124,8 @@ class _Tables:
 
     def write(self, chunks: Sequence[ScheduledChunk]) -> int:
         """Each row's blocks, as far apart as the longest table is long; returns that."""
-        if isinstance(chunks, DecodeRows):
-            return self._write_all(chunks)
+        if isinstance(chunks, WireDecodes):
+            return self._write_all(chunks.arrays)
         tables = [chunk.request.blocks for chunk in chunks]
         lengths = list(map(len, tables))
         width = _padded(max(lengths, default=0))
@@ -139,7 +139,7 @@ class _Tables:
         self._rows = list(zip(tables, lengths, strict=True))
         return width
 
-    def _write_all(self, rows: DecodeRows) -> int:
+    def _write_all(self, rows: WireChunks) -> int:
         """All at once: what came over the wire says of no row that it is there already."""
         counts, self._rows = rows.num_blocks, []
         width = self._stride[0] = self._width = _padded(int(counts.max(initial=0)))

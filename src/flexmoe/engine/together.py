@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from flexmoe.engine.sampling_state import SamplingState
-from flexmoe.engine.wire_rows import starts_of
+from flexmoe.engine.wire_rows import furthest_start
 from flexmoe.scheduling.step import ScheduledChunk, Step
 
 
@@ -33,7 +33,7 @@ class DecodeTraits:
         on_host = not all(state.device_ready for state in states)
         drawn = [state.params for state in states if not (on_host or state.params.greedy)]
         filtered = any(params.top_k > 0 or params.top_p < 1.0 for params in drawn)
-        return cls(len(chunks), int(max(starts_of(chunks), default=0)), bool(drawn), filtered, on_host)
+        return cls(len(chunks), furthest_start(chunks), bool(drawn), filtered, on_host)
 
     def beside(self, other: DecodeTraits) -> DecodeTraits:
         """Of a step that serves both, each on its own data rank."""

@@ -13,32 +13,26 @@ import numpy as np
 
 from flexmoe.config.sampling import SamplingParams
 from flexmoe.engine.model_runner import rows_before
-from flexmoe.engine.numbers import Ints, int32s
+from flexmoe.engine.numbers import int32s
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import Together
-from flexmoe.engine.wire_rows import DecodeRows, chunks_of
+from flexmoe.engine.wire_rows import WireChunks, WireDecodes
 from flexmoe.scheduling.data_ranks import parts_of
-from flexmoe.scheduling.step import ScheduledChunk, Step
+from flexmoe.scheduling.step import Step
 
 _ARGMAX = SamplingState(SamplingParams(temperature=0.0), 0)
 
 
 @dataclass(frozen=True, slots=True)
 class WireStep:
-    """N chunks: their tokens and blocks one after the other, with the counts of each; states of those that sample.
+    """Chunks, and the states of those that sample.
 
     None stands for a state that asks for the argmax and nothing else, as most do. sources: if the step was sent before
-    the tokens of the one before it were known, each chunk's row in that one; then its token is 0.
+    the tokens of the one before it were known, each chunk's row in that one; -1 for one whose token is known.
     """
 
     num_decodes: int
-    starts: Ints
-    num_tokens: Ints
-    num_blocks: Ints
-    samples: list[bool]
-    contiguous: list[bool]
-    tokens: Ints
-    blocks: Ints
+    chunks: WireChunks
     states: list[SamplingState | None]
     sources: list[int] | None = None
 
@@ -54,13 +48,13 @@ class WireParts:
 def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None = None) -> WireStep:
     """The step, with what its requests hold now."""
     chunks = step.chunks
+    unknown = [] if sources is None else [0]
     tokens: list[int] = []
     blocks: list[int] = []
     for chunk in chunks:
-        tokens += chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or (0,)
+        tokens += chunk.request.token_ids[chunk.start : chunk.start + chunk.num_tokens] or unknown
         blocks += chunk.request.blocks
-    return WireStep(
-        step.num_decodes,
+    arrays = WireChunks(
         np.array([chunk.start for chunk in chunks], np.int32),
         np.array([chunk.num_tokens for chunk in chunks], np.int32),
         np.array([len(chunk.request.blocks) for chunk in chunks], np.int32),
@@ -68,20 +62,15 @@ def pack(step: Step, states: Sequence[SamplingState], sources: list[int] | None 
         [chunk.request.contiguous for chunk in chunks],
         int32s(tokens),
         int32s(blocks),
-        [None if state.plain_greedy and not state.wants_routing else state for state in states],
-        sources,
     )
+    known = [None if state.plain_greedy and not state.wants_routing else state for state in states]
+    return WireStep(step.num_decodes, arrays, known, sources)
 
 
 def unpack(wire: WireStep) -> tuple[Step, list[SamplingState]]:
     """The step as a runner takes it."""
-    chunks: Sequence[ScheduledChunk]
-    if wire.num_decodes == len(wire.starts):
-        chunks = DecodeRows(wire.starts, wire.tokens, wire.num_blocks, wire.blocks, wire.samples, wire.contiguous)
-    else:
-        chunks = chunks_of(
-            wire.starts, wire.num_tokens, wire.num_blocks, wire.tokens, wire.blocks, wire.samples, wire.contiguous
-        )  # fmt: skip
+    alone = wire.num_decodes == len(wire.chunks)
+    chunks = WireDecodes(wire.chunks) if alone else wire.chunks.as_chunks()
     return Step(chunks, wire.num_decodes, []), [state or _ARGMAX for state in wire.states]
 
 

@@ -7,10 +7,9 @@ rank as long as its device needs for the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, SupportsIndex, overload
-
-import numpy as np
 
 from flexmoe.engine.numbers import Ints
 from flexmoe.scheduling.request import Request
@@ -47,22 +46,46 @@ class WireRequest(Request):
         self.blocks, self.contiguous = blocks, contiguous
 
 
-class DecodeRows(Sequence[ScheduledChunk]):
-    """Decodes as arrays, int32, a number for each; and as chunks, made for those who ask.
-
-    starts: of each its token's number. tokens: 0 where the host does not know it yet. num_blocks, and blocks: all
-    tables, one after the other.
+@dataclass(frozen=True, slots=True)
+class WireChunks:
+    """N chunks: their tokens and blocks one after the other, and the counts of each. starts: of each its first token's
+    number. tokens: 0 where the host does not know it yet.
     """
 
-    def __init__(
-        self, starts: Ints, tokens: Ints, num_blocks: Ints, blocks: Ints, samples: Sequence[bool],
-        contiguous: Sequence[bool],
-    ) -> None:  # fmt: skip
-        self.starts, self.tokens, self.num_blocks, self.blocks = starts, tokens, num_blocks, blocks
-        self._flags = samples, contiguous
+    starts: Ints
+    num_tokens: Ints
+    num_blocks: Ints
+    samples: list[bool]
+    contiguous: list[bool]
+    tokens: Ints
+    blocks: Ints
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def as_chunks(self) -> list[ScheduledChunk]:
+        """Each with a request of its own."""
+        tokens, blocks = self.tokens.tolist(), self.blocks.tolist()
+        chunks, token, block = [], 0, 0
+        for start, num_tokens, num_blocks, samples, contiguous in zip(
+            self.starts.tolist(), self.num_tokens.tolist(), self.num_blocks.tolist(), self.samples, self.contiguous,
+            strict=True,
+        ):  # fmt: skip
+            own_tokens, own_blocks = tokens[token : token + num_tokens], blocks[block : block + num_blocks]
+            request = WireRequest(start, own_tokens, own_blocks, contiguous)
+            chunks.append(ScheduledChunk(request, start, num_tokens, samples))
+            token, block = token + num_tokens, block + num_blocks
+        return chunks
+
+
+class WireDecodes(Sequence[ScheduledChunk]):
+    """Decodes as arrays, for who takes all at once; and as chunks, made for who asks for one."""
+
+    def __init__(self, arrays: WireChunks) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays)
 
     @overload
     def __getitem__(self, place: int) -> ScheduledChunk: ...
@@ -73,26 +96,16 @@ class DecodeRows(Sequence[ScheduledChunk]):
 
     @cached_property
     def _chunks(self) -> list[ScheduledChunk]:
-        each = np.ones_like(self.starts)
-        return chunks_of(self.starts, each, self.num_blocks, self.tokens, self.blocks, *self._flags)
-
-
-def chunks_of(
-    starts: Ints, num_tokens: Ints, num_blocks: Ints, tokens: Ints, blocks: Ints, samples: Sequence[bool],
-    contiguous: Sequence[bool],
-) -> list[ScheduledChunk]:  # fmt: skip
-    """Chunks, each with a request of its own. tokens, blocks: of all, one after the other."""
-    all_tokens, all_blocks = tokens.tolist(), blocks.tolist()
-    chunks, token, block = [], 0, 0
-    for start, count, table, samples_, whole in zip(
-        starts.tolist(), num_tokens.tolist(), num_blocks.tolist(), samples, contiguous, strict=True
-    ):
-        own_tokens, own_blocks = all_tokens[token : token + count], all_blocks[block : block + table]
-        chunks.append(ScheduledChunk(WireRequest(start, own_tokens, own_blocks, whole), start, count, samples_))
-        token, block = token + count, block + table
-    return chunks
+        return self.arrays.as_chunks()
 
 
 def starts_of(chunks: Sequence[ScheduledChunk]) -> Ints | list[int]:
     """The number of each one's first token."""
-    return chunks.starts if isinstance(chunks, DecodeRows) else [chunk.start for chunk in chunks]
+    return chunks.arrays.starts if isinstance(chunks, WireDecodes) else [chunk.start for chunk in chunks]
+
+
+def furthest_start(chunks: Sequence[ScheduledChunk]) -> int:
+    """The largest of them; 0 if there are none."""
+    if isinstance(chunks, WireDecodes):
+        return int(chunks.arrays.starts.max(initial=0))
+    return max((chunk.start for chunk in chunks), default=0)

@@ -106,6 +106,7 @@ class Replica:
     _seconds: float = 0.0
     _next_crossing: float = 0.0
     _served: dict[str, Served] = field(default_factory=dict)
+    _blocks: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scheduler = self.limits.make_scheduler()
@@ -126,7 +127,7 @@ class Replica:
         answer = min(max(1, asked.output_len), self.limits.longest - prompt)
         served = Served(asked.arrival, prompt, answer, asked.input_len + max(1, asked.output_len) - prompt - answer)
         request = Request(
-            str(number), _tokens(number, asked, prompt), _sampling(answer), eos_token_ids=(),
+            str(number), self._tokens(number, asked, prompt), _sampling(answer), eos_token_ids=(),
             max_total_tokens=self.limits.longest,
         )  # fmt: skip
         request.watched = self.limits.watched
@@ -176,13 +177,16 @@ class Replica:
             self.outstanding -= served.input_len + served.output_len
         return tokens
 
+    def _tokens(self, number: int, asked: TraceRequest, length: int) -> list[int]:
+        """A prompt that shares with others what the trace says it shares, and nothing else.
+
+        Blocks are numbered as they come: a trace's own numbers may be hashes, too large for tokens.
+        """
+        numbers = (self._blocks.setdefault(block, len(self._blocks)) for block in asked.blocks)
+        shared = list(chain.from_iterable([block] * BLOCK_TOKENS for block in numbers))[:length]
+        return shared + [-1 - number] * (length - len(shared))
+
 
 @lru_cache(maxsize=4096)
 def _sampling(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-
-
-def _tokens(number: int, asked: TraceRequest, length: int) -> list[int]:
-    """A prompt that shares with others what the trace says it shares, and nothing else."""
-    shared = list(chain.from_iterable([block] * BLOCK_TOKENS for block in asked.blocks))[:length]
-    return shared + [-1 - number] * (length - len(shared))

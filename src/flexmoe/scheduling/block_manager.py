@@ -37,12 +37,12 @@ class _Holding:
 
     tail: the node of its last block in the prefix cache (the root if it has none there).
     claim: the range of blocks it would like to grow into.
-    coming: of blocks that are being computed, prepared for the prefix cache.
+    expected: what its blocks that are being computed will be in the prefix cache.
     """
 
     tail: PrefixNode
     claim: tuple[int, int]
-    coming: Branch | None = None
+    expected: Branch | None = None
 
 
 class BlockManager:
@@ -106,22 +106,22 @@ class BlockManager:
         request.contiguous = request.contiguous and block == last + 1
         return True
 
-    def prepare(self, request: Request, num_tokens: int) -> None:
+    def expect(self, request: Request, num_tokens: int) -> None:
         """Do most of what register() will do once so many tokens of a request are computed. Nothing is shared yet."""
         if self.enable_prefix_caching:
             holding = self._holdings[request]
             tokens, blocks = self._unshared(request, holding, num_tokens)
-            holding.coming = self._prefixes.branch(holding.tail, tokens, blocks) if blocks else None
+            holding.expected = self._prefixes.branch(holding.tail, tokens, blocks) if blocks else None
 
     def register(self, request: Request) -> None:
         """Let others share the blocks of a request that are full and computed by now."""
         if not self.enable_prefix_caching:
             return
         holding = self._holdings[request]
-        coming, holding.coming = holding.coming, None
+        branch, holding.expected = holding.expected, None
         tokens, blocks = self._unshared(request, holding, request.num_computed_tokens)
-        if coming is not None and len(coming.nodes) == len(blocks) and self._prefixes.graft(coming):
-            holding.tail = coming.nodes[-1]
+        if branch is not None and len(branch.nodes) == len(blocks) and self._prefixes.graft(branch):
+            holding.tail = branch.nodes[-1]
         else:
             holding.tail, displaced = self._prefixes.insert(holding.tail, tokens, blocks)
             self._space.put(displaced)

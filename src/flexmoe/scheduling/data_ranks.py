@@ -133,10 +133,10 @@ class DataRanks:
             parts.append(ahead)
         return JointStep.of(parts) if any(part.chunks for part in parts) else None
 
-    def prepare(self, step: Step) -> None:
-        """See Scheduler.prepare."""
+    def expect(self, step: Step) -> None:
+        """See Scheduler.expect."""
         for scheduler, part in zip(self.schedulers, parts_of(step), strict=True):
-            scheduler.prepare(part)
+            scheduler.expect(part)
 
     def update(self, step: Step, sampled: Sequence[int]) -> list[Request]:
         """See Scheduler.update. sampled: rank by rank."""

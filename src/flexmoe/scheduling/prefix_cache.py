@@ -40,10 +40,7 @@ class PrefixNode:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """Nodes of blocks that are being computed, each the child of the one before; not in the tree yet.
-
-    node_of: the same, by their blocks.
-    """
+    """Nodes that are not in the tree yet, one at least, each the child of the one before. node_of: by their blocks."""
 
     nodes: list[PrefixNode]
     node_of: dict[int, PrefixNode]
@@ -82,7 +79,7 @@ class PrefixCache:
         return path
 
     def branch(self, parent: PrefixNode, token_ids: Sequence[int], blocks: Sequence[int]) -> Branch:
-        """What `graft` can put after `parent`: blocks that will hold these tokens, each a block's worth of them."""
+        """What `graft` can put after `parent` once `blocks` hold these tokens, each a block's worth of them."""
         node, nodes = parent, list[PrefixNode]()
         for tokens, block in zip(self._divided(token_ids), blocks, strict=True):
             child = PrefixNode(node, tokens, [block])
@@ -111,7 +108,7 @@ class PrefixCache:
         """
         node, displaced = parent, list[int]()
         for tokens, block in zip(self._divided(token_ids), blocks, strict=True):
-            known = node.children.get(tokens) if node.children else None
+            known = node.children.get(tokens) if node.children else None  # most have none: that spares a hash
             if known is None:
                 known = node.children[tokens] = PrefixNode(node, tokens, [block])
             else:
@@ -176,16 +173,16 @@ class PrefixCache:
         return True
 
     def _detach(self, block: int) -> None:
-        """Of a node that has another one."""
+        """Take a block from its node, which has another one."""
         self._node_of.pop(block).blocks.remove(block)
 
     def _drop(self, node: PrefixNode) -> None:
-        """Without its only block."""
+        """Take a node, whose only block is given up, from its parent."""
         assert not node.children, f"block {node.blocks[0]} leaves the cache before the blocks that follow it"
         assert node.parent is not None
         siblings = node.parent.children
         if len(siblings) == 1:
-            siblings.clear()
+            siblings.clear()  # spares a search by a whole block's tokens
         else:
             del siblings[node.tokens]
 

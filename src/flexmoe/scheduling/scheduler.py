@@ -19,8 +19,8 @@ A request gets blocks for all its tokens when it is admitted, and one at a time 
 computed before update() says so, so a step that failed on the way can be scheduled again.
 
 Running ahead. While step n is computed, schedule_ahead() may give step n+1, to be launched behind it; update(n) comes
-before update(n+1), and both before schedule(). A request that ends at update(n), or is aborted, leaves a row in step
-n+1 that nobody wants but that still writes its key; so do the rows of a step that was given up. They do no harm:
+before update(n+1), and schedule() when no step is on its way. A request that ends at update(n), or is aborted, leaves a
+row in step n+1 that nobody wants but that still writes its key; so do the rows of a step that was given up. No harm:
 
 1.  A row writes the keys of positions that are not computed: chunk.start >= request.num_computed_tokens.
 2.  Only blocks full of computed tokens are shared or registered in the prefix cache. By 1, a row on its way writes none
@@ -186,11 +186,11 @@ class Scheduler:
         prefills = self._prompts_ahead(chunks, goes_on, decodes) if prompts else []
         return Step(decodes + prefills, len(decodes), []) if decodes or prefills else None
 
-    def prepare(self, step: Step) -> None:
-        """Do what can be done of update() while a step's prompts are computed. May be left out; changes nothing."""
+    def expect(self, step: Step) -> None:
+        """Do some of update(step) beforehand, while it is computed: nothing that anybody sees. May be left out."""
         for chunk in step.chunks[step.num_decodes :]:
             if chunk.request.status is _RUNNING:
-                self.blocks.prepare(chunk.request, chunk.start + chunk.num_tokens)
+                self.blocks.expect(chunk.request, chunk.start + chunk.num_tokens)
 
     def update(self, step: Step, sampled: Sequence[int]) -> list[Request]:
         """Record that a step was computed.

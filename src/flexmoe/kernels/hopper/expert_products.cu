@@ -5,8 +5,8 @@
 // rows of tokens, 64 columns of both at a time, into a ring of STAGES stages in shared memory. The two others multiply,
 // each its half of the weights' rows by all of the tokens. Weights are on the left, so that a tile has as many columns
 // as there are tokens, and next to none for nothing. While a tile's results are written, the next one's first stages
-// are on their way. All of it is bound by what L2 gives: the larger the tile, the less it asks for, and the fewer stages
-// fit. Macros: MAX_N, STAGES, STAGING (bytes for results of each multiplying warpgroup), MAX_SLOTS; see products.py.
+// are on their way. The larger a tile, the less it asks of L2 and of shared memory, and the fewer stages fit. The last
+// tiles, if they are too few for all processors, are halved. Macros: MAX_N, STAGES, STAGING (bytes for results of each multiplying warpgroup), MAX_SLOTS; see products.py.
 //
 // GATE_UP 1: the weights' rows come eight of gate, the same eight of up, and so on, so that a thread has both of a pair;
 // leaves silu(gate) * up. 0: leaves rows of y, scaled by the router's weights.
@@ -114,15 +114,16 @@ __device__ __forceinline__ void count_blocks(Shared &shared, const Arguments &ar
     }
 }
 
-// How many of the last tiles are halved: those that are left when each block of threads has had as many as the others, if
-// there is a block for each half of them.
+// How many of the last tiles are halved, by their tokens: those that are left when each block of threads has had as many
+// as the others, if there is a block for each half.
 __device__ __forceinline__ int halved_of(int tiles) {
     int left = tiles % (int)gridDim.x;
     return left <= (int)gridDim.x / 2 ? left : 0;
 }
 
 // COLUMN_GROUP columns of tiles meet all blocks of tokens before the next ones do, a block all of them at once: what
-// works at one time shares both tokens and weights in L2. A slot's blocks hold about as many tokens each.
+// works at one time shares both tokens and weights in L2. A slot's blocks hold about as many tokens each. Tiles that are
+// halved have two indices each; of a few tokens the second half has none.
 __device__ __forceinline__ Tile tile_at(const Shared &shared, const Arguments &args, int index, int columns) {
     int blocks = shared.ends[args.slots - 1], whole = blocks * columns - halved_of(blocks * columns);
     bool halved = index >= whole;
@@ -145,7 +146,7 @@ __device__ __forceinline__ Tile tile_at(const Shared &shared, const Arguments &a
     tile.first = (block - first_block) * each;
     tile.count = min(each, rows - tile.first);
     if (halved) {
-        int before_half = (tile.count + 15) / 16 * 8;  // a few tokens are all in the first half
+        int before_half = (tile.count + 15) / 16 * 8;
         tile.count = half ? max(0, tile.count - before_half) : min(before_half, tile.count);
         tile.first += half * before_half;
     }
