@@ -1,6 +1,7 @@
 """Ranks on CPUs that take the next step before the tokens of this one are answered, as those on GPUs do.
 
-Their decode steps run in torch; the tokens stay with the ranks, and an answer is ready only after some looks at it.
+Their decode steps are packed as for a GPU, and run in torch on what was packed; the tokens stay with the ranks, and an
+answer is ready only after some looks at it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from flexmoe.config.engine import EngineConfig
 from flexmoe.engine.cuda_graph import GraphFlight
 from flexmoe.engine.model_runner import ModelRunner
+from flexmoe.engine.packed_rows import PackedRows
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import DecodeTraits
@@ -26,6 +28,7 @@ from flexmoe.parallel.rank import main
 from flexmoe.scheduling.step import ScheduledChunk, Step
 
 MAX_ROWS = 8
+_MOST_BLOCKS = 64
 _LOOKS = 30
 
 
@@ -55,24 +58,31 @@ class AheadDecoder:
     def __init__(self, runner: ModelRunner, mesh: Mesh) -> None:
         self._runner, self._mesh = runner, mesh
         self._latest: list[int] = []
+        self._packed = PackedRows(MAX_ROWS, _MOST_BLOCKS, torch.device("cpu"))
 
     def launch(
         self, step: Step, states: Sequence[SamplingState], sources: Sequence[int] | None, probe: Probe | None,
         traits: DecodeTraits | None,
     ) -> SlowFlight:  # fmt: skip
+        self._packed.load(step.chunks, [-1] * len(step.chunks) if sources is None else sources, states)
+        chunks = [self._unpacked(row, chunk.samples) for row, chunk in enumerate(step.chunks)]
+        assert [chunk.start for chunk in chunks] == [chunk.start for chunk in step.chunks]
+        step = Step(chunks, step.num_decodes, [])
         if sources is not None:
             assert all(0 <= source < len(self._latest) for source in sources)
-            step = Step([self._known(*pair) for pair in zip(step.chunks, sources, strict=True)], step.num_decodes, [])
             states = [_ahead(state) for state in states]
         sampled = self._runner._run(step, states, None if traits is None else traits.rows)
         tokens = torch.tensor(sampled.token_ids or [0] * len(step.chunks))
         self._latest = self._mesh.tp.broadcast(tokens, 0, "tokens").tolist()
         return SlowFlight(step, sampled)
 
-    def _known(self, chunk: ScheduledChunk, source: int) -> ScheduledChunk:
-        request = chunk.request
-        made = WireRequest(chunk.start, [self._latest[source]], request.blocks, request.contiguous)
-        return ScheduledChunk(made, chunk.start, 1, True)
+    def _unpacked(self, row: int, samples: bool) -> ScheduledChunk:
+        """What the device is told of a row, as a chunk."""
+        rows = self._packed.rows
+        source, start, stride = int(rows.sources[row]), int(rows.lengths[row]) - 1, int(rows.table_stride)
+        token = int(rows.token_ids[row]) if source < 0 else self._latest[source]
+        blocks = rows.tables[row * stride :][: start // self._runner.cache.block_size + 1].tolist()
+        return ScheduledChunk(WireRequest(start, [token], blocks, contiguous=False), start, 1, samples)
 
 
 def _ahead(state: SamplingState) -> SamplingState:
