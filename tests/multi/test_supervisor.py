@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from flexmoe import LLM, EngineError, SamplingParams
 from flexmoe.config.engine import LaunchConfig
 from flexmoe.engine import launchers, ranks
 from flexmoe.errors import ConfigError, RankError
+from flexmoe.parallel import rank
 from tests.cpu.tiny_models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -377,3 +379,18 @@ def test_no_port_is_held() -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's slack")
+def test_a_rank_that_glances_at_its_device_does_not_oversleep() -> None:
+    """In a thread of its own, since it holds for a thread."""
+    found: list[int] = []
+
+    def work() -> None:
+        rank.wake_in_time()
+        found.append(ctypes.CDLL(None).prctl(30, 0, 0, 0, 0))  # PR_GET_TIMERSLACK
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [1000]

@@ -12,6 +12,7 @@ it. Answers go in the order of the commands.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import select
@@ -31,6 +32,7 @@ from flexmoe.parallel.beats import LIFE, Beats
 
 SILENT = object()  # an answer that is not sent
 _PULSE_SECONDS = 0.5
+_PR_SET_TIMERSLACK = 29  # of prctl(2); in nanoseconds, of the calling thread
 _GLANCE_SECONDS = 20e-6  # between looks at what is not ready yet; a step takes a hundred times as long
 
 
@@ -80,11 +82,21 @@ def main(make: Callable[[Setup, MutableSequence[int]], Handler], arguments: list
     setup: Setup = connection.recv()
     counters: Any = Beats(beats, setup.size).of(setup.rank)
     threading.Thread(target=_pulse, args=(lifeline, counters), daemon=True).start()
+    wake_in_time()
     code = serve(connection, setup, lambda: make(setup, counters))
     # Threads of torch or NCCL that wait for dead peers must not keep the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def wake_in_time() -> None:
+    """Let this thread's sleeps end within a microsecond of their time: Linux takes 50 more, to save energy.
+
+    Measured: a glance that is to last 20 us lasts 105 to 130 without this, and 60 with it. Elsewhere it does nothing.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1000), 0, 0, 0)
 
 
 def serve(connection: Connection, setup: Setup, make: Callable[[], Handler]) -> int:
