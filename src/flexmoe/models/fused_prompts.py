@@ -96,6 +96,7 @@ class PromptLayer:
         if wanted is None:
             return F.linear(normed, weight, added)
         made, heads = normed.new_empty(len(normed), len(weight)), a.num_heads * a.head_dim
+        made[:, :heads].zero_()  # nobody reads other rows, but what memory held might overflow on the way
         torch.mm(normed, weight[heads:].t(), out=made[:, heads:])
         if added is not None:
             made[:, heads:] += added[heads:]
