@@ -190,11 +190,10 @@ def _step_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Print, and append rows."""
     args = _arguments()
-    if not args.anew:
-        Machine.load(args.machine)  # what is wrong with it is said before anything is measured
+    machine = None if args.anew else Machine.load(args.machine)  # what is wrong is said before anything is measured
     served = _read(args.served)
     rows = _step_rows(args)
-    machine = Machine.load(args.machine)
+    machine = machine or Machine.load(args.machine)
     for row in served_now(args.trace, args.rounds) if args.serve else ():
         append(args.serve, row)
         served.append(row)

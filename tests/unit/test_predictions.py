@@ -95,7 +95,7 @@ def test_steps_of_several_gpus(ranks: int) -> None:
 def test_the_plan_that_is_chosen_is_near_the_best() -> None:
     """Of one GPU, tensor and expert: what is predicted to be fastest is measured within 5% of what was.
 
-    Within 6% one row of OLMoE, of which two GPUs make nothing: it is bound by the host, and expected not to be.
+    But for one measurement: a row of OLMoE on two GPUs, bound by the host there, which no term foretells.
     """
     cases: dict[tuple[str, int, str], dict[str, Check]] = {}
     for row, check in strategy_checks():
@@ -105,8 +105,11 @@ def test_the_plan_that_is_chosen_is_near_the_best() -> None:
     assert len(compared) >= 6
     for case in compared:
         chosen = min(case.values(), key=lambda check: check.predicted)
-        near = 1.06 if chosen.what.startswith("olmoe-1b-7b, tensor, batch 1,") else 1.05
-        assert chosen.measured <= near * min(check.measured for check in case.values()), chosen.what
+        lost = chosen.measured / min(check.measured for check in case.values())
+        if chosen.what == "olmoe-1b-7b, tensor, batch 1, 64 + 32 tokens":
+            assert lost == pytest.approx(1.0576, abs=1e-4)
+        else:
+            assert lost <= 1.05, chosen.what
 
 
 def cpu_checks() -> dict[tuple[int, int], dict[str, Check]]:
@@ -142,18 +145,15 @@ def test_on_a_cpu_one_process_is_chosen_and_is_best() -> None:
         assert chosen.measured == min(check.measured for check in of_batch)
 
 
-def test_steps_of_a_cpu_whose_shapes_its_table_has_not() -> None:
+def test_steps_of_a_cpu_whose_shapes_its_table_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Table and steps of two quiet cores with AVX2, measured in turns."""
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    model_of = importlib.import_module("validate_planner").model_of
     machine = Machine.load(RESULTS / "cpu2_avx2_machine.json")
     rows = [json.loads(line) for line in (RESULTS / "cpu_steps.jsonl").read_text().splitlines()]
     checks = []
     for row in rows:
-        about, preset = row["model"], PRESETS[row["model"]["name"]].config
-        assert preset.moe is not None
-        fewer = replace(
-            preset.moe, num_experts=about["experts"], top_k=about["top_k"], expert_width=about["expert_width"]
-        )  # fmt: skip
-        config = replace(preset, layers=preset.layers[: about["layers"]], moe=fewer)
+        config = model_of(row)
         checks += step_checks(without_model(machine, config), config, [row])
     errors = Errors.of(checks)
     assert errors.count == 8
