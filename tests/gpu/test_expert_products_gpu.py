@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexmoe.kernels.hopper.products import ExpertProducts
+from flexmoe.kernels.hopper.products import ExpertProducts, Shape
 from flexmoe.kernels.triton.copy_by_expert import copy_by_expert
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from tests.gpu.hopper import NEEDS_HOPPER, off
@@ -21,6 +21,7 @@ SHAPES = [
     (1, 2, 8, 64, 64), (40, 2, 4, 256, 256), (300, 2, 5, 200, 72), (513, 4, 16, 512, 384), (160, 1, 1, 128, 128),
     (161, 1, 1, 128, 128), (320, 2, 2, 64, 520), (257, 3, 33, 128, 136), (2000, 2, 3, 264, 520), (96, 8, 512, 64, 64),
     (176, 1, 1, 128, 128), (193, 1, 1, 128, 328), (350, 1, 1, 64, 64), (600, 2, 257, 64, 128),
+    (208, 1, 1, 64, 128), (288, 1, 1, 128, 192), (289, 1, 1, 128, 192), (1040, 1, 4, 128, 200), (600, 2, 5, 192, 136),
 ]  # fmt: skip
 
 
@@ -70,22 +71,23 @@ class Layer:
         return y
 
 
-def computed(layer: Layer, products: ExpertProducts, *, wide: bool = False) -> tuple[Tensor, Tensor]:
+def computed(layer: Layer, products: ExpertProducts, *, tiles: Shape = "narrow") -> tuple[Tensor, Tensor]:
     """hidden and y, where what is not written stays NaN."""
     (rows, counts), choices = layer.grouped(), layer.ids.numel()
     hidden = layer.x.new_full((choices, layer.down.shape[2]), torch.nan)
     y = layer.x.new_full((choices, layer.x.shape[1]), torch.nan)
     x, top_k = layer.x, layer.ids.shape[1]
-    if wide:
+    first: Shape = "narrow" if tiles == "square" else tiles
+    if first == "wide":
         x = layer.x.new_full((choices, layer.x.shape[1]), torch.nan)
         copy_by_expert(layer.x, rows, counts, x, top_k=top_k)
-    products.gate_up(x, rows, counts, layer.gate_up, hidden, top_k=top_k, wide=wide)
-    products.down(hidden, rows, counts, layer.weights, layer.down, y, wide=wide)
+    products.gate_up(x, rows, counts, layer.gate_up, hidden, top_k=top_k, shape=first)
+    products.down(hidden, rows, counts, layer.weights, layer.down, y, shape=tiles)
     return hidden, y
 
 
-def check(layer: Layer, products: ExpertProducts, *, wide: bool = False) -> None:
-    hidden, y = computed(layer, products, wide=wide)
+def check(layer: Layer, products: ExpertProducts, *, tiles: Shape = "narrow") -> None:
+    hidden, y = computed(layer, products, tiles=tiles)
     rows, counts = layer.grouped()
     here = int(counts.sum())
     assert hidden[here:].isnan().all()
@@ -102,34 +104,34 @@ def products() -> ExpertProducts:
     return ExpertProducts(DEVICE, torch.bfloat16)
 
 
-TILES = pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+TILES = pytest.mark.parametrize("tiles", ["narrow", "square", "wide"])
 
 
 @TILES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_halves_are_what_torch_computes(products: ExpertProducts, shape: tuple[int, ...], wide: bool) -> None:
-    check(Layer.of(shape), products, wide=wide)
+def test_both_halves_are_what_torch_computes(products: ExpertProducts, shape: tuple[int, ...], tiles: Shape) -> None:
+    check(Layer.of(shape), products, tiles=tiles)
 
 
 @TILES
-def test_in_fp16(wide: bool) -> None:
-    check(Layer.of((300, 2, 5, 200, 72), torch.float16), ExpertProducts(DEVICE, torch.float16), wide=wide)
+def test_in_fp16(tiles: Shape) -> None:
+    check(Layer.of((300, 2, 5, 200, 72), torch.float16), ExpertProducts(DEVICE, torch.float16), tiles=tiles)
 
 
 @TILES
-def test_all_tokens_on_one_expert_and_none_on_others(products: ExpertProducts, wide: bool) -> None:
+def test_all_tokens_on_one_expert_and_none_on_others(products: ExpertProducts, tiles: Shape) -> None:
     layer = Layer.of((700, 2, 6, 128, 128))
     layer.ids[:, 0], layer.ids[:, 1] = 4, 2
-    check(layer, products, wide=wide)
+    check(layer, products, tiles=tiles)
 
 
 @TILES
-def test_choices_without_a_slot_here(products: ExpertProducts, wide: bool) -> None:
+def test_choices_without_a_slot_here(products: ExpertProducts, tiles: Shape) -> None:
     layer = Layer.of((400, 3, 9, 128, 192))
     layer.ids[torch.rand(layer.ids.shape, device=DEVICE) < 0.4] = -1
-    check(layer, products, wide=wide)
+    check(layer, products, tiles=tiles)
     layer.ids.fill_(-1)
-    hidden, y = computed(layer, products, wide=wide)
+    hidden, y = computed(layer, products, tiles=tiles)
     assert hidden.isnan().all()
     assert y.isnan().all()
 
@@ -137,8 +139,9 @@ def test_choices_without_a_slot_here(products: ExpertProducts, wide: bool) -> No
 def test_the_same_bits_time_after_time_in_all_tiles(products: ExpertProducts) -> None:
     layer = Layer.of((1500, 4, 12, 512, 256))
     first = computed(layer, products)
+    turns: tuple[Shape, ...] = "square", "wide", "narrow"
     for turn in range(6):
-        for again, before in zip(computed(layer, products, wide=turn % 2 == 0), first, strict=True):
+        for again, before in zip(computed(layer, products, tiles=turns[turn % 3]), first, strict=True):
             assert torch.equal(again, before)
 
 
@@ -153,12 +156,12 @@ def test_a_row_has_the_same_bits_in_whatever_company(products: ExpertProducts) -
 
 
 @TILES
-def test_halves_of_the_last_tiles_have_the_bits_of_whole_ones(products: ExpertProducts, wide: bool) -> None:
+def test_halves_of_the_last_tiles_have_the_bits_of_whole_ones(products: ExpertProducts, tiles: Shape) -> None:
     """One tile more than processors: the last columns are in two halves, and whole where they come first."""
     columns = torch.cuda.get_device_properties(DEVICE).multi_processor_count + 1
     layer = Layer.of((150, 1, 1, 256 * columns, 64))
     last_first = Layer(layer.x, layer.gate_up, layer.down.roll(256, 1), layer.ids, layer.weights)
-    (_, y), (_, rolled) = (computed(each, products, wide=wide) for each in (layer, last_first))
+    (_, y), (_, rolled) = (computed(each, products, tiles=tiles) for each in (layer, last_first))
     assert torch.equal(y.roll(256, 1), rolled)
     width = 128 * columns
     layer = Layer.of((150, 1, 1, 64, width))
@@ -166,7 +169,7 @@ def test_halves_of_the_last_tiles_have_the_bits_of_whole_ones(products: ExpertPr
         layer.x, layer.gate_up.view(1, 2, width, 64).roll(128, 2).view_as(layer.gate_up), layer.down, layer.ids,
         layer.weights,
     )  # fmt: skip
-    (hidden, _), (rolled, _) = (computed(each, products, wide=wide) for each in (layer, last_first))
+    (hidden, _), (rolled, _) = (computed(each, products, tiles=tiles) for each in (layer, last_first))
     assert torch.equal(hidden.roll(128, 1), rolled)
 
 

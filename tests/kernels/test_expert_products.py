@@ -104,6 +104,9 @@ def test_they_are_for_steps_with_dozens_of_rows_an_expert() -> None:
         tiles = StepTiles(TileTable(), PRESETS[preset].config, torch.bfloat16, some)
         assert tiles.products(least) is some
         assert tiles.products(least - 1) is None
-        assert not tiles.wide(6 * least - 1)
-        assert tiles.wide(6 * least)
+        of_mixtral = preset == "mixtral-8x7b"
+        for rows, shape in ((128, "narrow"), (160, "wide"), (256, "square"), (280, "narrow"), (384, "wide")):
+            assert tiles.down_shape(rows * least // 64) == shape
+            assert tiles.gate_up_shape(rows * least // 64) == ("wide" if of_mixtral and shape == "wide" else "narrow")
+        assert tiles.down_shape(320 * least // 64) == ("wide" if of_mixtral else "narrow")
         assert StepTiles(TileTable(), PRESETS[preset].config, torch.bfloat16).products(4096) is None

@@ -39,6 +39,7 @@ _OURS = {
     "_gate_up_grouped": ("gate_up", "other"), "_down_grouped": ("down", "other"),
     "expert_gate_up_products": ("gate_up", "other"), "expert_down_products": ("down", "other"),
     "expert_gate_up_products_wide": ("gate_up", "other"), "expert_down_products_wide": ("down", "other"),
+    "expert_down_products_square": ("down", "other"),
 }  # fmt: skip
 
 

@@ -35,11 +35,12 @@ def expert_gate_up_grouped(
     """The first half; hidden is for the second half alone, its order depends on the kernel."""
     products = tiles.products(len(normed))
     if products is not None:
-        if wide := tiles.copies(len(normed)):
+        shape = tiles.gate_up_shape(len(normed))
+        if shape == "wide":
             copied = normed.new_empty(len(hidden), normed.shape[1])
             copy_by_expert(normed, rows, counts, copied, top_k=top_k, pdl=pdl)
             normed = copied
-        products.gate_up(normed, rows, counts, gate_up, hidden, top_k=top_k, wide=wide, pdl=pdl)
+        products.gate_up(normed, rows, counts, gate_up, hidden, top_k=top_k, shape=shape, pdl=pdl)
     else:
         tile, _ = tiles.many_experts(len(normed))
         expert_gate_up.expert_gate_up_grouped(normed, rows, counts, gate_up, hidden, top_k=top_k, tile=tile, pdl=pdl)
@@ -52,7 +53,7 @@ def expert_down_grouped(
     """The second half."""
     products = tiles.products(len(weights))
     if products is not None:
-        products.down(hidden, rows, counts, weights, down, y, wide=tiles.wide(len(weights)), pdl=pdl)
+        products.down(hidden, rows, counts, weights, down, y, shape=tiles.down_shape(len(weights)), pdl=pdl)
     else:
         _, tile = tiles.many_experts(len(weights))
         expert_down.expert_down_grouped(hidden, rows, counts, weights, down, y, tile=tile, pdl=pdl)

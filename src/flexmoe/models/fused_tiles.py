@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexmoe.config.model import ModelConfig, MoEConfig
-from flexmoe.kernels.hopper.products import ExpertProducts
+from flexmoe.kernels.hopper.products import ExpertProducts, Shape
 from flexmoe.kernels.triton import decode_attention, expert_down, expert_gate_up, norm_linear
 from flexmoe.kernels.triton.route import RouteTile
 from flexmoe.kernels.triton.route import default_tile as default_route
@@ -34,8 +34,11 @@ GroupedTiles = tuple[expert_gate_up.GateUpTile, expert_down.DownTile]
 # H200, 1.2 pairs an expert cost nothing (Mixtral and OLMoE at 90% and 77% of the floor), 1.5 a tenth of the step.
 _GEMV_ROWS, _PAIRS_AN_EXPERT = 4, 1.25
 MOST_RANKED = 256  # that one launch can rank
-# Of an expert, from which on the kernels for Hopper are faster, and those in wide tiles: measured on an H200.
-_PRODUCTS_ROWS, _WIDE_ROWS = 64, 384
+# Rows of an expert, from which on the kernels for Hopper are faster; and of which they have tiles that these just fill:
+# a wide one (192 rows, some have more), a square one (288). All measured on an H200.
+_PRODUCTS_ROWS, _FILL_WIDE, _FILL_SQUARE = 64, range(156, 180), range(180, 268)
+# From which on wide tiles are faster in any case, of narrow experts and of wide ones.
+_WIDE_ROWS, _WIDE_ROWS_OF_WIDE = 384, 300
 # Of an expert's width, from which on it pays to copy rows to their experts, for wide tiles of gate and up: on an H200
 # 1.5% of that product for 14,336, and the tiles gain 4 to 5%; for 1,024 the copy alone is 10%.
 _COPIED_WIDTH = 6144
@@ -100,13 +103,21 @@ class StepTiles:
         enough = rows * self._moe.top_k >= _PRODUCTS_ROWS * self._moe.num_experts
         return self._products if enough else None
 
-    def wide(self, rows: int) -> bool:
-        """Whether `products` take wide tiles for so many rows in a step."""
-        return rows * self._moe.top_k >= _WIDE_ROWS * self._moe.num_experts
+    def gate_up_shape(self, rows: int) -> Shape:
+        """Of the tiles that `products` take for so many rows in a step; for wide ones rows are copied to their experts."""
+        return "wide" if self._copies and self.down_shape(rows) == "wide" else "narrow"
 
-    def copies(self, rows: int) -> bool:
-        """Whether rows are copied to their experts first, for gate and up in wide tiles."""
-        return self.wide(rows) and self._moe.expert_width >= _COPIED_WIDTH
+    def down_shape(self, rows: int) -> Shape:
+        """As for gate and up, of the second half."""
+        each = rows * self._moe.top_k // self._moe.num_experts
+        if each in _FILL_SQUARE:
+            return "square"
+        many = each >= (_WIDE_ROWS_OF_WIDE if self._copies else _WIDE_ROWS)
+        return "wide" if many or each in _FILL_WIDE else "narrow"
+
+    @property
+    def _copies(self) -> bool:
+        return self._moe.expert_width >= _COPIED_WIDTH
 
     def reads_alone(self, rows: int) -> bool:
         """Whether `few_experts` serve so many rows, not `many_experts`."""

@@ -83,7 +83,7 @@ def _rows_of(rows: Tensor) -> Any:
 def source(dtype: torch.dtype) -> tuple[str, dict[str, int | str]]:
     """The kernel's text and macros."""
     macros: dict[str, int | str] = {"NAME": _NAME, "HALF": int(dtype is torch.float16), "SHARED_BYTES": _SHARED_BYTES}
-    return instructions.source("prompt_attention.cu", dtype, (_HEAD_DIM,), (_HEAD_DIM,)), macros
+    return instructions.source("prompt_attention.cu", dtype, Product=(_HEAD_DIM,), Weighted=(_HEAD_DIM,)), macros
 
 
 @functools.cache

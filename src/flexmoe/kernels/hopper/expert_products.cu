@@ -13,9 +13,13 @@
 // GATHER 1: tokens are rows of x [T, depth], gathered by threads. 0: rows in the order of slots, as hidden's are, which
 // the copy engine brings.
 
-constexpr int TILE_M = 256, GROUPS = 2, WARPGROUP = 128;
+constexpr int GROUPS = 2, WARPGROUP = 128;
 constexpr int TILE_K = 64;             // 128 bytes: a row of the swizzled layout that wgmma reads
 constexpr int M_TILES = TILE_M / 64 / GROUPS;  // products of 64 rows that a multiplying warpgroup has
+// A warpgroup has two products in hand: of two times 64 rows of weights, or of the same 64, which it holds in registers,
+// and two halves of the tokens. Shared memory is read once for each, so a square tile asks least of it.
+constexpr bool HOLDS = M_TILES == 1;
+constexpr int PARTS = HOLDS ? 2 : 1;   // of a tile's tokens
 [[maybe_unused]] constexpr int MANY = 128, FEW = 32;  // rows of tokens in a box; MAX_N is a multiple of FEW
 constexpr int NEXT = 8;                // more than stages: threads that load may be so many tiles apart
 constexpr int WEIGHT_BYTES = TILE_M * TILE_K * 2, STAGE_BYTES = WEIGHT_BYTES + MAX_N * TILE_K * 2;
@@ -54,6 +58,7 @@ struct Shared {
     float scale[GROUPS][MAX_N];
 #endif
 };
+static_assert(CHUNKS % 8 == 0, "staging would not be apart by banks");
 static_assert(GATHER || MAX_N % FEW == 0, "boxes of tokens would reach beyond a stage");
 static_assert(STAGES * STAGE_BYTES + GROUPS * STAGING + sizeof(Shared) <= SHARED_BYTES, "more than a block may have");
 
@@ -68,24 +73,52 @@ __device__ __forceinline__ void load_weights(u32 to, const TensorMap *map, u64 *
         ::"r"(to), "l"(map), "r"(address_of(barrier)), "r"(k), "r"(column * TILE_M), "r"(slot) : "memory");
 #endif
 }
-// Begins the products of a stage, once it is there.
+// Begins the products of a stage, once it is there; of weights that are held, ends them, too.
 template <int N, bool FIRST> __device__ __forceinline__ void multiply_stage(
-    Shared &shared, float (&sums)[M_TILES][N / 2], u32 ring, int group, int stage, u32 parity
+    Shared &shared, float (&sums)[M_TILES * PARTS][N / PARTS / 2], u32 ring, int group, int thread, int stage, u32 parity
 ) {
     barrier_wait(&shared.full[stage], parity);
 #if GATHER
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what threads copied, for the tensor cores
 #endif
-    u32 place = ring + stage * STAGE_BYTES;
-    u64 weights = matrix(place + group * (WEIGHT_BYTES / GROUPS)), tokens = matrix(place + WEIGHT_BYTES);
-    products_begin();
+    u32 place = ring + stage * STAGE_BYTES, own = place + group * (WEIGHT_BYTES / GROUPS);
+    u64 tokens = matrix(place + WEIGHT_BYTES);
+    if constexpr (HOLDS) {
+        u32 held[TILE_K / 16][4], row = thread / 32 * 16 + thread % 16;
 #pragma unroll
-    for (int k = 0; k < TILE_K / 16; k++)  // 32 bytes each, in units of 16
+        for (int k = 0; k < TILE_K / 16; k++)
+            load_matrices(held[k], own + row * 128 + ((k * 2 + thread % 32 / 16) ^ (row % 8)) * 16);
+        products_begin();
 #pragma unroll
-        for (int m = 0; m < M_TILES; m++)
-            if (FIRST && k == 0) Product<N>::first(sums[m], weights + m * 512 + k * 2, tokens + k * 2);
-            else Product<N>::add(sums[m], weights + m * 512 + k * 2, tokens + k * 2);
-    products_commit();
+        for (int k = 0; k < TILE_K / 16; k++)  // 32 bytes each, in units of 16
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                u64 right = tokens + part * (N / PARTS * 8) + k * 2;
+                if (FIRST && k == 0) Held<N / PARTS>::first(sums[part], held[k], right);
+                else Held<N / PARTS>::add(sums[part], held[k], right);
+            }
+        products_commit();
+        products_wait<0>();  // the next stage's weights take the same registers; the other warpgroup goes on meanwhile
+        if (thread % 32 == 0) barrier_arrive(&shared.empty[stage]);
+    } else {
+        u64 weights = matrix(own);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < TILE_K / 16; k++)
+#pragma unroll
+            for (int m = 0; m < M_TILES; m++)
+                if (FIRST && k == 0) Product<N>::first(sums[m], weights + m * 512 + k * 2, tokens + k * 2);
+                else Product<N>::add(sums[m], weights + m * 512 + k * 2, tokens + k * 2);
+        products_commit();
+    }
+}
+
+// Of eight tokens and 64 rows of weights, the m-th ones that a warpgroup has, what a thread has.
+template <int N> __device__ __forceinline__ const float *sums_of(
+    const float (&sums)[M_TILES * PARTS][N / PARTS / 2], int m, int token
+) {
+    constexpr int PART = N / PARTS;
+    return &sums[m + token / PART][token % PART / 8 * 4];
 }
 
 __device__ __forceinline__ float silu_times(float gate, float up) {
@@ -150,7 +183,7 @@ __device__ __forceinline__ Tile tile_at(const Shared &shared, const Arguments &a
         tile.count = half ? max(0, tile.count - before_half) : min(before_half, tile.count);
         tile.first += half * before_half;
     }
-    int step = tile.count > 96 ? 8 : 32;  // fewer are bound by their weights, whatever the rest costs
+    int step = tile.count > FINE_FROM ? 8 * PARTS : 32;  // fewer are bound by their weights, whatever the rest costs
     tile.padded = max(step, (tile.count + step - 1) / step * step);
     tile.offset = shared.offsets[low] + tile.first;
     return tile;
@@ -240,36 +273,44 @@ template <int N> __device__ __forceinline__ void compute_tile(
     Shared &shared, const Arguments &args, const Tile &tile, u32 ring, u32 staging, int group, int thread, int steps,
     int &stage, u32 &parity
 ) {
-    float sums[M_TILES][N / 2];
+    float sums[M_TILES * PARTS][N / PARTS / 2];
     int warp = thread / 32, lane = thread % 32;
 #if !GATE_UP
     const int *rows = args.rows + (long long)tile.slot * args.capacity + tile.first;
-    int mine[2], other = thread + WARPGROUP;
-    float scales[2] = {0.0f, 0.0f};
-    mine[0] = thread < tile.count ? rows[thread] : -1;
-    mine[1] = other < tile.count ? rows[other] : -1;
+    constexpr int EACH = (MAX_N + WARPGROUP - 1) / WARPGROUP;  // tokens whose assignments a thread looks up
+    int mine[EACH];
+    float scales[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int token = thread + i * WARPGROUP;
+        mine[i] = token < tile.count ? rows[token] : -1;
+    }
 #endif
-    multiply_stage<N, true>(shared, sums, ring, group, stage, parity);
+    multiply_stage<N, true>(shared, sums, ring, group, thread, stage, parity);
 #if !GATE_UP
-    if (mine[0] >= 0) scales[0] = args.scales[mine[0]];
-    if (mine[1] >= 0) scales[1] = args.scales[mine[1]];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) scales[i] = mine[i] < 0 ? 0.0f : args.scales[mine[i]];
 #endif
     for (int step = 1; step < steps; step++) {
         int previous = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
-        multiply_stage<N, false>(shared, sums, ring, group, stage, parity);
+        multiply_stage<N, false>(shared, sums, ring, group, thread, stage, parity);
+        if constexpr (HOLDS) continue;
         products_wait<1>();
         if (lane == 0) barrier_arrive(&shared.empty[previous]);
     }
     products_wait<0>();
 #pragma unroll
-    for (int m = 0; m < M_TILES; m++) products_done(sums[m]);
-    if (lane == 0) barrier_arrive(&shared.empty[stage]);
+    for (int i = 0; i < M_TILES * PARTS; i++) products_done(sums[i]);
+    if (!HOLDS && lane == 0) barrier_arrive(&shared.empty[stage]);
     if (++stage == STAGES) stage = 0, parity ^= 1;
 
 #if !GATE_UP
-    if (thread < MAX_N) shared.row[group][thread] = mine[0], shared.scale[group][thread] = scales[0];
-    if (other < MAX_N) shared.row[group][other] = mine[1], shared.scale[group][other] = scales[1];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        int token = thread + i * WARPGROUP;
+        if (token < MAX_N) shared.row[group][token] = mine[i], shared.scale[group][token] = scales[i];
+    }
     group_barrier(group);
 #endif
     constexpr int UNIT = GATE_UP ? 32 : 16;  // tokens of four matrices
@@ -288,11 +329,11 @@ template <int N> __device__ __forceinline__ void compute_tile(
                         continue;
                     }
 #if GATE_UP  // four times eight tokens; sums: gate of two tokens, then up
-                    const float *s = &sums[m][(n / 8 + part) * 4];
+                    const float *s = sums_of<N>(sums, m, n + part * 8);
                     parts[part] = pair_of(silu_times(s[0], s[2]), silu_times(s[1], s[3]));
 #else        // twice eight tokens, of each two times eight rows of weights
                     int token = n + part / 2 * 8;
-                    const float *s = &sums[m][token / 8 * 4 + part % 2 * 2];
+                    const float *s = sums_of<N>(sums, m, token) + part % 2 * 2;
                     const float *scale = &shared.scale[group][token + lane % 4 * 2];
                     parts[part] = pair_of(s[0] * scale[0], s[1] * scale[1]);
 #endif

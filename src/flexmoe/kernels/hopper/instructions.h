@@ -82,7 +82,14 @@ __device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b, u32 c, u3
                  ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// Four 8 x 8 matrices from shared memory; lane i of eight says where row i of its matrix is.
+__device__ __forceinline__ void load_matrices(u32 (&to)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}
+
 // Products of 64 rows of one matrix and N of another, 16 columns deep: `first` begins sums, `add` adds to them.
 // instructions.py writes one for each N.
 template <int N> struct Product;      // both matrices in shared memory
+template <int N> struct Held;         // the first in registers
 template <int N> struct Weighted;     // the first in registers; the second with its N columns together

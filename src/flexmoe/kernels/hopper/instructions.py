@@ -11,11 +11,10 @@ _FOLDER = Path(__file__).parent
 TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def source(file: str, dtype: torch.dtype, products: Iterable[int] = (), weighted: Iterable[int] = ()) -> str:
-    """A kernel's file with all that it needs. products, weighted: the sizes of `Product` and `Weighted`."""
+def source(file: str, dtype: torch.dtype, **sizes: Iterable[int]) -> str:
+    """A kernel's file with all that it needs. sizes: of each kind of product, by the name it has in instructions.h."""
     parts = [(_FOLDER / "instructions.h").read_text(encoding="utf-8")]
-    parts += (_structure("Product", n, TYPES[dtype]) for n in products)
-    parts += (_structure("Weighted", n, TYPES[dtype]) for n in weighted)
+    parts += (_structure(name, n, TYPES[dtype]) for name, each in sizes.items() for n in each)
     return "\n".join((*parts, (_FOLDER / file).read_text(encoding="utf-8")))
 
 
@@ -33,7 +32,7 @@ def _function(name: str, n: int, kind: str, *, add: int) -> str:
         left, given, inputs, transposed = "u64 left", f"%{count}, %{count + 1}", '"l"(left), "l"(right)', "0, 0"
     else:
         registers = ", ".join(f"%{count + i}" for i in range(4))
-        left, given, transposed = "const u32 *left", f"{{{registers}}}, %{count + 4}", "1"
+        left, given, transposed = "const u32 *left", f"{{{registers}}}, %{count + 4}", str(int(name == "Weighted"))
         inputs = ", ".join(f'"r"(left[{i}])' for i in range(4)) + ', "l"(right)'
     return (
         f"static __device__ __forceinline__ void {'add' if add else 'first'}"

@@ -10,7 +10,7 @@ import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,54 +20,70 @@ from flexmoe.kernels.hopper.compiler import compiled
 from flexmoe.kernels.hopper.driver import HOPPER
 
 # As in the kernel.
-_WEIGHTS, _K, _MANY, _FEW, _SLOTS = 256, 64, 128, 32, 512
+_K, _MANY, _FEW, _SLOTS = 64, 128, 32, 512
 _THREADS, _SHARED_BYTES = 384, 227 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a block of threads works at, see expert_products.cu. tokens: at most, with the 256 rows of weights."""
+    """What a block of threads works at, see expert_products.cu. weights, tokens: rows of them, of tokens at most.
 
+    parts: products that tokens are shared out to. fine_from: of fewer tokens not each size has a product of its own,
+    they are bound by their weights in any case.
+    """
+
+    weights: int
     tokens: int
     stages: int
     staging: int
+    parts: int = 1
+    fine_from: int = 96
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Sizes of a product: of few tokens not each one, they are bound by their weights in any case."""
-        return (32, 64, 96, *range(104, self.tokens + 1, 8))
+        """Tokens that there are products for."""
+        step = 8 * self.parts
+        return (*range(32, self.fine_from + 1, 32), *range(self.fine_from + step, self.tokens + 1, step))
 
 
-_NARROW, _WIDE = Tile(tokens=160, stages=4, staging=4096), Tile(tokens=192, stages=3, staging=16384)
+Shape = Literal["narrow", "square", "wide"]
+_TILES: dict[Shape, Tile] = {
+    "narrow": Tile(weights=256, tokens=160, stages=4, staging=4096),
+    "square": Tile(weights=128, tokens=288, stages=4, staging=4096, parts=2, fine_from=192),
+    "wide": Tile(weights=256, tokens=192, stages=3, staging=16384),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the kernels: of a half of the experts, in narrow tiles or in wide ones, for hundreds of rows an expert.
+    """One of the kernels: of a half of the experts, in tiles of one shape.
 
-    A wide tile asks for less of L2, and has a shorter ring: too short for rows that are gathered.
+    Square ones ask least of shared memory, if an expert's rows fill one; wide ones, for hundreds of rows an expert, of
+    L2. Only narrow ones gather rows: threads bring a row of 128 bytes in 5 ns, less than other shapes need. Square ones
+    are for the second half alone: of rows that were copied they gain 3% in the first.
     """
 
     gate_up: bool
-    wide: bool
+    shape: Shape
 
     @property
     def name(self) -> str:
         """As profilers show it."""
-        return f"expert_{'gate_up' if self.gate_up else 'down'}_products{'_wide' if self.wide else ''}"
+        suffix = "" if self.shape == "narrow" else f"_{self.shape}"
+        return f"expert_{'gate_up' if self.gate_up else 'down'}_products{suffix}"
 
     @property
     def tile(self) -> Tile:
         """What its blocks of threads work at."""
-        return _WIDE if self.wide else _NARROW
+        return _TILES[self.shape]
 
     @property
     def gathers(self) -> bool:
         """Whether it takes tokens from where they are, not in the order of slots."""
-        return self.gate_up and not self.wide
+        return self.gate_up and self.shape == "narrow"
 
 
-PARTS = tuple(Part(gate_up, wide) for gate_up in (True, False) for wide in (False, True))
+PARTS = tuple(Part(gate_up, shape) for gate_up in (True, False) for shape in _TILES if not gate_up or shape != "square")
 
 
 def why_no_products(
@@ -112,36 +128,38 @@ class ExpertProducts:
 
     def gate_up(
         self, x: Tensor, rows: Tensor, counts: Tensor, gate_up: Tensor, hidden: Tensor, *, top_k: int,
-        wide: bool = False, pdl: bool = False,
+        shape: Shape = "narrow", pdl: bool = False,
     ) -> None:  # fmt: skip
         """x [T, H], gate_up [S, 2F, H], gate first -> hidden [T*K, F] = silu(gate) * up: rows of slot 0, of slot 1...
 
         rows int32 [S, capacity]: the assignments a = t*K + k of slot s, of which the first counts[s] (int32) are valid.
         All of one dtype and contiguous, rows but for their capacity. What no slot has leaves hidden's last rows alone.
-        wide: in the tiles for hundreds of rows a slot, with the same results; x is then [T*K, H], in hidden's order, as
+        shape: of tiles, narrow or wide; results are the same. For wide ones x is [T*K, H], in hidden's order, as
         `copy_by_expert` makes it.
         """
         S, F, H = gate_up.shape[0], gate_up.shape[1] // 2, gate_up.shape[2]
         if S > _SLOTS:
             raise ValueError(f"gate_up has {S} experts, of which {_SLOTS} are the most.")
-        weights = _boxes(
-            gate_up, (H, 8, 2, F // 8, S), (H, F * H, 8 * H, 2 * F * H), (_K, 8, 2, _WEIGHTS // 16, 1)
-        )  # fmt: skip
-        maps = (weights, *_tokens(x)) if wide else (weights, weights, weights)
-        self._launch(Part(True, wide), maps, (rows, counts, None, x, hidden), (S, top_k, H, F), pdl)
+        if (part := Part(True, shape)) not in PARTS:
+            raise ValueError(f"gate and up have no {shape} tiles")
+        box = _K, 8, 2, part.tile.weights // 16, 1
+        weights = _boxes(gate_up, (H, 8, 2, F // 8, S), (H, F * H, 8 * H, 2 * F * H), box)
+        maps = (weights, weights, weights) if part.gathers else (weights, *_tokens(x))
+        self._launch(part, maps, (rows, counts, None, x, hidden), (S, top_k, H, F), pdl)
 
     def down(
         self, hidden: Tensor, rows: Tensor, counts: Tensor, topk_weights: Tensor, down: Tensor, y: Tensor, *,
-        wide: bool = False, pdl: bool = False,
+        shape: Shape = "narrow", pdl: bool = False,
     ) -> None:  # fmt: skip
         """hidden [T*K, F] of `gate_up`, down [S, H, F] -> row a of y [T*K, H]: topk_weights[a] * (down @ its row).
 
-        topk_weights fp32 [T, K]. Assignments of no slot get no row of y. wide: as for `gate_up`.
+        topk_weights fp32 [T, K]. Assignments of no slot get no row of y. shape: as for `gate_up`.
         """
         S, H, F = down.shape
-        weights = _boxes(down, (F, H, S), (F, H * F), (_K, _WEIGHTS, 1))
+        part = Part(False, shape)
+        weights = _boxes(down, (F, H, S), (F, H * F), (_K, part.tile.weights, 1))
         tensors = (rows, counts, topk_weights, None, y)
-        self._launch(Part(False, wide), (weights, *_tokens(hidden)), tensors, (S, 1, F, H), pdl)
+        self._launch(part, (weights, *_tokens(hidden)), tensors, (S, 1, F, H), pdl)
 
     def _launch(
         self, part: Part, maps: tuple[Any, Any, Any], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...],
@@ -171,10 +189,13 @@ def source(part: Part, dtype: torch.dtype) -> tuple[str, dict[str, int | str]]:
     )
     macros: dict[str, int | str] = {
         "NAME": part.name, "GATE_UP": int(part.gate_up), "GATHER": int(part.gathers),
-        "HALF": int(dtype is torch.float16), "SHARED_BYTES": _SHARED_BYTES, "MAX_N": tile.tokens,
-        "STAGES": tile.stages, "STAGING": tile.staging, "MAX_SLOTS": _SLOTS,
+        "HALF": int(dtype is torch.float16), "SHARED_BYTES": _SHARED_BYTES, "TILE_M": tile.weights,
+        "MAX_N": tile.tokens, "STAGES": tile.stages, "STAGING": tile.staging, "FINE_FROM": tile.fine_from,
+        "MAX_SLOTS": _SLOTS,
     }  # fmt: skip
-    return instructions.source("expert_products.cu", dtype, tile.columns).replace("//CASES//", cases), macros
+    sizes = [n // tile.parts for n in tile.columns]
+    named = {"Product": sizes} if tile.parts == 1 else {"Held": sizes}
+    return instructions.source("expert_products.cu", dtype, **named).replace("//CASES//", cases), macros
 
 
 @functools.cache
