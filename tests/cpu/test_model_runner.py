@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from flexmoe.config.model import LayerConfig
 from flexmoe.config.sampling import SamplingParams
-from flexmoe.engine import model_runner
+from flexmoe.engine import model_runner, prompt_graphs
 from flexmoe.engine.model_runner import ModelRunner, _after_pending
 from flexmoe.engine.prompt_graphs import GraphedPrompts
-from flexmoe.engine.prompt_rows import PromptForm
 from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import DecodeTraits, Together
@@ -24,6 +23,7 @@ from flexmoe.models.presets import PRESETS
 from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.nearness import assert_near
 from tests.cpu.paging import decodes, scattered, slot
+from tests.cpu.rerun_graphs import RerunPool
 from tests.cpu.tiny_decoders import CPU, NEEDS_COMPILER, Recording, config, copy_cache, decoder, filled_cache, in_fp32
 
 pytestmark = NEEDS_COMPILER
@@ -154,6 +154,9 @@ class Device:
         self.passed = rows.token_ids.tolist()
         return torch.eye(len(rows.sample_rows), CONFIG.vocab_size)
 
+    def choose(self, logits: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(logits.argmax(-1))
+
 
 @pytest.mark.parametrize(("one_pass", "in_graph"), [(False, 2), (True, 0)])
 def test_a_step_with_prompts_leaves_its_tokens_on_the_device(one_pass: bool, in_graph: int) -> None:
@@ -199,7 +202,7 @@ def test_data_ranks_take_a_graph_if_all_of_them_do() -> None:
     assert device.in_graph == -1
 
 
-def test_a_form_that_failed_comes_for_the_first_time_again() -> None:
+def test_a_form_that_failed_comes_for_the_first_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step for which memory ran out nothing was made ready that a graph would need."""
 
     class Failing(Device):
@@ -210,11 +213,13 @@ def test_a_form_that_failed_comes_for_the_first_time_again() -> None:
             return torch.ones(2, CONFIG.vocab_size)
 
     cache: Any = type("Cache", (), {"block_size": BLOCK})()
-    prompts = GraphedPrompts(Failing([]), cache, CPU, most_graphed=0)
-    form, rows = PromptForm(16, 3, 2, 4, padded=True), cast(Any, None)
+    monkeypatch.setattr(prompt_graphs, "GraphPool", RerunPool)
+    prompts = GraphedPrompts(Failing([]), cache, CPU, most_graphed=64)
+    step, _ = make_step(0, 2)
     with pytest.raises(torch.OutOfMemoryError):
-        prompts._run(form, rows)
-    assert len(prompts._run(form, rows)) == 2
+        prompts.logits(step.chunks)
+    for _ in range(3):
+        assert len(prompts.logits(step.chunks)) == step.num_samples == 1
 
 
 def test_torch_has_its_threads_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from flexmoe.models.device_rows import PromptRows
 from flexmoe.models.hopper import HopperKernels
 from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, MOST_ON_RANKS, forms_up_to, graph_form
 from flexmoe.scheduling.step import ScheduledChunk
-from tests.cpu.paging import scattered, slot
+from tests.cpu.paging import scattered
 from tests.cpu.rerun_graphs import RerunPool
 
 BLOCK, ROWS = 4, 16
@@ -58,22 +58,18 @@ def test_forms_are_few(most: int) -> None:
     assert graph_form(most + 1, 1, most) is None
 
 
-def test_padding_is_in_no_span_and_has_no_place() -> None:
+def in_form(chunks: list[ScheduledChunk], form: PromptForm) -> PromptRows:
+    return form.rows_of(torch.from_numpy(pack(chunks, form, ROWS)), ROWS, BLOCK)
+
+
+def test_padding_is_in_no_span() -> None:
     chunks = chunks_of((5, 7), (0, 18), (9, 1))
     form = form_of(chunks, ROWS)
     assert form is not None
-    flat = pack(chunks, form, BLOCK, ROWS, pinned=False)
-    rows, exact = form.rows_of(flat, ROWS, BLOCK), lay_out(chunks, BLOCK, ROWS, torch.device("cpu"))
-    assert rows.lengths is not None
-    for padded, plain in (
-        (rows.token_ids, exact.token_ids),
-        (rows.positions, exact.positions),
-        (rows.slots, exact.slots),
-    ):
-        assert torch.equal(padded[:26], plain)
-    assert rows.lengths[:26].tolist() == (exact.positions + 1).tolist()
-    assert rows.lengths[26:].eq(0).all()
-    assert rows.slots[26:].eq(-1).all()
+    rows, exact = in_form(chunks, form), lay_out(chunks, BLOCK, ROWS, torch.device("cpu"))
+    assert rows.padded
+    assert torch.equal(rows.token_ids[:26], exact.token_ids)
+    assert rows.token_ids[26:].eq(0).all()
     assert rows.sample_rows.tolist() == [24, 25, 0, 0]
     blocks = rows.spans.blocks.tolist()
     assert blocks[:4] == exact.spans.blocks.tolist()
@@ -83,16 +79,14 @@ def test_padding_is_in_no_span_and_has_no_place() -> None:
 
 
 def test_each_row_is_where_its_request_keeps_it() -> None:
-    """Token, position, place in the cache, and span of every row, one by one; a token nobody knows yet is 0."""
+    """Token and span of every row, one by one; a token nobody knows yet is 0."""
     chunks = chunks_of((5, 7), (0, 37), (9, 1), (2, 1))
     unknown = chunks[3].request
     chunks[3] = ScheduledChunk(unknown, unknown.num_tokens, 1, True)
     rows = lay_out(chunks, BLOCK, ROWS, torch.device("cpu"))
     own = [(chunk, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
     assert rows.token_ids.tolist() == [*(c.request.token_ids[at] for c, at in own[:-1]), 0]
-    assert rows.positions.tolist() == [at for _, at in own]
-    assert rows.slots.tolist() == [slot(c.request, at, BLOCK) for c, at in own]
-    assert rows.lengths is None
+    assert not rows.padded
     assert rows.sample_rows.tolist() == [43, 44, 45]
     spans = rows.spans.spans.tolist()
     assert [tuple(span[:3]) for span in spans] == [(0, 7, 5), (7, 37, 0), (44, 1, 9), (45, 1, 3)]
@@ -106,18 +100,17 @@ def test_each_row_is_where_its_request_keeps_it() -> None:
 def test_each_part_begins_where_compiled_kernels_expect_it() -> None:
     """On 16 bytes, whatever the sizes."""
     form = PromptForm(33, 3, 1, 5, padded=True)
-    parts = form.parts(torch.arange(form.head + 2, dtype=torch.int32))
-    assert all(part[0] % 4 == 0 for part in parts.values())
-    assert parts["tables"].tolist() == [form.head, form.head + 1]
+    rows = form.rows_of(torch.arange(form.head + 2, dtype=torch.int32), ROWS, BLOCK)
+    parts = rows.token_ids, rows.sample_rows, rows.spans.spans, rows.spans.blocks, rows.sample_spans.blocks
+    assert all(part.flatten()[0] % 4 == 0 for part in parts)
+    assert rows.spans.tables.tolist() == [form.head, form.head + 1]
 
 
 def test_a_form_of_padding_alone_has_no_token() -> None:
     form = form_of(chunks_of((0, 20)), ROWS)
     assert form is not None
-    rows = form.rows_of(pack((), form, BLOCK, ROWS, pinned=False), ROWS, BLOCK)
-    assert rows.lengths is not None
-    assert rows.lengths.tolist() == rows.token_ids.tolist() == [0] * form.rows
-    assert rows.slots.tolist() == [-1] * form.rows
+    rows = in_form([], form)
+    assert rows.token_ids.tolist() == [0] * form.rows
     assert rows.spans.spans[:, 1].tolist() == [0] * form.spans
     assert rows.spans.blocks[:, 0].tolist() == [0] * form.blocks
 
@@ -133,6 +126,9 @@ class Noting:
     def logits(self, rows: PromptRows, *_: Any) -> Tensor:
         self.rows = rows
         return rows.token_ids[rows.sample_rows.long()].float()[:, None]
+
+    def choose(self, logits: Tensor, out: Tensor) -> None:
+        out.copy_(logits[:, 0])
 
 
 def test_steps_of_one_form_leave_nothing_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +148,11 @@ def test_steps_of_one_form_leave_nothing_to_each_other(monkeypatch: pytest.Monke
             form = form_of(chunks, ROWS)
             assert form is not None
             logits = prompts.logits(chunks, known)
-            alone = form.rows_of(pack(chunks, form, BLOCK, ROWS, pinned=False), ROWS, BLOCK)
+            alone = in_form(chunks, form)
             if known is not None:
                 alone.token_ids[1] = 77
             assert model.rows is not None
-            for name in ("token_ids", "positions", "slots", "lengths", "sample_rows"):
+            for name in ("token_ids", "sample_rows"):
                 assert torch.equal(getattr(model.rows, name), getattr(alone, name)), name
             assert torch.equal(model.rows.spans.spans, alone.spans.spans)
             assert torch.equal(model.rows.spans.blocks, alone.spans.blocks)
@@ -164,6 +160,8 @@ def test_steps_of_one_form_leave_nothing_to_each_other(monkeypatch: pytest.Monke
             tables = alone.spans.tables
             assert torch.equal(model.rows.spans.tables[: len(tables)], tables)
             assert logits[:, 0].tolist() == alone.token_ids[alone.sample_rows.long()].tolist()[: len(logits)]
+            assert prompts.likeliest is not None
+            assert prompts.likeliest.tolist() == logits[:, 0].tolist()
 
 
 def test_tables_beyond_the_inputs_make_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +174,7 @@ def test_tables_beyond_the_inputs_make_no_graph(monkeypatch: pytest.MonkeyPatch)
         prompts.logits(chunks)
         assert model.rows is not None
         assert model.rows.token_ids.tolist() == chunks[0].request.token_ids[20_000:]
+        assert prompts.likeliest is None
     assert not prompts._graphs
 
 

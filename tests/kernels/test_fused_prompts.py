@@ -108,7 +108,7 @@ def test_padding_changes_nothing(case: str) -> None:
     form = form_of(chunks, prompts.block_rows)
     assert form is not None
     assert form.rows > sum(chunk.num_tokens for chunk in chunks)
-    flat = pack(chunks, form, BLOCK_SIZE, prompts.block_rows, pinned=ON_GPU).to(DEVICE)
+    flat = torch.from_numpy(pack(chunks, form, prompts.block_rows)).to(DEVICE)
     seen = Recording()
     found = prompts.logits(form.rows_of(flat, prompts.block_rows, BLOCK_SIZE), padded, seen)
     assert distance(found[: len(expected)], expected) < 1e-5

@@ -70,7 +70,7 @@ def test_one_operation_alone_needs_three_steps() -> None:
 def test_a_prompt_goes_through_the_kernels_behind_others() -> None:
     layers = PromptLayers(CONFIG, 32, DEVICE, torch.float32)
     rows = layers.rows(5, before=16)
-    assert rows.positions.tolist() == [16, 17, 18, 19, 20]
+    assert rows.spans.spans.tolist() == [[0, 5, 16, 0]]
     logits = layers.step(rows)
     assert logits.shape == (1, CONFIG.vocab_size)
     assert logits.isfinite().all()

@@ -82,8 +82,10 @@ class Engine:
         if form is None:
             laid_out = lay_out(chunks, BLOCK_SIZE, rows, CPU)
         else:
-            laid_out = form.rows_of(pack(chunks, form, BLOCK_SIZE, rows, pinned=False), rows, BLOCK_SIZE)
-        self._prompts.logits(laid_out, self._cache)
+            laid_out = form.rows_of(torch.from_numpy(pack(chunks, form, rows)), rows, BLOCK_SIZE)
+        logits = self._prompts.logits(laid_out, self._cache)
+        if form is not None:
+            self._prompts.choose(logits, torch.zeros(len(logits), dtype=torch.int64))
 
 
 def job(hf_config: dict[str, Any], *, exact_router: bool) -> Job:

@@ -26,6 +26,7 @@ from flexmoe.config.plan import ParallelPlan
 from flexmoe.config.powers import power_of_two
 from flexmoe.engine.cuda_graph import buckets_up_to
 from flexmoe.engine.packed_rows import PackedRows
+from flexmoe.engine.prompt_inputs import PromptInputs
 from flexmoe.engine.prompt_rows import PromptForm
 from flexmoe.kernels import gpu
 from flexmoe.layers.kv_cache import KVCache
@@ -190,13 +191,16 @@ class _Prompts:
         hopper = imagined_kernels(job.attends, job.multiplies)
         self._model = PromptDecoder(model, job.max_position, _CPU, tiles, pdl=pdl, hopper=hopper)
         self._cache = cache
+        PromptInputs(1, 1, _CPU).fetch()
 
     def step(self, tokens: int, samples: int = 1, *, padded: bool) -> None:
         """One prompt of so many tokens, and so many rows whose logits are wanted."""
         form = PromptForm(tokens, 2, samples, tokens // self._model.block_rows + 1, padded=padded)
         flat = torch.zeros(form.head + 1, dtype=torch.int32)
         rows = form.rows_of(flat, self._model.block_rows, self._cache.block_size)
-        self._model.logits(rows, self._cache)
+        logits = self._model.logits(rows, self._cache)
+        if padded:
+            self._model.choose(logits, torch.zeros(len(logits), dtype=torch.int64))
 
 
 def _end_with_stdin() -> None:

@@ -9,15 +9,13 @@ also record together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexmoe.engine.cuda_graph import Captured, GraphPool
-from flexmoe.engine.host_buffers import HostBuffers
-from flexmoe.engine.numbers import Ints
-from flexmoe.engine.prompt_rows import PromptForm, lay_out, num_tables, write
+from flexmoe.engine.prompt_inputs import PromptInputs
+from flexmoe.engine.prompt_rows import PromptForm, lay_out, num_tables, pack
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.layers.kv_cache import KVCache
 from flexmoe.models.device_rows import DevicePrompts, PromptRows
@@ -39,14 +37,6 @@ def _padded(rows: int, count: int, block_rows: int) -> PromptForm:
     return PromptForm(rows, count + 1, count, rows // block_rows + count, padded=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Views:
-    """Of a form. rows: of the inputs on the device. host: of each buffer on the host, its parts."""
-
-    rows: PromptRows
-    host: list[dict[str, Ints]]
-
-
 class GraphedPrompts:
     """Computes steps of prompts by a DevicePrompts on one cache."""
 
@@ -65,11 +55,12 @@ class GraphedPrompts:
         self.hopper = model.hopper
         self._model, self._cache, self._device, self._most = model, cache, device, most_graphed
         room = _most_inputs(most_graphed, model.block_rows) if most_graphed else 0
-        self._inputs = torch.zeros(room, dtype=torch.int32, device=device)
-        self._buffers = HostBuffers(room, torch.int32, device)
+        self._inputs = PromptInputs(room, MOST_CHUNKS, device) if room else None
         self._outputs: Tensor | None = None  # logits, of one graph at a time; none on ranks that do not sample
+        self._tokens = torch.zeros(MOST_CHUNKS, dtype=torch.int64, device=device)
+        self.likeliest: Tensor | None = None  # int64 [N], of the latest logits the likeliest tokens; graphs alone tell
         self._pool = GraphPool(device, traffic) if most_graphed else None
-        self._views: dict[PromptForm, _Views] = {}
+        self._rows: dict[PromptForm, PromptRows] = {}  # views of the inputs
         self._graphs: dict[PromptForm, Captured | None] = {}  # None: came once
 
     @torch.inference_mode()
@@ -85,16 +76,18 @@ class GraphedPrompts:
         if not chunks:
             return self._model.assist(most_rows)
         block_rows, block_size = self._model.block_rows, self._cache.block_size
-        form = form_of(chunks, block_rows, self._most) if self._most and probe is None else None
-        if form is None or form.head + num_tables(chunks) > self._inputs.shape[0]:
+        inputs, self.likeliest = self._inputs, None
+        form = None if inputs is None or probe is not None else form_of(chunks, block_rows, self._most)
+        if inputs is None or form is None or form.head + num_tables(chunks) > len(inputs.device):
             rows = lay_out(chunks, block_size, block_rows, self._device)
             _fill_in(rows, before)
             logits = self._model.logits(rows, self._cache, probe, most_rows)
         else:
-            rows = self._load(chunks, form)
-            _fill_in(rows, before)
-            logits = self._run(form, rows)
-        return logits[: sum([chunk.samples for chunk in chunks])]
+            inputs.write(pack(chunks, form, block_rows), before)
+            logits = self._run(form, inputs)
+        count = min(len(logits), sum([chunk.samples for chunk in chunks]))  # ranks that do not sample have none
+        self.likeliest = None if self.likeliest is None else self.likeliest[:count]
+        return logits[:count]
 
     @torch.inference_mode()
     def record(self, tokens: int, chunks: int) -> Tensor:
@@ -102,41 +95,53 @@ class GraphedPrompts:
 
         Logits of nothing, [chunks, V].
         """
+        assert self._inputs is not None
         form = _padded(tokens, chunks, self._model.block_rows)
-        rows = self._load((), form)
-        logits = self._run(form, rows)
-        while self._graphs[form] is None:
-            logits = self._run(form, rows)
+        numbers = pack((), form, self._model.block_rows)
+        while True:
+            self._inputs.write(numbers)
+            logits = self._run(form, self._inputs)
+            if self._graphs[form] is not None:
+                return logits
+
+    def _run(self, form: PromptForm, inputs: PromptInputs) -> Tensor:
+        """Logits of the form's samples, from what was written to the inputs."""
+        try:
+            logits = self._launch(form, inputs)
+        except BaseException:
+            inputs.forget()
+            raise
+        inputs.launched()
         return logits
 
-    def _load(self, chunks: Sequence[ScheduledChunk], form: PromptForm) -> PromptRows:
-        """Send the chunks, in that form, to where its graph looks for them."""
-        block_rows, block_size = self._model.block_rows, self._cache.block_size
-        if (views := self._views.get(form)) is None:
-            rows = form.rows_of(self._inputs, block_rows, block_size)
-            views = self._views[form] = _Views(rows, [form.parts(buffer.numpy()) for buffer in self._buffers.all])
-        write(chunks, views.host[self._buffers.take()], block_size, block_rows)
-        self._buffers.send(self._inputs, form.head + num_tables(chunks))
-        return views.rows
-
-    def _run(self, form: PromptForm, rows: PromptRows) -> Tensor:
+    def _launch(self, form: PromptForm, inputs: PromptInputs) -> Tensor:
+        if (rows := self._rows.get(form)) is None:
+            rows = self._rows[form] = form.rows_of(inputs.device, self._model.block_rows, self._cache.block_size)
         if form not in self._graphs:
             # The first time without a graph: that compiles kernels, and many a form never comes again.
+            inputs.fetch()
             logits = self._model.logits(rows, self._cache)
             if self._outputs is None:
                 self._outputs = logits.new_empty(MOST_CHUNKS * bool(len(logits)), logits.shape[1])
             self._graphs[form] = None
+            self.likeliest = self._tokens[: len(logits)]
+            self._model.choose(logits, self.likeliest)
             return logits
         assert self._outputs is not None
         assert self._pool is not None
+        outputs = self._outputs[: form.samples]
+        tokens = self._tokens[: len(outputs)]
         if (graph := self._graphs[form]) is None:
-            outputs = self._outputs[: form.samples]
-            graph = self._graphs[form] = self._pool.capture(lambda: self._compute(rows, outputs))
-        graph.replay()
-        return self._outputs[: form.samples]
 
-    def _compute(self, rows: PromptRows, outputs: Tensor) -> None:
-        outputs.copy_(self._model.logits(rows, self._cache))
+            def compute() -> None:
+                inputs.fetch()
+                outputs.copy_(self._model.logits(rows, self._cache))
+                self._model.choose(outputs, tokens)
+
+            graph = self._graphs[form] = self._pool.capture(compute)
+        graph.replay()
+        self.likeliest = tokens
+        return outputs
 
 
 def _fill_in(rows: PromptRows, before: Tensor | None) -> None:

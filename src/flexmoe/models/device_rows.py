@@ -52,19 +52,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """T rows. token_ids, positions, slots (places in the KV cache): int32 [T]. spans: which rows are whose.
+    """T rows. token_ids: int32 [T]. spans: which rows are whose, and so where they stand in requests and in the cache.
 
     sample_rows: int32 [N], the rows whose logits are wanted. sample_spans: spans, but only of the blocks that hold such
-    rows. lengths: int32 [T], 0 for padding, which has the place -1 and is in no span; None if there is none.
+    rows. padded: whether there may be rows of padding, which are in no span.
     """
 
     token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
     spans: Spans
     sample_rows: Tensor
     sample_spans: Spans
-    lengths: Tensor | None = None
+    padded: bool = False
 
 
 class DeviceDecoder(Protocol):
@@ -120,6 +118,9 @@ class DevicePrompts(Protocol):
         probe: without one the last layer need not compute more of the other rows than keys and values; in bf16 that
         may be another rounding. most_rows: T of the data rank that has most, if there are several.
         """
+
+    def choose(self, logits: Tensor, out: Tensor) -> None:
+        """out [N] int64 = the likeliest token of each row of logits [N, V], -1 where these are not numbers."""
 
     def assist(self, most_rows: int | None) -> Tensor:
         """A step in which this data rank has no rows, but the others' tokens come to its experts: logits [0, V]."""

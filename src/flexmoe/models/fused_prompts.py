@@ -19,11 +19,12 @@ from torch import Tensor
 
 from flexmoe.config.powers import power_of_two
 from flexmoe.kernels.hopper.attention import PromptAttention
+from flexmoe.kernels.triton import argmax
+from flexmoe.kernels.triton.begin_rows import RowPlaces, begin_rows
 from flexmoe.kernels.triton.cache_keys import fix_cache_keys
 from flexmoe.kernels.triton.combine import combine, combine_norm
 from flexmoe.kernels.triton.group_by_expert import group_by_expert
 from flexmoe.kernels.triton.prefill_attention import default_tile, prefill_attention
-from flexmoe.kernels.triton.rms_norm import rms_norm
 from flexmoe.kernels.triton.rotate_and_store import rotate_and_store
 from flexmoe.kernels.triton.route import many_rows_tile, route
 from flexmoe.kernels.triton.tiles import TileTable, tiles_for
@@ -43,6 +44,10 @@ from flexmoe.models.hopper import HopperKernels, hopper_kernels
 from flexmoe.models.seen import Seen
 from flexmoe.moe.block import MoEBlock
 from flexmoe.parallel.mesh import Mesh
+
+# Rows up to which cuBLAS needs no counter for queries, keys and values. Zeroing it is no kernel, and a graph's launch
+# halts at what is none: in the first layer the GPU waited 50 to 100 us for the rest of the graph (an H200, two hosts).
+_PLAIN_PRODUCT = 1024
 
 
 class PromptLayer:
@@ -64,8 +69,9 @@ class PromptLayer:
             self._slots = slots_by_row(mesh, len(weight), layer.index, weight.device)
 
     def attend(
-        self, normed: Tensor, rows: PromptRows, cos: Tensor, sin: Tensor, cache: Tensor, wanted: Tensor | None
-    ) -> Tensor:
+        self, normed: Tensor, rows: PromptRows, places: RowPlaces, cos: Tensor, sin: Tensor, cache: Tensor,
+        wanted: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """What the heads make of the rows, [T, Hq D]; writes the rows' keys and values.
 
         wanted: int32 [M], some of the sample rows if only these are queries; other rows of the result say nothing.
@@ -81,25 +87,32 @@ class PromptLayer:
         attended, hopper = torch.empty_like(query), self._attention
         fresh = None if hopper is None else qkv.new_empty(len(qkv), *cache.shape[1:])
         rotate_and_store(
-            qkv, cache, rows.positions, rows.slots, cos, sin, query, norm=norm, clip=a.clip_qkv, fresh=fresh
+            qkv, cache, places.positions, places.slots, cos, sin, query, norm=norm, clip=a.clip_qkv, fresh=fresh,
+            pdl=self._pdl,
         )  # fmt: skip
         if hopper is None or fresh is None:
             prefill_attention(query, cache, spans, attended, window=attention.window)
         else:
-            hopper(query, fresh, cache, spans, attended, window=attention.window)
+            hopper(query, fresh, cache, spans, attended, window=attention.window, pdl=self._pdl)
         return attended
 
     def _project(self, normed: Tensor, wanted: Tensor | None) -> Tensor:
         """Queries, keys and values of the rows; queries of `wanted` rows alone, if those are given."""
         qkv, a = self.layer.attention.qkv, self.layer.attention.config
         weight, added = weight_of(qkv), qkv.added
-        if wanted is None:
+        in_two = self.index == 0 and len(normed) > _PLAIN_PRODUCT
+        if wanted is None and not in_two:
             return F.linear(normed, weight, added)
         made, heads = normed.new_empty(len(normed), len(weight)), a.num_heads * a.head_dim
-        made[:, :heads].zero_()  # nobody reads other rows, but what memory held might overflow on the way
         torch.mm(normed, weight[heads:].t(), out=made[:, heads:])
         if added is not None:
             made[:, heads:] += added[heads:]
+        if wanted is None:
+            torch.mm(normed, weight[:heads].t(), out=made[:, :heads])
+            if added is not None:
+                made[:, :heads] += added[:heads]
+            return made
+        made[:, :heads].zero_()  # nobody reads other rows, but what memory held might overflow on the way
         bias = None if added is None else added[:heads]
         made[:, :heads].index_copy_(0, wanted.long(), F.linear(normed.index_select(0, wanted), weight[:heads], bias))
         return made
@@ -190,14 +203,17 @@ class PromptDecoder:
         self._model, dtype = model, model.norm.weight.dtype
         layers, local = model.decoder_layers, model.mesh.shard(model.config).local
         can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+        self._pdl = can if pdl is None else pdl
         hopper = hopper or hopper_kernels(device, local, dtype)
         if model.mesh.plan.moves_tokens:  # to experts that their own backend computes
             hopper = HopperKernels(hopper.attention)
         tiles = StepTiles(tiles_for(device) if table is None else table, local, dtype, hopper.products)
         following = [*(layer.input_norm for layer in layers[1:]), model.norm]
         self._first = layers[0].input_norm
+        # Where ranks share the vocabulary, its own module looks up what is here, and adds up.
+        self._table = model.embed_tokens.table() if model.mesh.tp.size == 1 else None
         self._layers = [
-            PromptLayer(layer, norm, tiles, model.mesh, dtype, hopper.attention, pdl=can if pdl is None else pdl)
+            PromptLayer(layer, norm, tiles, model.mesh, dtype, hopper.attention, pdl=self._pdl)
             for layer, norm in zip(layers, following, strict=True)
         ]
         cos, sin = rotary_tables(model.config.attention.rope, max_position)
@@ -212,18 +228,17 @@ class PromptDecoder:
         self, rows: PromptRows, cache: KVCache, probe: Probe | None = None, most_rows: int | None = None
     ) -> Tensor:
         """See `DevicePrompts`."""
-        embedded: Tensor = self._model.embed_tokens(rows.token_ids)
-        x, normed, lengths = embedded.float(), torch.empty_like(embedded), rows.lengths
-        seen, wanted = Seen(probe, x), rows.sample_rows
+        x, normed, places = self._begin(rows)
+        seen, wanted, lengths = Seen(probe, x), rows.sample_rows, places.lengths
         count, cuts = len(wanted), self._cuts_last and probe is None  # a probe sees all rows of all layers
         seen.record("embedding", -1, x)
-        rms_norm(x, self._first.weight.data, self._first.eps, normed)
         for layer, layer_cache in zip(self._layers, cache.layers, strict=True):
             cut = cuts and layer is self._layers[-1]
             if cut and (more := power_of_two(count) - count if count else 0):
                 # To a power of two, lest each number of samples have kernels of its own.
                 wanted = torch.cat((wanted, wanted[-1:].expand(more)))
-            attended = layer.attend(normed, rows, self._cos, self._sin, layer_cache, wanted if cut else None)
+            queries = wanted if cut else None
+            attended = layer.attend(normed, rows, places, self._cos, self._sin, layer_cache, queries)
             if cut:
                 if not count:
                     return self._model.head(normed[:0])
@@ -237,6 +252,23 @@ class PromptDecoder:
         logits = self._model.head(normed[:count] if cuts else normed.index_select(0, wanted))
         seen.record("logits", -1, logits)
         return logits
+
+    def choose(self, logits: Tensor, out: Tensor) -> None:
+        """See `DevicePrompts`."""
+        scratch = out.new_empty(argmax.scratch_words(*logits.shape))
+        argmax.greedy(logits, out, scratch, pdl=self._pdl)
+
+    def _begin(self, rows: PromptRows) -> tuple[Tensor, Tensor, RowPlaces]:
+        """The residual stream, fp32 [T, H], the rows normed for the first layer, and where they are."""
+        token_ids, norm, table = rows.token_ids, self._first, self._table
+        embeddings: Tensor = self._model.embed_tokens(token_ids) if table is None else table
+        normed = embeddings.new_empty(len(token_ids), self._model.config.hidden_size)
+        x = torch.empty_like(normed, dtype=torch.float32)
+        places = begin_rows(
+            token_ids, embeddings, norm.weight.data, norm.eps, rows.spans, x, normed,
+            by_token=table is not None, padded=rows.padded,
+        )  # fmt: skip
+        return x, normed, places
 
     def assist(self, most_rows: int | None) -> Tensor:
         """See `DevicePrompts`."""

@@ -104,7 +104,7 @@ class StepTiles:
         return self._products if enough else None
 
     def gate_up_shape(self, rows: int) -> Shape:
-        """Of the tiles that `products` take for so many rows in a step; for wide ones rows are copied to their experts."""
+        """Of the tiles that `products` take for so many rows in a step; for wide ones rows are copied to experts."""
         return "wide" if self._copies and self.down_shape(rows) == "wide" else "narrow"
 
     def down_shape(self, rows: int) -> Shape:

@@ -53,8 +53,9 @@ class PromptAttention:
         self._kernel = _load(device, dtype)
 
     def __call__(
-        self, query: Tensor, fresh: Tensor, cache: Tensor, spans: Spans, out: Tensor, *, window: int | None = None
-    ) -> None:
+        self, query: Tensor, fresh: Tensor, cache: Tensor, spans: Spans, out: Tensor, *, window: int | None = None,
+        pdl: bool = False,
+    ) -> None:  # fmt: skip
         """As `flexmoe.kernels.prefill_attention`, to out [T, Hq D]; all contiguous, at most 2^31 slots.
 
         fresh: [T, 2, Hkv, D], the rows' own keys and values, which the cache has, too. Blocks of spans have `rows`
@@ -69,7 +70,7 @@ class PromptAttention:
             *(tensor.data_ptr() for tensor in tensors), query.shape[1] // head_dim, num_kv_heads, len(spans.blocks),
             spans.block_size.bit_length() - 1, window or 0, head_dim**-0.5 * _LOG2_E,
         )  # fmt: skip
-        self._kernel.launch(*(int(each.getPtr()) for each in maps), ctypes.addressof(arguments))
+        self._kernel.launch(*(int(each.getPtr()) for each in maps), ctypes.addressof(arguments), pdl=pdl)
 
 
 def _rows_of(rows: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""The most likely token of each row, in two launches. Enters: logits fp32 [T, V]. Leaves: tokens int64 [T].
+"""The most likely token of each row, in two launches. Enters: logits [T, V]. Leaves: tokens int64 [T].
 
 Where ranks share the vocabulary, each finds the `best` of its own logits, and `winner` the best of the ranks' best.
 
@@ -79,7 +79,7 @@ def _peaks(logits_ptr, stride, V, first, peaks_ptr, C, CHUNK: tl.constexpr, PDL:
     if PDL:
         tl.extra.cuda.gdc_wait()
     logits = tl.load(logits_ptr + row * stride + tokens, mask=tokens < V, other=float("-inf"))
-    tl.store(peaks_ptr + row * C + chunk, tl.max(candidates(logits, first + tokens)))
+    tl.store(peaks_ptr + row * C + chunk, tl.max(candidates(logits.to(tl.float32), first + tokens)))
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def scratch_words(T: int, V: int, tile: ArgmaxTile | None = None) -> int:
 
 
 def greedy(logits: Tensor, out: Tensor, scratch: Tensor, *, tile: ArgmaxTile | None = None, pdl: bool = False) -> None:
-    """The argmax of each row of logits [T, V], fp32, into out [T], int64: of equal logits the lowest, -1 if one is NaN.
+    """The argmax of each row of logits [T, V] into out [T], int64: of equal logits the lowest, -1 if one is NaN.
 
     The rows may be apart (stride(0) > V), not the logits in a row. scratch: int64, at least scratch_words; its contents
     do not matter.

@@ -47,9 +47,12 @@ def _weight(q_weight_ptr, k_weight_ptr, heads, is_q, is_k, d, HQ: tl.constexpr, 
 def _rotate_and_store(
     qkv_ptr, cache_ptr, positions_ptr, slots_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, out_ptr, fresh_ptr,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
-    CLIP: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLIP: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, ceil((Hq + 2 Hkv) / HEADS)); STEP heads at once. With FULL_NORM a program has all of them."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     position, slot = tl.load(positions_ptr + row), tl.load(slots_ptr + row).to(tl.int64)
@@ -98,6 +101,7 @@ def rotate_and_store(
     norm: QKNormWeights | None = None,
     clip: float | None = None,
     fresh: Tensor | None = None,
+    pdl: bool = False,
 ) -> None:
     """As `flexmoe.kernels.rotate_and_store`, queries to out [T, Hq D]; positions and slots int32, all contiguous.
 
@@ -114,8 +118,8 @@ def rotate_and_store(
     _rotate_and_store[(len(qkv), triton.cdiv(heads, of_program))](
         qkv, cache, positions, slots, cos, sin, norm and norm.query, norm and norm.key, out, fresh,
         HQ=num_heads, HKV=num_kv_heads, D=head_dim, R=2 * cos.shape[1], NORM=norm_kind(norm),
-        EPS=norm.eps if norm else 0.0, CLIP=clip, HEADS=of_program, STEP=step, BLOCK_D=block_d,
-        num_warps=num_warps,
+        EPS=norm.eps if norm else 0.0, CLIP=clip, HEADS=of_program, STEP=step, BLOCK_D=block_d, PDL=pdl,
+        num_warps=num_warps, launch_pdl=pdl,
     )  # fmt: skip
 
 
