@@ -18,6 +18,15 @@ class _Rerun:
         self.replay = replay
 
 
+_fetch = PromptInputs.fetch
+
+
+def _look(inputs: PromptInputs) -> None:
+    turn = int(inputs._turn_there)
+    _fetch(inputs)
+    inputs._turn_there[0] = inputs._seen[0] = turn
+
+
 class RerunPool:
     """In the place of a GraphPool. captures: how many graphs there are; replays: how often any was used."""
 
@@ -28,10 +37,10 @@ class RerunPool:
     def capture(self, work: Callable[[], None]) -> Captured:
         """Does the work, as it is launched while a graph is recorded; what it sends is counted by replays.
 
-        But it fetches nothing: that would be one turn more than the host counts.
+        But what it fetches is fetched again by the replay, so that it counts as no turn.
         """
         self.captures += 1
-        with self._traffic.aside() as sent, patch.object(PromptInputs, "fetch"):
+        with self._traffic.aside() as sent, patch.object(PromptInputs, "fetch", _look):
             work()
 
         def replay() -> None:

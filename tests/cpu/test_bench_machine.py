@@ -141,7 +141,7 @@ def test_operations_of_a_prompt_on_a_gpu_by_their_kernels() -> None:
         ("_combine_norm", 0.5), ("_route_many", 0.3), ("_topk", 0.1), ("_group_by_expert", 0.1),
         ("_gate_up_grouped", 20.0), ("_down_grouped", 10.0), ("_combine_norm", 0.5),
     ]  # fmt: skip
-    operations = named([("embedding", 0.2), ("_rms_norm", 0.2), *layer, *layer, ("nvjet_head", 4.0)])
+    operations = named([("_fetch", 0.2), ("_begin_rows", 0.2), *layer, *layer, ("nvjet_head", 4.0)])
     assert {name: operations[name] for name in ("qkv", "output", "attention", "gate_up", "head", "norm")} == {
         "qkv": 6.0, "output": 4.0, "attention": 10.0, "gate_up": 40.0, "head": 4.0, "norm": 2.2,
     }  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from flexmoe.config.plan import ParallelPlan
+from flexmoe.engine.prompt_inputs import PromptInputs
 from flexmoe.engine.prompt_rows import lay_out
 from flexmoe.kernels.decode_attention import QKNormWeights
 from flexmoe.kernels.sample import SampleParams
@@ -92,7 +93,9 @@ def prompt(preset: str, counts: tuple[int, ...]) -> None:
     requests, blocks = scattered(counts, 16, 1024)
     chunks = [ScheduledChunk(request, 0, request.num_tokens, True) for request in requests]
     cache = KVCache(config, blocks, 16, BF16, CPU)
-    prompts.logits(lay_out(chunks, 16, prompts.block_rows, CPU), cache)
+    logits = prompts.logits(lay_out(chunks, 16, prompts.block_rows, CPU), cache)
+    prompts.choose(logits, torch.zeros(len(logits), dtype=torch.int64))
+    PromptInputs(64, 8, CPU).fetch()
 
 
 def _params(rows: int) -> SampleParams:

@@ -14,10 +14,11 @@ from tests.kernels.support import ON_GPU
 
 # Every kernel of a step but those that only measured tiles choose.
 KERNELS = {
-    "_all_reduce", "_combine", "_combine_norm", "_copy_by_expert", "_count_choices", "_direct", "_dot", "_down_gemv",
-    "_down_grouped", "_embed", "_first", "_gate_up_gemv", "_gate_up_grouped", "_gather_rows", "_group_by_expert",
-    "_peaks", "_prefill_attention", "_qk_norm", "_reduce", "_reduce_norm", "_rms_norm", "_rotate_and_store",
-    "_route_few", "_route_many", "_topk", "_winner", "merge_kernel", "split_kernel",
+    "_all_reduce", "_begin_rows", "_combine", "_combine_norm", "_copy_by_expert", "_count_choices", "_direct",
+    "_dot", "_down_gemv", "_down_grouped", "_embed", "_fetch", "_first", "_gate_up_gemv", "_gate_up_grouped",
+    "_gather_rows", "_group_by_expert", "_peaks", "_prefill_attention", "_qk_norm", "_reduce", "_reduce_norm",
+    "_rms_norm", "_rotate_and_store", "_route_few", "_route_many", "_topk", "_winner", "merge_kernel",
+    "split_kernel",
 }  # fmt: skip
 
 

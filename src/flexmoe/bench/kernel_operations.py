@@ -20,9 +20,9 @@ _NAMES = (
     (r"^_rms_norm", "norms"),
     (r"^_reduce", _REDUCTION),  # adds up the splits of the projection ahead of it
     (r"^_direct|^_gemv|^_dot|gemm|cublas", _PROJECTION),
-    (r"^_embed", "embedding"),
+    (r"^_embed|^_begin_rows", "embedding"),
     (r"^_peaks|^_first|^_winner|sample|argmax", "sampler"),
-    (r"^Mem(cpy|set)", "copies"),
+    (r"^Mem(cpy|set)|^_fetch", "copies"),
     (r"nccl|all_?reduce|all_?gather", "collectives"),
 )
 

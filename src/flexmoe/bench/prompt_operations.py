@@ -33,8 +33,8 @@ _REPEATS = 7
 _AHEAD = 24_000_000  # cycles, some 12 ms, that a GPU is kept busy while launches pile up
 # A kernel of ours: what it is, and which product of torch's comes behind it.
 _OURS = {
-    "_rms_norm": ("norm", "qkv"), "_rotate_and_store": ("rotate", "qkv"), "_prefill_attention": ("attention", "output"),
-    "prompt_attention": ("attention", "output"),
+    "_begin_rows": ("norm", "qkv"), "_rotate_and_store": ("rotate", "qkv"),
+    "_prefill_attention": ("attention", "output"), "prompt_attention": ("attention", "output"),
     "_route_many": ("router", "other"), "_topk": ("group", "other"), "_group_by_expert": ("group", "other"),
     "_gate_up_grouped": ("gate_up", "other"), "_down_grouped": ("down", "other"),
     "expert_gate_up_products": ("gate_up", "other"), "expert_down_products": ("down", "other"),

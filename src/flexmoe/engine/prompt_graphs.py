@@ -73,10 +73,10 @@ class GraphedPrompts:
         before: int64, the tokens of the first chunks, decodes, that only the device knows; -1 for one that the host
         does. probe: sees the step without padding, so it is no graph. most_rows: see `DevicePrompts`.
         """
+        inputs, self.likeliest = self._inputs, None
         if not chunks:
             return self._model.assist(most_rows)
         block_rows, block_size = self._model.block_rows, self._cache.block_size
-        inputs, self.likeliest = self._inputs, None
         form = None if inputs is None or probe is not None else form_of(chunks, block_rows, self._most)
         if inputs is None or form is None or form.head + num_tables(chunks) > len(inputs.device):
             rows = lay_out(chunks, block_size, block_rows, self._device)
@@ -123,9 +123,9 @@ class GraphedPrompts:
             logits = self._model.logits(rows, self._cache)
             if self._outputs is None:
                 self._outputs = logits.new_empty(MOST_CHUNKS * bool(len(logits)), logits.shape[1])
-            self._graphs[form] = None
-            self.likeliest = self._tokens[: len(logits)]
-            self._model.choose(logits, self.likeliest)
+            tokens = self._tokens[: len(logits)]
+            self._model.choose(logits, tokens)
+            self._graphs[form], self.likeliest = None, tokens
             return logits
         assert self._outputs is not None
         assert self._pool is not None

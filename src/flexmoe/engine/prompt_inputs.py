@@ -26,16 +26,11 @@ class PromptInputs:
 
     def __init__(self, size: int, known: int, device: torch.device) -> None:
         """known: how many tokens at most the device may know better than the host."""
-        from flexmoe.kernels.triton.fetch import (
-            HEAD,
-            LEAST,
-            TURNS,
-            fetch,
-        )  # imports triton, which a CPU need not wait for
+        from flexmoe.kernels.triton import fetch  # imports triton, which a start on a CPU need not wait for
 
         pinned = device.type == "cuda"
-        self._fetch, self._head, self._turns = fetch, HEAD, TURNS
-        room = -(-(HEAD + max(size, LEAST)) // 16) * 16
+        self._fetch, self._head, self._turns = fetch.fetch, fetch.HEAD, fetch.TURNS
+        room = -(-(fetch.HEAD + max(size, fetch.LEAST)) // 16) * 16
         self._host = torch.zeros(BUFFERS, room, dtype=torch.int32, pin_memory=pinned)
         self._fetched = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
         self._numbers, self._seen = self._host.numpy(), self._fetched.numpy()

@@ -1,4 +1,4 @@
-"""From a step's chunks to the rows of a PromptDecoder: one flat buffer of numbers, so that one copy brings them over.
+"""From a step's chunks to the rows of a PromptDecoder: one flat buffer of numbers, which is brought over at once.
 
 Enters: chunks. Leaves: the buffer, and views of it. What a `PromptForm` has room for beyond the chunks is padding, so
 that one CUDA graph serves all steps of a form.
