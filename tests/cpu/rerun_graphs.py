@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 
 from flexmoe.engine.cuda_graph import Captured
@@ -17,6 +19,11 @@ class _Rerun:
     def __init__(self, replay: Callable[[], None]) -> None:
         self.replay = replay
 
+
+# What graphs fetch on a CPU they fetch in Triton's interpreter.
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="on a GPU they run, see tests/gpu"
+)
 
 _fetch = PromptInputs.fetch
 

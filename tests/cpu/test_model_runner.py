@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from flexmoe.models.presets import PRESETS
 from flexmoe.scheduling.step import ScheduledChunk, Step
 from tests.cpu.nearness import assert_near
 from tests.cpu.paging import decodes, scattered, slot
-from tests.cpu.rerun_graphs import RerunPool
+from tests.cpu.rerun_graphs import NEEDS_INTERPRETER, RerunPool
 from tests.cpu.tiny_decoders import CPU, NEEDS_COMPILER, Recording, config, copy_cache, decoder, filled_cache, in_fp32
 
 pytestmark = NEEDS_COMPILER
@@ -202,6 +203,7 @@ def test_data_ranks_take_a_graph_if_all_of_them_do() -> None:
     assert device.in_graph == -1
 
 
+@NEEDS_INTERPRETER
 def test_a_form_that_failed_comes_for_the_first_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step for which memory ran out nothing was made ready that a graph would need."""
 
@@ -210,16 +212,44 @@ def test_a_form_that_failed_comes_for_the_first_time_again(monkeypatch: pytest.M
             if not self.passed:
                 self.passed = [1]
                 raise torch.OutOfMemoryError
-            return torch.ones(2, CONFIG.vocab_size)
+            return super().logits(rows)
 
-    cache: Any = type("Cache", (), {"block_size": BLOCK})()
+    device, cache = Failing([]), cast(Any, SimpleNamespace(block_size=BLOCK))
     monkeypatch.setattr(prompt_graphs, "GraphPool", RerunPool)
-    prompts = GraphedPrompts(Failing([]), cache, CPU, most_graphed=64)
-    step, _ = make_step(0, 2)
+    prompts = GraphedPrompts(device, cache, CPU, most_graphed=64)
     with pytest.raises(torch.OutOfMemoryError):
-        prompts.logits(step.chunks)
-    for _ in range(3):
-        assert len(prompts.logits(step.chunks)) == step.num_samples == 1
+        prompts.logits(make_step(0, 4)[0].chunks)
+    for number in (2, 4, 3, 2, 4, 3, 3):
+        step, _ = make_step(0, number)
+        assert len(prompts.logits(step.chunks)) == step.num_samples == number - 1
+        theirs = [c.request.token_ids[c.start : c.start + c.num_tokens] for c in step.chunks]
+        assert device.passed[: 3 * number] == [token for own in theirs for token in own]
+
+
+@NEEDS_INTERPRETER
+def test_tokens_that_a_graph_chose_are_taken_where_nothing_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the device, and by a host that waits for them: of a chunk that does not sample, and two that do."""
+
+    class Choosing(Device):
+        def logits(self, rows: Any, *_: Any) -> torch.Tensor:
+            return 1e4 * super().logits(rows)
+
+        def choose(self, logits: torch.Tensor, out: torch.Tensor) -> None:
+            out.copy_(20 + torch.arange(len(out)))
+
+    monkeypatch.setattr(prompt_graphs, "GraphPool", RerunPool)
+    device, cache = Choosing([]), cast(Any, SimpleNamespace(block_size=BLOCK))
+    step, _ = make_step(0, 3)
+    step = Step(step.chunks[::-1], 0, [])  # the one that does not sample first
+    greedy, drawn = states(step), SamplingState(SamplingParams(seed=0), 0)
+    for ahead in (True, False):
+        prompts = GraphedPrompts(device, cache, CPU, most_graphed=64)
+        runner = ModelRunner(decoder(CONFIG), cache, CPU, device, prompts, prompts_ahead=ahead)  # type: ignore[arg-type]
+        for asked, expected in ((greedy, [20, 21]), ([greedy[0], drawn], [0, 1]), (greedy, [20, 21])):
+            found: Any = runner.launch_rows(step, asked, None)
+            tokens = found.tolist() if ahead else found.wait().token_ids
+            assert tokens == expected
+            assert ahead or found.wait().logprobs == [None, None]
 
 
 def test_torch_has_its_threads_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

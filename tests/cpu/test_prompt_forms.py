@@ -17,7 +17,7 @@ from flexmoe.models.hopper import HopperKernels
 from flexmoe.scheduling.prompt_forms import MOST_GRAPHED, MOST_ON_RANKS, forms_up_to, graph_form
 from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered
-from tests.cpu.rerun_graphs import RerunPool
+from tests.cpu.rerun_graphs import NEEDS_INTERPRETER, RerunPool
 
 BLOCK, ROWS = 4, 16
 
@@ -131,6 +131,7 @@ class Noting:
         out.copy_(logits[:, 0])
 
 
+@NEEDS_INTERPRETER
 def test_steps_of_one_form_leave_nothing_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """One lies where another was before, on the host and on the device; each is as if it were alone."""
     monkeypatch.setattr(prompt_graphs, "GraphPool", RerunPool)

@@ -20,7 +20,7 @@ BATCHES = (1, 3, 8, 41)  # both ways of the experts, and buckets with padded row
 def _without_graph(self: GraphedPrompts, form: Any, inputs: Any) -> Tensor:
     """A padded step, which cannot be captured where each tensor is allocated by itself."""
     inputs.fetch()
-    rows = form.rows_of(inputs.device, self._model.block_rows, self._cache.block_size)
+    rows = form.rows_of(inputs.numbers, self._model.block_rows, self._cache.block_size)
     logits = self._model.logits(rows, self._cache)
     self._model.choose(logits, self._tokens[: len(logits)])
     return logits

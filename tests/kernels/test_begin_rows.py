@@ -12,7 +12,7 @@ from flexmoe.kernels.triton.begin_rows import begin_rows
 from flexmoe.models.device_rows import PromptRows
 from flexmoe.scheduling.step import ScheduledChunk
 from tests.cpu.paging import scattered, slot
-from tests.kernels.support import DEVICE, DTYPES
+from tests.kernels.support import DEVICE, DTYPES, assert_near
 
 BLOCK, ROWS, VOCABULARY = 4, 16, 50
 # Positions of the first rows, and how many: one chunk, decodes beside prompts, more than are looked at together.
@@ -48,7 +48,7 @@ def test_rows_without_padding(spans: tuple[tuple[int, int], ...], dtype: torch.d
     assert places.slots.tolist() == [slot(c.request, at, BLOCK) for c, at in own(chunks)]
     assert places.lengths is None
     assert torch.equal(x, table[rows.token_ids.long()].float())
-    torch.testing.assert_close(normed, rms_norm(x, weight.float(), 1e-5).to(dtype), atol=1e-2, rtol=1e-2)
+    assert_near(normed, rms_norm(x, weight.float(), 1e-5), dtype)
 
 
 @pytest.mark.parametrize("spans", STEPS[:2], ids=len)

@@ -120,6 +120,37 @@ def test_padding_changes_nothing(case: str) -> None:
     assert all((ids[12:] == -1).all() and (ids[:12] >= 0).all() for ids in choices)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
+@torch.inference_mode()
+def test_the_first_layer_of_a_graph_in_two_products(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries apart from keys and values, with biases and without: the same logits, keys and values."""
+    model = load(case)
+    chunks, num_blocks = chunks_of(SPANS, model.config.vocab_size)
+    caches = [moved(filled(model, chunks, num_blocks))]
+    caches.append(copy_cache(caches[0], torch.float32))
+    prompts, linear, outs = PromptDecoder(on_device(model), 64, DEVICE), fused_prompts._linear, []
+    form = form_of(chunks, prompts.block_rows)
+    assert form is not None
+    flat = torch.from_numpy(pack(chunks, form, prompts.block_rows)).to(DEVICE)
+    rows = form.rows_of(flat, prompts.block_rows, BLOCK_SIZE)
+
+    def counted(x: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> None:
+        outs.append(out.shape)
+        linear(x, weight, added, out)
+
+    whole = prompts.logits(rows, caches[0], Recording())
+    monkeypatch.setattr(fused_prompts, "_linear", counted)
+    monkeypatch.setattr(fused_prompts, "_PLAIN_PRODUCT", form.rows - 1)
+    parts = prompts.logits(rows, caches[1], Recording())
+    assert len(outs) == 2
+    assert distance(parts, whole) < 1e-5
+    for ours, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
+        assert distance(ours.nan_to_num(), theirs.nan_to_num()) < 1e-5
+    prompts.logits(lay_out(chunks, BLOCK_SIZE, prompts.block_rows, DEVICE), caches[1], Recording())
+    assert len(outs) == 2  # no graph
+
+
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
 @torch.inference_mode()
 def test_rows_that_nobody_samples_leave_keys_and_values_of_the_last_layer(

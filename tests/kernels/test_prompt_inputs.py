@@ -27,7 +27,7 @@ def test_they_arrive_whatever_lay_there_before() -> None:
         inputs.write(given)
         inputs.fetch()
         inputs.launched()
-        assert inputs.device[:count].tolist() == given.tolist()
+        assert inputs.numbers[:count].tolist() == given.tolist()
 
 
 def test_the_device_knows_some_of_the_first_ones_better() -> None:
@@ -39,7 +39,7 @@ def test_the_device_knows_some_of_the_first_ones_better() -> None:
         expected = given.tolist()
         for place, token in enumerate([] if known is None else known.tolist()):
             expected[place] = token if token >= 0 else expected[place]
-        assert inputs.device.tolist() == expected
+        assert inputs.numbers.tolist() == expected
 
 
 def late(inputs: PromptInputs, monkeypatch: pytest.MonkeyPatch) -> deque[Any]:
@@ -59,7 +59,7 @@ def test_a_buffer_is_left_alone_until_it_was_fetched(monkeypatch: pytest.MonkeyP
     def step() -> None:
         if waiting:
             waiting.popleft()()
-            found.append(inputs.device.tolist())
+            found.append(inputs.numbers.tolist())
 
     given = [numbers(seed, 64) for seed in range(11)]
     for each in given:
@@ -80,22 +80,22 @@ def test_counting_begins_again_on_both_sides(monkeypatch: pytest.MonkeyPatch) ->
         inputs.write(numbers(seed, 4))
         inputs.fetch()
         inputs.launched()
-        assert inputs.device.tolist() == numbers(seed, 4).tolist()
+        assert inputs.numbers.tolist() == numbers(seed, 4).tolist()
     assert inputs._turn == int(inputs._seen[0]) == int(inputs._turn_there) == 3
 
 
 @pytest.mark.parametrize("fetched", [False, True])
-def test_a_launch_that_failed_leaves_nothing(fetched: bool) -> None:
+def test_a_launch_that_nobody_counted_leaves_nothing(fetched: bool) -> None:
+    """Ctrl-C, or an error, came before it or behind it."""
     inputs = PromptInputs(4, 1, DEVICE)
     for turn in range(7):
         inputs.write(numbers(turn, 4))
         if fetched:
             inputs.fetch()
-        inputs.forget()
         inputs.write(numbers(turn + 1, 4))
         inputs.fetch()
         inputs.launched()
-        assert inputs.device.tolist() == numbers(turn + 1, 4).tolist()
+        assert inputs.numbers.tolist() == numbers(turn + 1, 4).tolist()
 
 
 def test_a_device_that_never_fetches_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +109,39 @@ def test_a_device_that_never_fetches_is_told_of(monkeypatch: pytest.MonkeyPatch)
         inputs.launched()
     with pytest.raises(EngineError, match="has not fetched"):
         inputs.write(numbers(9, 4))
+
+
+def test_ctrl_c_may_come_while_it_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = PromptInputs(4, 1, DEVICE)
+    inputs.write(numbers(0, 4))
+    inputs.fetch()
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs._turn_there, "zero_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        inputs.write(numbers(1, 4))
+    monkeypatch.undo()
+    inputs.write(numbers(2, 4))
+    inputs.fetch()
+    inputs.launched()
+    assert inputs.numbers.tolist() == numbers(2, 4).tolist()
+    assert inputs._turn == int(inputs._seen[0]) == int(inputs._turn_there) == 1
+
+
+def test_a_device_that_is_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = PromptInputs(4, 1, DEVICE)
+    waiting = late(inputs, monkeypatch)
+    monkeypatch.setattr(prompt_inputs, "_PATIENCE", 0.01)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: [waiting.popleft()() for _ in range(len(waiting))])
+    for seed in range(BUFFERS + 1):
+        inputs.write(numbers(seed, 4))
+        inputs.fetch()
+        inputs.launched()
+    assert len(waiting) == 1
+    waiting.popleft()()
+    assert inputs.numbers.tolist() == numbers(BUFFERS, 4).tolist()
 
 
 def test_buffers_that_cannot_be_counted_or_are_too_small_are_refused() -> None:

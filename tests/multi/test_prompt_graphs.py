@@ -43,6 +43,8 @@ def in_graphs(
         mesh.traffic.take()
         for chunks in steps(model, (0, 1, 2)):
             logits = prompts.logits(chunks)
+        assert prompts.likeliest is not None
+        assert prompts.likeliest.tolist() == logits.argmax(-1).tolist()  # none on ranks without logits
         found.append(logits.clone())
         sent.append(mesh.traffic.take())
     pool: Any = prompts._pool

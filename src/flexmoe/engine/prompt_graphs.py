@@ -58,7 +58,7 @@ class GraphedPrompts:
         self._inputs = PromptInputs(room, MOST_CHUNKS, device) if room else None
         self._outputs: Tensor | None = None  # logits, of one graph at a time; none on ranks that do not sample
         self._tokens = torch.zeros(MOST_CHUNKS, dtype=torch.int64, device=device)
-        self.likeliest: Tensor | None = None  # int64 [N], of the latest logits the likeliest tokens; graphs alone tell
+        self.likeliest: Tensor | None = None  # int64 [N], of the latest logits the likeliest tokens, if it has a form
         self._pool = GraphPool(device, traffic) if most_graphed else None
         self._rows: dict[PromptForm, PromptRows] = {}  # views of the inputs
         self._graphs: dict[PromptForm, Captured | None] = {}  # None: came once
@@ -78,7 +78,7 @@ class GraphedPrompts:
             return self._model.assist(most_rows)
         block_rows, block_size = self._model.block_rows, self._cache.block_size
         form = None if inputs is None or probe is not None else form_of(chunks, block_rows, self._most)
-        if inputs is None or form is None or form.head + num_tables(chunks) > len(inputs.device):
+        if inputs is None or form is None or form.head + num_tables(chunks) > len(inputs.numbers):
             rows = lay_out(chunks, block_size, block_rows, self._device)
             _fill_in(rows, before)
             logits = self._model.logits(rows, self._cache, probe, most_rows)
@@ -106,42 +106,46 @@ class GraphedPrompts:
 
     def _run(self, form: PromptForm, inputs: PromptInputs) -> Tensor:
         """Logits of the form's samples, from what was written to the inputs."""
-        try:
-            logits = self._launch(form, inputs)
-        except BaseException:
-            inputs.forget()
-            raise
+        logits = self._launch(form, inputs)
         inputs.launched()
         return logits
 
     def _launch(self, form: PromptForm, inputs: PromptInputs) -> Tensor:
         if (rows := self._rows.get(form)) is None:
-            rows = self._rows[form] = form.rows_of(inputs.device, self._model.block_rows, self._cache.block_size)
+            rows = self._rows[form] = form.rows_of(inputs.numbers, self._model.block_rows, self._cache.block_size)
         if form not in self._graphs:
             # The first time without a graph: that compiles kernels, and many a form never comes again.
             inputs.fetch()
             logits = self._model.logits(rows, self._cache)
             if self._outputs is None:
                 self._outputs = logits.new_empty(MOST_CHUNKS * bool(len(logits)), logits.shape[1])
-            tokens = self._tokens[: len(logits)]
-            self._model.choose(logits, tokens)
-            self._graphs[form], self.likeliest = None, tokens
-            return logits
-        assert self._outputs is not None
+            outputs = self._keep(logits, form)
+            self._graphs[form] = None
+            return outputs
         assert self._pool is not None
-        outputs = self._outputs[: form.samples]
-        tokens = self._tokens[: len(outputs)]
         if (graph := self._graphs[form]) is None:
 
             def compute() -> None:
                 inputs.fetch()
-                outputs.copy_(self._model.logits(rows, self._cache))
-                self._model.choose(outputs, tokens)
+                self._keep(self._model.logits(rows, self._cache), form)
 
             graph = self._graphs[form] = self._pool.capture(compute)
         graph.replay()
-        self.likeliest = tokens
+        outputs, self.likeliest = self._kept(form)
         return outputs
+
+    def _keep(self, logits: Tensor, form: PromptForm) -> Tensor:
+        """Where the logits are kept, and what is likeliest by them."""
+        outputs, self.likeliest = self._kept(form)
+        outputs.copy_(logits)
+        self._model.choose(outputs, self.likeliest)
+        return outputs
+
+    def _kept(self, form: PromptForm) -> tuple[Tensor, Tensor]:
+        """Logits of the form's samples, and their likeliest tokens, as its graph leaves them."""
+        assert self._outputs is not None
+        outputs = self._outputs[: form.samples]
+        return outputs, self._tokens[: len(outputs)]
 
 
 def _fill_in(rows: PromptRows, before: Tensor | None) -> None:

@@ -98,5 +98,5 @@ def _decode(decodes: GraphedDecoder, rows: int, params: SamplingParams, long: bo
 
 def _prompt(tokens: int, chunks: int, prompts: GraphedPrompts) -> None:
     logits = prompts.record(tokens, chunks)
-    for params in _WAYS:  # its tokens are chosen by torch, whose kernels are loaded when they are first launched
+    for params in _WAYS:  # drawn tokens are chosen by torch, whose kernels are loaded when they are first launched
         Sampler().choose(logits, [SamplingState(params, 0)] * len(logits))

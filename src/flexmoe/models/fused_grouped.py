@@ -1,7 +1,7 @@
 """What experts make of rows that are grouped by them. Enters: normed rows, and who chose whom. Leaves: a row a choice.
 
 Where experts have dozens of rows each, on Hopper: kernels of its own (`kernels/hopper`); else Triton's, cut by rows.
-All take rows from where they are, but for the widest experts with the most rows: those get copies, side by side.
+All take rows from where they are, but for wide tiles of the widest experts: those get copies, side by side.
 """
 
 from __future__ import annotations

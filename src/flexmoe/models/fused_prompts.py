@@ -45,8 +45,9 @@ from flexmoe.models.seen import Seen
 from flexmoe.moe.block import MoEBlock
 from flexmoe.parallel.mesh import Mesh
 
-# Rows up to which cuBLAS needs no counter for queries, keys and values. Zeroing it is no kernel, and a graph's launch
-# halts at what is none: in the first layer the GPU waited 50 to 100 us for the rest of the graph (an H200, two hosts).
+# Rows up to which queries, keys and values are one product in all layers. From 2,048 on cuBLAS zeroes a counter before
+# it (6,144 columns, an H200; with 1,024 it does not). That is no kernel, and a graph's launch halts at what is none: in
+# the first layer the GPU waited 50 to 100 us for the rest of the graph.
 _PLAIN_PRODUCT = 1024
 
 
@@ -78,7 +79,7 @@ class PromptLayer:
         """
         attention = self.layer.attention
         a = attention.config
-        qkv, norm = self._project(normed, wanted), self._norm
+        qkv, norm = self._project(normed, wanted, graphed=rows.padded), self._norm
         spans = rows.spans if wanted is None else rows.sample_spans
         if norm is not None and norm.full and self._mesh.tp.size > 1:  # over heads of other ranks, too
             norm_over_ranks(qkv, norm, self._mesh.tp)
@@ -96,25 +97,22 @@ class PromptLayer:
             hopper(query, fresh, cache, spans, attended, window=attention.window, pdl=self._pdl)
         return attended
 
-    def _project(self, normed: Tensor, wanted: Tensor | None) -> Tensor:
+    def _project(self, normed: Tensor, wanted: Tensor | None, *, graphed: bool) -> Tensor:
         """Queries, keys and values of the rows; queries of `wanted` rows alone, if those are given."""
         qkv, a = self.layer.attention.qkv, self.layer.attention.config
-        weight, added = weight_of(qkv), qkv.added
-        in_two = self.index == 0 and len(normed) > _PLAIN_PRODUCT
+        weight, added, heads = weight_of(qkv), qkv.added, a.num_heads * a.head_dim
+        in_two = graphed and self.index == 0 and len(normed) > _PLAIN_PRODUCT
         if wanted is None and not in_two:
             return F.linear(normed, weight, added)
-        made, heads = normed.new_empty(len(normed), len(weight)), a.num_heads * a.head_dim
-        torch.mm(normed, weight[heads:].t(), out=made[:, heads:])
-        if added is not None:
-            made[:, heads:] += added[heads:]
+        made = normed.new_empty(len(normed), len(weight))
+        queries, others = made[:, :heads], made[:, heads:]
+        of_queries, of_others = (None, None) if added is None else (added[:heads], added[heads:])
+        _linear(normed, weight[heads:], of_others, others)
         if wanted is None:
-            torch.mm(normed, weight[:heads].t(), out=made[:, :heads])
-            if added is not None:
-                made[:, :heads] += added[:heads]
+            _linear(normed, weight[:heads], of_queries, queries)
             return made
-        made[:, :heads].zero_()  # nobody reads other rows, but what memory held might overflow on the way
-        bias = None if added is None else added[:heads]
-        made[:, :heads].index_copy_(0, wanted.long(), F.linear(normed.index_select(0, wanted), weight[:heads], bias))
+        queries.zero_()  # nobody reads other rows, but what memory held might overflow on the way
+        queries.index_copy_(0, wanted.long(), F.linear(normed.index_select(0, wanted), weight[:heads], of_queries))
         return made
 
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -185,6 +183,14 @@ class PromptLayer:
         group_by_expert(places, S, rows, counts, pdl=self._pdl)
         compute_grouped(self._tiles, experts, normed, rows, counts, weights, hidden, y, pdl=self._pdl)
         return y
+
+
+def _linear(x: Tensor, weight: Tensor, added: Tensor | None, out: Tensor) -> None:
+    """out [T, N] = x weight^T + added, rounded once; out may be columns of another."""
+    if added is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(added, x, weight.t(), out=out)
 
 
 class PromptDecoder:

@@ -34,8 +34,8 @@ GroupedTiles = tuple[expert_gate_up.GateUpTile, expert_down.DownTile]
 # H200, 1.2 pairs an expert cost nothing (Mixtral and OLMoE at 90% and 77% of the floor), 1.5 a tenth of the step.
 _GEMV_ROWS, _PAIRS_AN_EXPERT = 4, 1.25
 MOST_RANKED = 256  # that one launch can rank
-# Rows of an expert, from which on the kernels for Hopper are faster; and of which they have tiles that these just fill:
-# a wide one (192 rows, some have more), a square one (288). All measured on an H200.
+# Rows of an expert on average: from which on the kernels for Hopper are faster; and those that just fill a wide tile of
+# theirs (192 rows) or a square one (288), since some experts have more. All measured on an H200.
 _PRODUCTS_ROWS, _FILL_WIDE, _FILL_SQUARE = 64, range(156, 180), range(180, 268)
 # From which on wide tiles are faster in any case, of narrow experts and of wide ones.
 _WIDE_ROWS, _WIDE_ROWS_OF_WIDE = 384, 300

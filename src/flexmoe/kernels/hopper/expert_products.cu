@@ -6,7 +6,8 @@
 // each its half of the weights' rows by all of the tokens. Weights are on the left, so that a tile has as many columns
 // as there are tokens, and next to none for nothing. While a tile's results are written, the next one's first stages
 // are on their way. The larger a tile, the less it asks of L2 and of shared memory, and the fewer stages fit. The last
-// tiles, if they are too few for all processors, are halved. Macros: MAX_N, STAGES, STAGING (bytes for results of each multiplying warpgroup), MAX_SLOTS; see products.py.
+// tiles, if they are too few for all processors, are halved. Macros: TILE_M, MAX_N, STAGES, STAGING (bytes for results of
+// each multiplying warpgroup), FINE_FROM (of fewer tokens sizes of products are 32 apart), MAX_SLOTS; see products.py.
 //
 // GATE_UP 1: the weights' rows come eight of gate, the same eight of up, and so on, so that a thread has both of a pair;
 // leaves silu(gate) * up. 0: leaves rows of y, scaled by the router's weights.
@@ -16,8 +17,8 @@
 constexpr int GROUPS = 2, WARPGROUP = 128;
 constexpr int TILE_K = 64;             // 128 bytes: a row of the swizzled layout that wgmma reads
 constexpr int M_TILES = TILE_M / 64 / GROUPS;  // products of 64 rows that a multiplying warpgroup has
-// A warpgroup has two products in hand: of two times 64 rows of weights, or of the same 64, which it holds in registers,
-// and two halves of the tokens. Shared memory is read once for each, so a square tile asks least of it.
+// A warpgroup has two products in hand: of two times 64 rows of weights, each of which reads the tokens out of shared
+// memory; or of the same 64, which it holds in registers, and two halves of the tokens: then it reads both but once.
 constexpr bool HOLDS = M_TILES == 1;
 constexpr int PARTS = HOLDS ? 2 : 1;   // of a tile's tokens
 [[maybe_unused]] constexpr int MANY = 128, FEW = 32;  // rows of tokens in a box; MAX_N is a multiple of FEW

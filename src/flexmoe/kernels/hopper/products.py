@@ -59,8 +59,8 @@ class Part:
     """One of the kernels: of a half of the experts, in tiles of one shape.
 
     Square ones ask least of shared memory, if an expert's rows fill one; wide ones, for hundreds of rows an expert, of
-    L2. Only narrow ones gather rows: threads bring a row of 128 bytes in 5 ns, less than other shapes need. Square ones
-    are for the second half alone: of rows that were copied they gain 3% in the first.
+    L2. Only narrow ones gather rows: threads bring one of 128 bytes in 5 ns, and other shapes want them faster. Square
+    ones are for the second half alone: of rows that were copied they gain 3% in the first.
     """
 
     gate_up: bool
