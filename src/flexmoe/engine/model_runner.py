@@ -261,10 +261,7 @@ class ModelRunner:
 
         def launch() -> Tensor | None:
             logits = self._logits(rest, None, None, before)
-            if not len(logits):
-                return None
-            chosen = self._likeliest(drawing)
-            return self._sampler.choose(logits, drawing) if chosen is None else chosen
+            return self._sampler.choose(logits, drawing, self._likeliest) if len(logits) else None
 
         return graphed.launch_mixed(step, states, sources, first, launch)
 
@@ -281,18 +278,13 @@ class ModelRunner:
         logits = self._logits(step, tap or self.probe, most_rows)
         if not states or not len(logits):  # nobody samples, or another rank does
             return SampleOutput([], [])
-        chosen = self._likeliest(states)
-        if chosen is not None:
-            sampled = SampleOutput(chosen.tolist(), [None] * len(chosen))
-        else:
-            sampled = self._sampler.sample(logits, states)
+        sampled = self._sampler.sample(logits, states, self._likeliest)
         return sampled if tap is None else tap.annotate(sampled)
 
-    def _likeliest(self, states: Sequence[SamplingState]) -> Tensor | None:
-        """The tokens of the latest logits, if the device has found them and nothing else is asked for."""
-        if self._prompts is None or not all(state.plain_greedy for state in states):
-            return None
-        return self._prompts.likeliest
+    @property
+    def _likeliest(self) -> Tensor | None:
+        """What is likeliest by the latest logits, if whoever computed them has found that, too."""
+        return None if self._prompts is None else self._prompts.likeliest
 
     def _logits(self, step: Step, probe: Probe | None, most_rows: int | None, before: Tensor | None = None) -> Tensor:
         """Logits of the chunks that sample, [N, V]; [0, V] on ranks that do not.

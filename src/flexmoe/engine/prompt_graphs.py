@@ -77,6 +77,7 @@ class GraphedPrompts:
         if not chunks:
             return self._model.assist(most_rows)
         block_rows, block_size = self._model.block_rows, self._cache.block_size
+        samples = sum([chunk.samples for chunk in chunks])
         form = None if inputs is None or probe is not None else form_of(chunks, block_rows, self._most)
         if inputs is None or form is None or form.head + num_tables(chunks) > len(inputs.numbers):
             rows = lay_out(chunks, block_size, block_rows, self._device)
@@ -84,10 +85,9 @@ class GraphedPrompts:
             logits = self._model.logits(rows, self._cache, probe, most_rows)
         else:
             inputs.write(pack(chunks, form, block_rows), before)
-            logits = self._run(form, inputs)
-        count = min(len(logits), sum([chunk.samples for chunk in chunks]))  # ranks that do not sample have none
-        self.likeliest = None if self.likeliest is None else self.likeliest[:count]
-        return logits[:count]
+            logits = self._run(form, inputs)[:samples]
+            self.likeliest = self._tokens[: len(logits)]  # none on ranks that do not sample
+        return logits[:samples]
 
     @torch.inference_mode()
     def record(self, tokens: int, chunks: int) -> Tensor:
@@ -131,21 +131,16 @@ class GraphedPrompts:
 
             graph = self._graphs[form] = self._pool.capture(compute)
         graph.replay()
-        outputs, self.likeliest = self._kept(form)
-        return outputs
+        assert self._outputs is not None
+        return self._outputs[: form.samples]
 
     def _keep(self, logits: Tensor, form: PromptForm) -> Tensor:
-        """Where the logits are kept, and what is likeliest by them."""
-        outputs, self.likeliest = self._kept(form)
-        outputs.copy_(logits)
-        self._model.choose(outputs, self.likeliest)
-        return outputs
-
-    def _kept(self, form: PromptForm) -> tuple[Tensor, Tensor]:
-        """Logits of the form's samples, and their likeliest tokens, as its graph leaves them."""
+        """The logits where graphs leave them; what is likeliest by them, too."""
         assert self._outputs is not None
         outputs = self._outputs[: form.samples]
-        return outputs, self._tokens[: len(outputs)]
+        outputs.copy_(logits)
+        self._model.choose(outputs, self._tokens[: len(outputs)])
+        return outputs
 
 
 def _fill_in(rows: PromptRows, before: Tensor | None) -> None:

@@ -55,19 +55,24 @@ class SampleOutput:
 class Sampler:
     """Chooses the next token of each row. Holds nothing: all memory is in the rows' SamplingState."""
 
-    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> SampleOutput:
+    def sample(
+        self, logits: torch.Tensor, states: Sequence[SamplingState], likeliest: torch.Tensor | None = None
+    ) -> SampleOutput:
         """logits: [N, V] of any float type, left unchanged. The caller accepts the tokens into the states.
 
-        A row whose logits are not numbers gets NO_TOKEN.
+        likeliest: int64 [N], what a greedy row gets by these logits, if somebody has found it already. A row whose
+        logits are not numbers gets NO_TOKEN.
         """
-        chosen = self.choose(logits, states)
+        chosen = self.choose(logits, states, likeliest)
         token_ids: list[int] = chosen.tolist()
         return SampleOutput(token_ids, _logprobs(logits, chosen, token_ids, states))
 
-    def choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    def choose(
+        self, logits: torch.Tensor, states: Sequence[SamplingState], likeliest: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The tokens alone, [N] on the device of the logits. The host waits for nothing if all of them are greedy."""
         if all(state.plain_greedy for state in states):
-            return _argmax(logits, states)
+            return _argmax(logits, states) if likeliest is None else likeliest
         size = max(1, _CPU_CHUNK // logits.shape[1]) if logits.is_cpu else len(states)
         starts = range(0, len(states), size)
         return torch.cat(

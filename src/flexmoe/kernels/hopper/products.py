@@ -28,16 +28,19 @@ _THREADS, _SHARED_BYTES = 384, 227 * 1024
 class Tile:
     """What a block of threads works at, see expert_products.cu. weights, tokens: rows of them, of tokens at most.
 
-    parts: products that tokens are shared out to. fine_from: of fewer tokens not each size has a product of its own,
-    they are bound by their weights in any case.
+    fine_from: of fewer tokens not each size has a product of its own, they are bound by their weights in any case.
     """
 
     weights: int
     tokens: int
     stages: int
     staging: int
-    parts: int = 1
     fine_from: int = 96
+
+    @property
+    def parts(self) -> int:
+        """Products that tokens are shared out to: two where a warpgroup holds its weights, as in the kernel."""
+        return 256 // self.weights
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -49,7 +52,7 @@ class Tile:
 Shape = Literal["narrow", "square", "wide"]
 _TILES: dict[Shape, Tile] = {
     "narrow": Tile(weights=256, tokens=160, stages=4, staging=4096),
-    "square": Tile(weights=128, tokens=288, stages=4, staging=4096, parts=2, fine_from=192),
+    "square": Tile(weights=128, tokens=288, stages=4, staging=4096, fine_from=192),
     "wide": Tile(weights=256, tokens=192, stages=3, staging=16384),
 }
 
