@@ -16,8 +16,10 @@ FLAGS = (
 ).split()
 PATIENCE = 45_000  # ms; the machine may be busy
 
-# Answers a chat with these pieces in place of the server: each after so many ms, or 16 together as soon as can be.
-_FAKE = """([pieces, delay]) => {
+# Answers a chat with these pieces in place of the server, 16 together as soon as can be; those beyond `held` wait for
+# window.goOn().
+_FAKE = """([pieces, held]) => {
+  const released = new Promise((resolve) => { window.goOn = resolve; });
   const real = window.fetch;
   window.fetch = (path, options) => {
     if (!String(path).includes("chat/completions")) return real(path, options);
@@ -26,7 +28,8 @@ _FAKE = """([pieces, delay]) => {
         let sent = 0;
         const write = (data) => out.enqueue(new TextEncoder().encode(`data: ${data}\\n\\n`));
         for (const content of pieces) {
-          if (delay || ++sent % 16 === 0) await new Promise((resolve) => setTimeout(resolve, delay));
+          if (sent === held) await released;
+          if (++sent % 16 === 0) await new Promise((resolve) => setTimeout(resolve, 0));
           write(JSON.stringify({ choices: [{ index: 0, delta: { content }, finish_reason: null }] }));
         }
         write(JSON.stringify({ choices: [{ index: 0, delta: {}, finish_reason: "stop" }] }));
@@ -39,9 +42,14 @@ _FAKE = """([pieces, delay]) => {
 }"""
 
 
-def fake_answer(page: Page, pieces: Sequence[str], delay: float = 0) -> None:
-    """From now on the page's chats are answered with these pieces of text."""
-    page.evaluate(_FAKE, [list(pieces), delay])
+def fake_answer(page: Page, pieces: Sequence[str], held: int | None = None) -> None:
+    """From now on the page's chats are answered with these pieces of text, all but the first `held` after `go_on`."""
+    page.evaluate(_FAKE, [list(pieces), held])
+
+
+def go_on(page: Page) -> None:
+    """Let a held answer come to its end."""
+    page.evaluate("window.goOn()")
 
 
 def say(page: Page, text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.web.browsing import PATIENCE, fake_answer, say, wait_for_answer
+from tests.web.browsing import PATIENCE, fake_answer, go_on, say, wait_for_answer
 
 _PARAGRAPH = "Some *words* of a `story` that goes on and on, with a [link](https://example.org) in it.\n\n"
 _LONG = [word + " " for word in (_PARAGRAPH * 300 + "```py\n" + "x = 1\n" * 2500 + "```\n").split(" ")]
@@ -61,12 +63,15 @@ def _gaps_of_an_answer(page: Page) -> tuple[float, float]:
 
 
 def test_finished_blocks_are_made_once(page: Page) -> None:
-    fake_answer(page, ["First.\n\n", *(f"Word {n} " for n in range(60))], delay=50)  # longer than between two looks
+    fake_answer(page, ["First.\n\n", *(f"Word {n} " for n in range(60))], held=20)
     say(page, "Go on")
-    expect(page.locator(".turn.assistant p")).to_have_count(2, timeout=PATIENCE)
-    page.evaluate("document.querySelector('.turn.assistant p').marked = true")
+    blocks = page.locator(".turn.assistant .body p")
+    expect(blocks).to_have_text(["First.", re.compile(r"Word 18\s*$")], timeout=PATIENCE)
+    page.evaluate("document.querySelector('.turn.assistant .body p').marked = true")
+    go_on(page)
     wait_for_answer(page)
-    assert page.evaluate("document.querySelector('.turn.assistant p').marked") is True
+    expect(blocks).to_have_text(["First.", re.compile(r"Word 59\s*$")])
+    assert page.evaluate("document.querySelector('.turn.assistant .body p').marked") is True
 
 
 @pytest.mark.parametrize("pieces", [["\n\n".join(HOSTILE)], list("\n\n".join(HOSTILE))], ids=["whole", "by letters"])
