@@ -17,6 +17,8 @@ WORKERS ?= 2
 STARTING := multi or server or web
 # Whole files to whichever worker is free, in the order that tests/conftest.py gives them.
 SHARED_OUT := --dist loadfile --no-loadscope-reorder
+# Tests start Python hundreds of times, each of which would compile this package's modules again.
+export PYTHONDONTWRITEBYTECODE :=
 OR_NONE := || [ $$? -eq 5 ]  # pytest's status when ARGS leave nothing to run
 
 USER_READY := $(VENV)/.ready

@@ -9,6 +9,10 @@ import zlib
 import pytest
 import torch
 
+from tests.interpreter import hasten
+
+hasten()
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed(request: pytest.FixtureRequest) -> None:

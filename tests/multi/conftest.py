@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.interpreter import hasten
 from tests.multi.pool import Pool
+
+hasten()
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,11 @@ from flexmoe.config.plan import DEGREES, ParallelPlan
 from flexmoe.engine.worker import Worker
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.rank import Setup, main
+from tests.interpreter import hasten
 
 CPU = torch.device("cpu")
+
+hasten()
 
 
 class PoolWorker(Worker):
