@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _TICK_SECONDS = 0.25
 # When one rank dies its peers report broken connections: wait so long for the one that died without a word.
 _GRACE_SECONDS = 0.4
-_EXIT_SECONDS = 4.0
+_EXIT_SECONDS = 10.0  # a busy machine takes several to end a process that has nothing left to do
 _IMPORT_SECONDS = 120.0  # until a new process shows its first sign of life
 _CODE_SECONDS = 2.0  # from the end of a connection to the exit code
 _LAST_LINES = 6
