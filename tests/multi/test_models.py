@@ -6,6 +6,7 @@ many steps. Every strategy runs on a model with a shared expert; every kind of p
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -65,6 +66,7 @@ class Recording:
 
 def watch(worker: PoolWorker) -> None:
     assert worker.runner is not None
+    assert gc.get_freeze_count() > 0, "a collection halts all ranks: what was loaded is left out"
     worker.runner.probe = Recording()
 
 

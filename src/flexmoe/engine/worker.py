@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import MutableSequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import torch
 
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.routing import LayerLoad
+from flexmoe.engine.collector import leave_out, take_in
 from flexmoe.engine.cuda_graph import GraphFlight
 from flexmoe.engine.device import choose_device
 from flexmoe.engine.model_runner import ModelRunner
@@ -80,6 +80,7 @@ class Worker:
         self.runner = ModelRunner(
             started.model, started.cache, started.device, graphed, started.prompts, one_pass=options.device.one_pass
         )
+        leave_out()
         return RankReport(
             started.num_blocks, started.cache.num_bytes, started.threads, started.backend, started.decode_kernels,
             started.prompt_kernels, started.max_model_len, 0 if graphed is None else graphed.max_rows,
@@ -130,7 +131,7 @@ class Worker:
     def stop(self) -> None:
         """Let go of the model."""
         self.runner = None
-        gc.collect()  # graphs first: NCCL does not let go of a group while one is there that uses it
+        take_in()  # graphs first: NCCL does not let go of a group while one is there that uses it
         if self.mesh is not None:
             self.mesh.close()
             self.mesh = None

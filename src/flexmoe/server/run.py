@@ -21,6 +21,7 @@ import uvicorn
 
 from flexmoe.config.server import ServerConfig, usual_chunk_rate
 from flexmoe.engine.async_engine import AsyncEngine
+from flexmoe.engine.collector import leave_out
 from flexmoe.engine.engine import Engine
 from flexmoe.errors import ConfigError, EngineError
 from flexmoe.planned import make_engine
@@ -51,6 +52,7 @@ def serve(options: Mapping[str, Any], config: ServerConfig, announce: Callable[[
         _start_log()
         sys.setswitchinterval(_SWITCH_SECONDS)
         server = Server(engine, config, listener, announce)
+        leave_out()
         server.run(sockets=[listener])
     status = 1 if server.died or server.hung else 0
     if server.left:  # a thread in a step that does not end would hold up the interpreter's own end
