@@ -1,7 +1,8 @@
 """Triton's interpreter, four times as fast: what it makes anew in every call or operation is made once.
 
 It changes nothing that a kernel computes. Imported before the first launch, by the tests and by the ranks that they
-start; on a GPU, where kernels are compiled, nothing is changed. Names are those of Triton 3.6, and must exist.
+start; on a GPU, where kernels are compiled, nothing is changed. It leans on names of Triton 3.6: other versions are
+left as they are.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ def hasten() -> None:
     """Change the interpreter of this process, if kernels run in it. Again, it does nothing."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
+    import triton
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter._patch_lang, "__wrapped__"):
+    if triton.__version__.startswith("3.6.") and not hasattr(interpreter._patch_lang, "__wrapped__"):
         interpreter._patch_lang = _once_a_language(interpreter._patch_lang, interpreter.tl)
         interpreter._get_np_dtype = _once_a_name(interpreter._get_np_dtype)
         _type_when_asked(interpreter.tl.core)
