@@ -28,7 +28,7 @@ def hasten() -> None:
         interpreter._get_np_dtype = _once_a_name(interpreter._get_np_dtype)
         _type_when_asked(interpreter.tl.core)
         _shapes_once(interpreter.tl.core)
-        # It does each addition of integers a second time, in 64 bits. At a test's sizes none of 32 bits overflows.
+        # It does each sum of integers a second time, in 64 bits, and says nothing of an overflow unless it debugs.
         builder = interpreter.interpreter_builder
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 

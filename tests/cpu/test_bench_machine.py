@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexmoe.bench import machine_cpu, machine_jobs, machine_serving, native_operations, torch_operations
+from flexmoe.bench import machine_cpu, machine_jobs, native_operations, torch_operations
 from flexmoe.bench.machine_jobs import Lazy, run_jobs
 from flexmoe.bench.machine_ranks import slowest
 from flexmoe.bench.machine_samples import (
@@ -195,10 +195,9 @@ def test_models_are_made_once() -> None:
     assert (lazy(), lazy(), made) == (1, 1, [1])
 
 
+@pytest.mark.usefixtures("few_rounds")
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_cpu, "read_bandwidth", lambda _: 1e10)  # it takes a second, and half a gigabyte
-    for name, few in (("_PAUSES", (0.0, 0.0)), ("_STREAMS", (1, 4)), ("_TOKENS", 8)):  # what a server adds
-        monkeypatch.setattr(machine_serving, name, few)
     out = tmp_path / "here.json"
     done = CliRunner().invoke(
         main, ["bench", "machine", "--device", "cpu", "--name", "here", "--seconds", "1", "--out", str(out)]

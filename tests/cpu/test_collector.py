@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flexmoe.config.engine import EngineConfig
 from flexmoe.config.server import ServerConfig
 from flexmoe.engine import worker
 from flexmoe.engine.collector import leave_out, take_in
@@ -66,9 +67,11 @@ def test_a_server_leaves_out_what_it_started_with(monkeypatch: pytest.MonkeyPatc
     assert seen[0] > 10_000
 
 
-def test_a_rank_takes_everything_in_when_it_lets_go_of_its_model() -> None:
-    rank = worker.Worker(Setup(0, 1, 0, 1, "localhost", 0, 1.0), [0, 0])
-    leave_out()
+def test_a_rank_with_a_process_of_its_own_does_until_it_lets_go_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    report, options = object(), EngineConfig()
+    monkeypatch.setattr(worker.Worker, "start", lambda *_: report)
+    rank = worker.ChildWorker(Setup(0, 1, 0, 1, "localhost", 0, 1.0), [0, 0])
+    assert rank.start(options) is report
     assert gc.get_freeze_count() > 10_000
     rank.stop()
     assert gc.get_freeze_count() == 0

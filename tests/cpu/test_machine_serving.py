@@ -13,12 +13,7 @@ from flexmoe.bench.subject import open_subject
 from flexmoe.errors import EngineError
 from tests.openai_server import FakeServer
 
-
-@pytest.fixture(autouse=True)
-def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_serving, "_PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(machine_serving, "_STREAMS", (1, 4))
-    monkeypatch.setattr(machine_serving, "_TOKENS", 8)
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 
 def test_what_a_server_takes_beside_its_engine_is_found() -> None:

@@ -21,7 +21,7 @@ from flexmoe.engine.sampler import SampleOutput
 from flexmoe.engine.sampling_state import SamplingState
 from flexmoe.engine.together import DecodeTraits
 from flexmoe.engine.wire_rows import WireRequest
-from flexmoe.engine.worker import RankReport, Worker
+from flexmoe.engine.worker import ChildWorker, RankReport
 from flexmoe.layers.forward_batch import Probe
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.rank import main
@@ -92,7 +92,7 @@ def _ahead(state: SamplingState) -> SamplingState:
     return frozen
 
 
-class AheadWorker(Worker):
+class AheadWorker(ChildWorker):
     """A Worker with such a decoder."""
 
     def start(self, options: EngineConfig) -> RankReport:

@@ -15,7 +15,7 @@ from typing import Any
 
 from flexmoe.engine import worker as workers
 from flexmoe.engine.wire import WireParts
-from flexmoe.engine.worker import Worker
+from flexmoe.engine.worker import ChildWorker
 from flexmoe.errors import EngineError
 from flexmoe.parallel.comm import Traffic
 from flexmoe.parallel.rank import main
@@ -48,7 +48,7 @@ def meet(how: str) -> None:
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "abort": signal.SIGABRT}[how])
 
 
-class DyingWorker(Worker):
+class DyingWorker(ChildWorker):
     """A Worker with a fate."""
 
     def __init__(self, *args: Any) -> None:

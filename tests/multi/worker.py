@@ -11,7 +11,7 @@ import torch
 
 from flexmoe.config.engine import EngineConfig
 from flexmoe.config.plan import DEGREES, ParallelPlan
-from flexmoe.engine.worker import Worker
+from flexmoe.engine.worker import ChildWorker
 from flexmoe.parallel.mesh import Mesh
 from flexmoe.parallel.rank import Setup, main
 from tests.interpreter import hasten
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 hasten()
 
 
-class PoolWorker(Worker):
+class PoolWorker(ChildWorker):
     """Beside an engine's commands: "call" a function with this worker and keyword arguments."""
 
     def __init__(self, setup: Setup, beats: MutableSequence[int]) -> None:

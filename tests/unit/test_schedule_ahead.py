@@ -499,9 +499,9 @@ class ServingMixed(ServingAhead):
 
 
 TestServingMixed = pytest.mark.timeout(900)(ServingMixed.TestCase)
-TestServingMixed.settings = settings(deadline=None, max_examples=30, stateful_step_count=40)
+TestServingMixed.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
 TestServingAhead = pytest.mark.timeout(900)(ServingAhead.TestCase)
-TestServingAhead.settings = settings(deadline=None, max_examples=30, stateful_step_count=40)
+TestServingAhead.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
 
 
 def test_prompts_are_computed_ahead_where_the_device_can() -> None:

@@ -407,7 +407,7 @@ class Serving(RuleBasedStateMachine):
 
 
 TestServing = pytest.mark.timeout(900)(Serving.TestCase)  # hypothesis shrinks a failure for up to 300 s
-TestServing.settings = settings(deadline=None, max_examples=30, stateful_step_count=40)
+TestServing.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
 
 
 # ------------------------------------------------------------------------------------------------ long histories

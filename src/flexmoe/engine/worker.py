@@ -80,7 +80,6 @@ class Worker:
         self.runner = ModelRunner(
             started.model, started.cache, started.device, graphed, started.prompts, one_pass=options.device.one_pass
         )
-        leave_out()
         return RankReport(
             started.num_blocks, started.cache.num_bytes, started.threads, started.backend, started.decode_kernels,
             started.prompt_kernels, started.max_model_len, 0 if graphed is None else graphed.max_rows,
@@ -150,6 +149,15 @@ class Worker:
         return replace(options, device=replace(options.device, device=device))
 
 
+class ChildWorker(Worker):
+    """A worker whose process is there for nothing else: under torchrun it may be the user's."""
+
+    def start(self, options: EngineConfig) -> RankReport:
+        report = super().start(options)
+        leave_out()
+        return report
+
+
 def run() -> None:
     """The life of a child process; see parallel/launch.py."""
-    main(Worker, sys.argv[1:])
+    main(ChildWorker, sys.argv[1:])
