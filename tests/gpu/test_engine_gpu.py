@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 import torch
 
@@ -116,6 +120,25 @@ def test_experts_behind_tokens_are_those_of_the_cpu() -> None:
         assert [len(routing) for routing in routings] == [6] * len(PROMPTS)
         found[device] = [[token.experts for token in routing] for routing in routings]
     assert found["cuda"] == found["cpu"]
+
+
+def _generate_until(seconds: float, llm: LLM, params: SamplingParams) -> None:
+    """Over and over; Ctrl-C comes then."""
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    while True:
+        llm.generate(PROMPTS, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ctrl_c_at_any_moment_leaves_an_engine_that_answers_as_before(dtype: str) -> None:
+    """Between steps, within launches, while the device computes: of 40 moments within the first 80 ms of generating."""
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with LLM(str(tiny("olmoe")), dtype=dtype, device="cuda", num_blocks=64) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, params)]
+        for moment in range(40):
+            with pytest.raises(KeyboardInterrupt):
+                _generate_until(moment * 2e-3, llm, params)
+            assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected, moment
 
 
 def test_steps_that_are_looked_into_keep_no_inputs() -> None:

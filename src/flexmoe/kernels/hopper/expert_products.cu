@@ -26,9 +26,6 @@ constexpr int NEXT = 8;                // more than stages: threads that load ma
 constexpr int WEIGHT_BYTES = TILE_M * TILE_K * 2, STAGE_BYTES = WEIGHT_BYTES + MAX_N * TILE_K * 2;
 constexpr int CHUNKS = (GATE_UP ? 4 : 8) * M_TILES;  // of 16 bytes that a warpgroup leaves for each token
 constexpr int PASS = STAGING / (16 * CHUNKS);        // tokens whose results fit its staging at once
-// Columns of tiles that meet all tokens before the next ones do. Rows of hidden are more than L2 holds, so the fewer
-// times they are read the better; weights of gate and up have many columns whatever is done.
-constexpr int COLUMN_GROUP = GATE_UP ? 8 : 16;
 // Registers of a thread that loads, and of one that multiplies; together what three warpgroups have at the start. Who
 // gathers rows is slower with fewer, wide products need more.
 constexpr int LOADING_REGISTERS = GATHER ? 56 : 40, MULTIPLYING_REGISTERS = GATHER ? 224 : 232;
@@ -155,29 +152,27 @@ __device__ __forceinline__ int halved_of(int tiles) {
     return left <= (int)gridDim.x / 2 ? left : 0;
 }
 
-// COLUMN_GROUP columns of tiles meet all blocks of tokens before the next ones do, a block all of them at once: what
-// works at one time shares both tokens and weights in L2. A slot's blocks hold about as many tokens each. Tiles that are
-// halved have two indices each; of a few tokens the second half has none.
+// Slot after slot, and of a slot column after column, which all its blocks of tokens meet one behind the other: so they
+// ask L2 for the same weights at about the same time, and for the same tokens soon again. A slot's blocks hold about as
+// many tokens each. Tiles that are halved have two indices each; of a few tokens the second half has none.
 __device__ __forceinline__ Tile tile_at(const Shared &shared, const Arguments &args, int index, int columns) {
     int blocks = shared.ends[args.slots - 1], whole = blocks * columns - halved_of(blocks * columns);
     bool halved = index >= whole;
     int half = (index - whole) % 2;
     if (halved) index = whole + (index - whole) / 2;
-    int before = index / (COLUMN_GROUP * blocks);
-    int wide = min(COLUMN_GROUP, columns - before * COLUMN_GROUP);
-    index -= before * COLUMN_GROUP * blocks;
-    int block = index / wide, low = 0, high = args.slots - 1;
+    int low = 0, high = args.slots - 1;
     while (low < high) {
         int middle = (low + high) / 2;
-        if (shared.ends[middle] > block) high = middle; else low = middle + 1;
+        if (shared.ends[middle] * columns > index) high = middle; else low = middle + 1;
     }
     Tile tile;
     int first_block = low ? shared.ends[low - 1] : 0, own = shared.ends[low] - first_block;
     int rows = args.counts[low];
     int each = (rows + own * 8 - 1) / (own * 8) * 8;
+    index -= first_block * columns;
     tile.slot = low;
-    tile.column = before * COLUMN_GROUP + index % wide;
-    tile.first = (block - first_block) * each;
+    tile.column = index / own;
+    tile.first = index % own * each;
     tile.count = min(each, rows - tile.first);
     if (halved) {
         int before_half = (tile.count + 15) / 16 * 8;
